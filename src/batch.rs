@@ -1,0 +1,1 @@
+//! The operations that go out together: the last one per cell wins.

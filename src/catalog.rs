@@ -1,0 +1,1 @@
+//! What the catalog says of the tables that the rules name.

@@ -1,0 +1,215 @@
+//! From the rules file to [`Config`]: every problem found in one pass, each with its span.
+
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::rules::template::Template;
+
+pub mod diagnostic;
+
+/// A value and where it stands in the rules file (byte range).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spanned<T> {
+    /// The value.
+    pub value: T,
+    /// Its bytes in the file, quotes included for strings.
+    pub span: Range<usize>,
+}
+
+/// A string that never shows: not in `Debug`, not in logs, not in messages.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Wraps it.
+    pub fn new(value: impl Into<String>) -> Self {
+        Secret(value.into())
+    }
+
+    /// The value, for whoever connects with it.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
+}
+
+/// The whole rules file, resolved: defaults filled in, environment and files read.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The file and its text, for messages that come later (binding).
+    pub file: RulesFile,
+    /// `[postgres]`
+    pub postgres: PostgresConfig,
+    /// `[redis]`
+    pub redis: RedisConfig,
+    /// `[admin]`
+    pub admin: AdminConfig,
+    /// `[rule.NAME]`, in the order of the file.
+    pub rules: Vec<Rule>,
+}
+
+/// The rules file as read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RulesFile {
+    /// Its path, as given.
+    pub path: PathBuf,
+    /// Its text.
+    pub text: String,
+}
+
+/// `[postgres]`: where changes come from.
+#[derive(Clone, Debug)]
+pub struct PostgresConfig {
+    /// The URL, environment and files filled in.
+    pub url: Secret,
+    /// The replication slot. Default `keepstep`.
+    pub slot: String,
+    /// The publication. Default `keepstep`.
+    pub publication: String,
+    /// What a gap does. Default `reconcile`.
+    pub on_gap: OnGap,
+    /// Acknowledgements trail what the cache holds by this, so that a cache that lost its last seconds is replayed. Default 30 s.
+    pub replay_window: Duration,
+    /// How often an idle slot is moved forward by a logical message; `None` is never. Default 60 s.
+    pub heartbeat: Option<Duration>,
+    /// How long connecting may take. Default 10 s.
+    pub connect_timeout: Duration,
+    /// Beyond this many bytes of retained WAL the slot is alarming (metric, log). Default 8 GiB.
+    pub max_retained: u64,
+}
+
+/// What happens when history is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnGap {
+    /// Make the cache right again from the tables.
+    Reconcile,
+    /// Exit with the reason.
+    Stop,
+}
+
+/// `[redis]`: where keys go.
+#[derive(Clone, Debug)]
+pub struct RedisConfig {
+    /// The URL, environment and files filled in: `redis://`, `rediss://` or `redis+unix://`.
+    pub url: Secret,
+    /// Stands before every key.
+    pub prefix: String,
+    /// How long one batch may take before the connection counts as lost. Default 10 s.
+    pub timeout: Duration,
+    /// Acknowledge only after so many replicas have the batch (WAIT). Default 0.
+    pub wait_replicas: u32,
+    /// Root certificates (PEM) to trust instead of the system's.
+    pub ca_file: Option<PathBuf>,
+    /// Client certificate and key (PEM).
+    pub client_certificate: Option<(PathBuf, PathBuf)>,
+    /// A batch closes at this many cells. Default 4096.
+    pub batch_ops: usize,
+    /// A batch closes at this many bytes of keys and values. Default 4 MiB.
+    pub batch_bytes: usize,
+}
+
+/// `[admin]`: the HTTP endpoint.
+#[derive(Clone, Debug)]
+pub struct AdminConfig {
+    /// Where it listens; `None` is nowhere. Default `127.0.0.1:9847`.
+    pub listen: Option<std::net::SocketAddr>,
+    /// What other hosts must send as `Authorization: Bearer` for anything but probes and metrics.
+    pub token: Option<Secret>,
+}
+
+/// `[rule.NAME]` as the file gives it, checked for itself; columns are not resolved yet.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// NAME, with the span of the table header's key.
+    pub name: Spanned<String>,
+    /// `table = "schema.table"`, exact as in the catalog.
+    pub table: Spanned<TableName>,
+    /// `on`: the operations that count. Default all.
+    pub on: Operations,
+    /// Whether `on` was given.
+    pub on_given: bool,
+    /// `vars`: names that templates may use as they use columns.
+    pub vars: Vec<(Spanned<String>, Spanned<Template>)>,
+    /// `key`, `value`, `columns`: a row is a key.
+    pub write: Option<WriteAction>,
+    /// `delete`: a row change makes these keys stale.
+    pub delete: Vec<Spanned<Template>>,
+    /// `changed`: the columns of which one must have changed for an UPDATE to count; `None` is any.
+    pub changed: Option<Vec<Spanned<String>>>,
+    /// A hash over everything that decides which keys and values the rule makes (hex).
+    pub fingerprint: String,
+}
+
+/// A table's name, exact as in the catalog.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TableName {
+    /// Its schema.
+    pub schema: String,
+    /// Its name.
+    pub name: String,
+}
+
+impl std::fmt::Display for TableName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}.{}", self.schema, self.name)
+    }
+}
+
+/// Which row operations a rule obeys. TRUNCATE counts where DELETE does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct Operations {
+    pub insert: bool,
+    pub update: bool,
+    pub delete: bool,
+}
+
+impl Operations {
+    /// Every operation.
+    pub const ALL: Operations = Operations { insert: true, update: true, delete: true };
+}
+
+/// Write-through: the row is rendered into a key.
+#[derive(Clone, Debug)]
+pub struct WriteAction {
+    /// `key`
+    pub key: Spanned<Template>,
+    /// `value = "json"`
+    pub value: Spanned<ValueKind>,
+    /// `columns`; `["*"]` is every published column.
+    pub columns: Spanned<ColumnSelection>,
+    /// `rename = { column = "field" }`
+    pub rename: Vec<(Spanned<String>, Spanned<String>)>,
+    /// `strings`: columns rendered as JSON strings.
+    pub strings: Vec<Spanned<String>>,
+    /// `ttl`
+    pub ttl: Option<Duration>,
+    /// `jitter`, as a share of the TTL from 0.0 to below 1.0.
+    pub jitter: f64,
+    /// `write = "present"`: only keys that exist are refreshed.
+    pub present_only: bool,
+    /// `on_delete = "keep"`: a deleted row's key is left to its TTL.
+    pub keep_on_delete: bool,
+}
+
+/// The shape a key's value takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ValueKind {
+    /// A string that holds what `row_to_json` gives.
+    Json,
+}
+
+/// `columns`
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ColumnSelection {
+    /// `["*"]`
+    All,
+    /// These, in this order.
+    Named(Vec<Spanned<String>>),
+}

@@ -1,0 +1,5 @@
+//! Pure parsers of what Postgres sends: pgoutput messages, and values in text form.
+
+pub mod pgoutput;
+pub mod types;
+pub mod value;

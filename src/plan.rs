@@ -1,0 +1,1 @@
+//! Change + bound rules → cache operations; pure.

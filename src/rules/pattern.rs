@@ -1,0 +1,1 @@
+//! The keys that a template can have made, matched by column type.

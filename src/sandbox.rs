@@ -1,0 +1,334 @@
+//! Private throw-away Postgres and Redis servers, for `keepstep demo`, the tests and the benchmark.
+//!
+//! Each server gets a free loopback port and a temporary directory, and ends when it is dropped, by its own pid.
+//! Postgres refuses to run as root, so it is started as an unprivileged user then.
+
+use std::fs;
+use std::io;
+use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// How long a server may take until it answers.
+const START_LIMIT: Duration = Duration::from_secs(30);
+/// How often that is looked at.
+const START_POLL: Duration = Duration::from_millis(20);
+
+/// The throw-away servers could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum SandboxError {
+    /// No such program in the usual places.
+    #[error("`{program}` was not found\n\nhint: {hint}")]
+    Missing {
+        /// The program.
+        program: &'static str,
+        /// How to install it.
+        hint: &'static str,
+    },
+    /// A program ran and failed.
+    #[error("`{command}` failed: {output}")]
+    Failed {
+        /// The program.
+        command: String,
+        /// What it said.
+        output: String,
+    },
+    /// The server did not answer in time.
+    #[error("{server} did not answer within {START_LIMIT:?}; its log says:\n{log}")]
+    Silent {
+        /// Which server.
+        server: String,
+        /// The end of its log.
+        log: String,
+    },
+    /// Files, processes or sockets.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+type Result<T> = std::result::Result<T, SandboxError>;
+
+/// A loopback port that nothing listens on at this moment.
+pub fn free_port() -> io::Result<u16> {
+    // Redis Cluster's bus uses port + 10000, so ports stay below 55536.
+    loop {
+        let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
+        if port < 55_536 {
+            return Ok(port);
+        }
+    }
+}
+
+/// A Postgres installation: the folder that holds `initdb` and `postgres`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PostgresInstall {
+    /// Its `bin` folder.
+    pub bin: PathBuf,
+    /// Its major version.
+    pub major: u32,
+}
+
+impl PostgresInstall {
+    /// The installation in `bin`, if there is one.
+    pub fn in_folder(bin: &Path) -> Option<Self> {
+        let output = Command::new(bin.join("postgres")).arg("--version").output().ok()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let version = text.split_whitespace().find(|word| word.starts_with(|c: char| c.is_ascii_digit()))?;
+        let major = version.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()?;
+        bin.join("initdb").exists().then(|| PostgresInstall { bin: bin.to_owned(), major })
+    }
+
+    /// The one to use: `KEEPSTEP_PG_BIN`, else the newest that the system has.
+    pub fn find() -> Result<Self> {
+        if let Some(bin) = std::env::var_os("KEEPSTEP_PG_BIN") {
+            return Self::in_folder(Path::new(&bin)).ok_or(SandboxError::Missing {
+                program: "postgres",
+                hint: "KEEPSTEP_PG_BIN must name a folder that holds `initdb` and `postgres`",
+            });
+        }
+        let debian = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+        let on_path = std::env::var_os("PATH").unwrap_or_default();
+        let folders = debian.map(|entry| entry.path().join("bin")).chain(std::env::split_paths(&on_path));
+        folders
+            .filter_map(|bin| Self::in_folder(&bin))
+            .max_by_key(|install| install.major)
+            .ok_or(SandboxError::Missing { program: "postgres", hint: "apt-get install postgresql (Debian, Ubuntu)" })
+    }
+}
+
+/// A private Postgres cluster with `wal_level = logical`; superuser `postgres`, no password, database `postgres`.
+#[derive(Debug)]
+pub struct Postgres {
+    /// Where it comes from.
+    pub install: PostgresInstall,
+    /// Its loopback port; it also listens on a Unix socket in [`Postgres::folder`].
+    pub port: u16,
+    folder: tempfile::TempDir,
+    server: Option<Child>,
+}
+
+impl Postgres {
+    /// Makes and starts a cluster; `settings` are lines for `postgresql.conf`.
+    pub fn start(settings: &str) -> Result<Self> {
+        Self::start_with(PostgresInstall::find()?, settings)
+    }
+
+    /// The same with the installation given.
+    pub fn start_with(install: PostgresInstall, settings: &str) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("keepstep-pg-").tempdir()?;
+        fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+        if let Some((uid, gid)) = unprivileged() {
+            chown(folder.path(), Some(uid), Some(gid))?;
+        }
+        let mut cluster = Postgres { install, port: free_port()?, folder, server: None };
+        let data = cluster.data();
+        let mut initdb = cluster.command("initdb");
+        initdb.args(["--no-sync", "--locale=C", "--encoding=UTF8", "--auth=trust", "--username=postgres", "-D"]);
+        run(initdb.arg(&data))?;
+        let config = format!(
+            "port = {}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{}'\nwal_level = logical\n\
+             fsync = off\nmax_wal_senders = 20\nmax_replication_slots = 20\nlogging_collector = off\n{settings}\n",
+            cluster.port,
+            cluster.folder.path().display(),
+        );
+        let path = data.join("postgresql.conf");
+        let shipped = fs::read_to_string(&path)?;
+        fs::write(path, shipped + &config)?;
+        cluster.resume()?;
+        Ok(cluster)
+    }
+
+    /// Its temporary folder, which holds the data, the socket and the log.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Its data directory.
+    pub fn data(&self) -> PathBuf {
+        self.folder.path().join("data")
+    }
+
+    /// The URL of one of its databases.
+    pub fn url(&self, database: &str) -> String {
+        format!("postgresql://postgres@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// The pid of its postmaster while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.server.as_ref().map(Child::id)
+    }
+
+    /// A program of this installation, run as the user that owns the cluster, with `PGHOST` and the like set.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(self.install.bin.join(program));
+        command.current_dir(self.folder.path()).env("LC_ALL", "C");
+        command.env("PGHOST", "127.0.0.1").env("PGPORT", self.port.to_string());
+        command.env("PGUSER", "postgres").env("PGDATABASE", "postgres");
+        if let Some((uid, gid)) = unprivileged() {
+            command.uid(uid).gid(gid);
+        }
+        command
+    }
+
+    /// Starts the stopped server again.
+    pub fn resume(&mut self) -> Result<()> {
+        let log = fs::File::create(self.folder.path().join("log"))?;
+        let mut server = self.command("postgres");
+        server.arg("-D").arg(self.data()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        // A group of its own: Ctrl-C in the terminal reaches keepstep alone, which then ends its servers in order.
+        self.server = Some(server.process_group(0).spawn()?);
+        let ready = self.data().join("postmaster.pid");
+        // The eighth line of postmaster.pid (src/backend/utils/init/miscinit.c) says when it takes connections.
+        wait_until(|| {
+            fs::read_to_string(&ready).is_ok_and(|text| text.lines().nth(7).is_some_and(|l| l.trim() == "ready"))
+        })
+        .then_some(())
+        .ok_or_else(|| SandboxError::Silent {
+            server: "Postgres".to_owned(),
+            log: tail(&self.folder.path().join("log")),
+        })
+    }
+
+    /// Stops the server: `TERM` waits for its clients, `INT` does not (fast), `QUIT` is a crash (immediate).
+    pub fn stop(&mut self, signal: &str) -> Result<()> {
+        if let Some(mut server) = self.server.take() {
+            end(&mut server, signal)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Postgres {
+    fn drop(&mut self) {
+        // QUIT: nobody needs this cluster again, and its clients may still be connected.
+        let _ = self.stop("QUIT");
+    }
+}
+
+/// A private Redis (or Valkey) server.
+#[derive(Debug)]
+pub struct RedisServer {
+    /// Its loopback port.
+    pub port: u16,
+    folder: tempfile::TempDir,
+    arguments: Vec<String>,
+    server: Option<Child>,
+}
+
+impl RedisServer {
+    /// Starts a server without persistence; `arguments` are added to its command line, as `--appendonly yes`.
+    pub fn start(arguments: &[&str]) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("keepstep-redis-").tempdir()?;
+        let arguments = arguments.iter().map(|argument| (*argument).to_owned()).collect();
+        let mut server = RedisServer { port: free_port()?, folder, arguments, server: None };
+        server.resume()?;
+        Ok(server)
+    }
+
+    /// Its temporary folder, which holds its files, its log and its Unix socket `redis.sock`.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Its URL.
+    pub fn url(&self) -> String {
+        format!("redis://127.0.0.1:{}/", self.port)
+    }
+
+    /// The pid of the server while it runs.
+    pub fn pid(&self) -> Option<u32> {
+        self.server.as_ref().map(Child::id)
+    }
+
+    /// Starts the stopped server again, on the same port and folder.
+    pub fn resume(&mut self) -> Result<()> {
+        let program = std::env::var_os("KEEPSTEP_REDIS_SERVER").unwrap_or_else(|| "redis-server".into());
+        let log = self.folder.path().join("log");
+        let mut server = Command::new(&program);
+        server.args([
+            "--port",
+            &self.port.to_string(),
+            "--bind",
+            "127.0.0.1",
+            "--save",
+            "",
+            "--unixsocket",
+            "redis.sock",
+        ]);
+        server.arg("--dir").arg(self.folder.path()).arg("--logfile").arg(&log).args(&self.arguments);
+        server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
+        self.server = Some(server.spawn().map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => SandboxError::Missing {
+                program: "redis-server",
+                hint: "apt-get install redis-server (Debian, Ubuntu), or name one in KEEPSTEP_REDIS_SERVER",
+            },
+            _ => SandboxError::Io(error),
+        })?);
+        let socket = self.folder.path().join("redis.sock");
+        wait_until(|| std::os::unix::net::UnixStream::connect(&socket).is_ok())
+            .then_some(())
+            .ok_or_else(|| SandboxError::Silent { server: "Redis".to_owned(), log: tail(&log) })
+    }
+
+    /// Stops the server: `TERM` saves and exits, `KILL` is a crash.
+    pub fn stop(&mut self, signal: &str) -> Result<()> {
+        if let Some(mut server) = self.server.take() {
+            end(&mut server, signal)?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        let _ = self.stop("KILL");
+    }
+}
+
+/// The user and group Postgres runs as when this process is root: `postgres`, else `nobody`.
+fn unprivileged() -> Option<(u32, u32)> {
+    let root = fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0);
+    let passwd = root.then(|| fs::read_to_string("/etc/passwd").ok()).flatten()?;
+    let ids = |user: &str| {
+        let line = passwd.lines().find(|line| line.split(':').next() == Some(user))?;
+        let mut fields = line.split(':').skip(2);
+        Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
+    };
+    ids("postgres").or_else(|| ids("nobody"))
+}
+
+/// Sends `signal` to the process and waits for its end.
+fn end(server: &mut Child, signal: &str) -> Result<()> {
+    run(Command::new("kill").arg(format!("-{signal}")).arg(server.id().to_string()))?;
+    server.wait()?;
+    Ok(())
+}
+
+fn run(command: &mut Command) -> Result<Output> {
+    let output = command.output()?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    Err(SandboxError::Failed { command: format!("{:?}", command.get_program()), output: said })
+}
+
+fn wait_until(condition: impl Fn() -> bool) -> bool {
+    let began = Instant::now();
+    while began.elapsed() < START_LIMIT {
+        if condition() {
+            return true;
+        }
+        std::thread::sleep(START_POLL);
+    }
+    false
+}
+
+fn tail(log: &Path) -> String {
+    let text = fs::read_to_string(log).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}

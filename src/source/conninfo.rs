@@ -1,0 +1,1 @@
+//! A Postgres URL → what both connections need.

@@ -1,0 +1,1 @@
+//! START_REPLICATION: frames in, status updates out.

@@ -1,0 +1,1 @@
+//! The slot and the publication: their state, setup and teardown.

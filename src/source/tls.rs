@@ -1,0 +1,1 @@
+//! TLS by rustls, in libpq's `sslmode`s.

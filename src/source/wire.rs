@@ -1,0 +1,1 @@
+//! The replication connection: start-up, authentication, simple queries, CopyBoth.
