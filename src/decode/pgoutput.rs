@@ -299,3 +299,144 @@ impl<'a> Reader<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const TUPLE: &[u8] = b"\0\x04t\0\0\0\x0212nut\0\0\0\0";
+    const TUPLE_DATUMS: [Datum<'_>; 4] = [Datum::Text(b"12"), Datum::Null, Datum::UnchangedToast, Datum::Text(b"")];
+
+    fn frame(parts: &[&[u8]]) -> Vec<u8> {
+        parts.concat()
+    }
+
+    fn tuple() -> Tuple<'static> {
+        Tuple { columns: 4, bytes: &TUPLE[2..] }
+    }
+
+    /// One frame of each message and form, and what it says.
+    fn messages() -> Vec<(Vec<u8>, Event<'static>)> {
+        let change = |change| Event::Change { relation: 0x4001, change };
+        let column = |name: &str, type_oid, type_modifier, identity| Column {
+            name: name.to_owned(),
+            type_oid,
+            type_modifier,
+            identity,
+        };
+        let orders = Relation {
+            oid: 0x4001,
+            schema: "shop".to_owned(),
+            name: "bücher".to_owned(),
+            identity: ReplicaIdentity::Default,
+            columns: vec![column("id", 23, -1, true), column("title", 1043, 24, false)],
+        };
+        let catalog =
+            Relation { schema: "pg_catalog".to_owned(), name: "t".to_owned(), columns: vec![], ..orders.clone() };
+        vec![
+            (
+                frame(&[b"B", &[0, 0, 0, 1, 0, 0, 0, 0x20], &[0, 0, 0, 0, 0, 0, 0, 9], &[0, 0, 2, 0xE4]]),
+                Event::Begin { commit_lsn: Lsn(0x1_0000_0020), commit_time: Timestamp(9), xid: Xid(740) },
+            ),
+            (
+                frame(&[b"C\0", &[0, 0, 0, 0, 0, 0, 0, 1], &[0, 0, 0, 0, 0, 0, 0, 2], &[0xFF; 8]]),
+                Event::Commit { commit_lsn: Lsn(1), end_lsn: Lsn(2) },
+            ),
+            (
+                frame(&[
+                    b"R\0\0\x40\x01shop\0b\xC3\xBCcher\0d\0\x02",
+                    b"\x01id\0\0\0\0\x17\xFF\xFF\xFF\xFF",
+                    b"\0title\0\0\0\x04\x13\0\0\0\x18",
+                ]),
+                Event::Relation(orders),
+            ),
+            (b"R\0\0\x40\x01\0t\0d\0\0".to_vec(), Event::Relation(catalog)),
+            (frame(&[b"I\0\0\x40\x01N", TUPLE]), change(Change::Insert { new: tuple() })),
+            (frame(&[b"U\0\0\x40\x01N", TUPLE]), change(Change::Update { old: None, new: tuple() })),
+            (
+                frame(&[b"U\0\0\x40\x01K", TUPLE, b"N", TUPLE]),
+                change(Change::Update { old: Some(OldTuple::Key(tuple())), new: tuple() }),
+            ),
+            (
+                frame(&[b"U\0\0\x40\x01O", TUPLE, b"N", TUPLE]),
+                change(Change::Update { old: Some(OldTuple::Full(tuple())), new: tuple() }),
+            ),
+            (frame(&[b"D\0\0\x40\x01K", TUPLE]), change(Change::Delete { old: OldTuple::Key(tuple()) })),
+            (frame(&[b"D\0\0\x40\x01O", TUPLE]), change(Change::Delete { old: OldTuple::Full(tuple()) })),
+            (b"T\0\0\0\x02\x03\0\0\0\x07\0\0\0\x08".to_vec(), Event::Truncate { relations: vec![7, 8] }),
+            (
+                b"M\x01\0\0\0\0\0\0\0\x05keepstep\0\0\0\0\x02hi".to_vec(),
+                Event::Message { transactional: true, lsn: Lsn(5), prefix: b"keepstep", content: b"hi" },
+            ),
+            (
+                b"M\0\0\0\0\0\0\0\0\x05\0\0\0\0\0".to_vec(),
+                Event::Message { transactional: false, lsn: Lsn(5), prefix: b"", content: b"" },
+            ),
+            (b"O\0\0\0\0\0\0\0\x01node\0".to_vec(), Event::Other),
+            (b"Y\0\0\x40\x02shop\0mood\0".to_vec(), Event::Other),
+        ]
+    }
+
+    #[test]
+    fn reads_every_message() {
+        for (frame, event) in messages() {
+            assert_eq!(parse(&frame), Ok(event));
+        }
+    }
+
+    #[test]
+    fn walks_over_a_tuple() {
+        assert_eq!(tuple().datums().len(), 4);
+        let mut datums = vec![Datum::Null; 9];
+        tuple().read_into(&mut datums);
+        assert_eq!(datums, TUPLE_DATUMS);
+    }
+
+    #[test]
+    fn refuses_every_shorter_and_longer_frame() {
+        for (frame, _) in messages() {
+            for length in 0..frame.len() {
+                assert!(parse(&frame[..length]).is_err(), "the first {length} bytes of {frame:?}");
+            }
+            let longer = [&frame[..], b"\0"].concat();
+            assert!(parse(&longer).is_err(), "{longer:?}");
+        }
+    }
+
+    #[test]
+    fn says_what_is_wrong_and_where() {
+        let cases: &[(&[u8], &str)] = &[
+            (b"", "empty pgoutput message"),
+            (b"Z", "pgoutput message of unknown type 0x5a"),
+            (b"S\0\0\0\x01\x01", "pgoutput message of unknown type 0x53"),
+            (b"I\0\0", "pgoutput Insert message, byte 1: it ends too early"),
+            (b"I\0\0\0\x01O\0\0", "pgoutput Insert message, byte 6: unknown tuple kind 0x4f"),
+            (b"I\0\0\0\x01N\xFF\xFF", "pgoutput Insert message, byte 8: the column count is negative"),
+            (
+                b"I\0\0\0\x01N\0\x01t\xFF\xFF\xFF\xFF",
+                "pgoutput Insert message, byte 13: the length of a column is negative",
+            ),
+            (b"I\0\0\0\x01N\0\x01t\0\0\0\x02x", "pgoutput Insert message, byte 13: it ends too early"),
+            (
+                b"I\0\0\0\x01N\0\x01b\0\0\0\x01x",
+                "pgoutput Insert message, byte 9: a column is in binary form, which was not requested",
+            ),
+            (b"I\0\0\0\x01N\0\x01x", "pgoutput Insert message, byte 9: unknown column kind 0x78"),
+            (b"I\0\0\0\x01N\0\x00xyz", "pgoutput Insert message, byte 8: 3 bytes are left over"),
+            (b"U\0\0\0\x01K\0\0O\0\0", "pgoutput Update message, byte 9: unknown tuple kind 0x4f"),
+            (b"D\0\0\0\x01N\0\0", "pgoutput Delete message, byte 6: unknown tuple kind 0x4e"),
+            (b"R\0\0\0\x01a\0b\0x\0\0", "pgoutput Relation message, byte 10: unknown replica identity 0x78"),
+            (b"R\0\0\0\x01\xFF\0b\0d\0\0", "pgoutput Relation message, byte 7: a name is not UTF-8"),
+            (b"T\xFF\xFF\xFF\xFF\0", "pgoutput Truncate message, byte 5: the relation count is negative"),
+            (b"T\x7F\xFF\xFF\xFF\0", "pgoutput Truncate message, byte 6: it ends too early"),
+            (b"M\x02", "pgoutput Message message, byte 2: unknown flags 0x02"),
+            (
+                b"M\0\0\0\0\0\0\0\0\0\0\xFF\xFF\xFF\xFF",
+                "pgoutput Message message, byte 15: the content length is negative",
+            ),
+        ];
+        for (frame, message) in cases {
+            assert_eq!(&parse(frame).unwrap_err().to_string(), message);
+        }
+    }
+}

@@ -355,3 +355,197 @@ impl<'a> Cursor<'a> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn array_of(element: JsonType) -> JsonType {
+        JsonType::Array { element: Arc::new(element), delimiter: b',' }
+    }
+
+    fn composite_of(attributes: &[(&str, JsonType)]) -> JsonType {
+        let attribute = |(name, json): &(&str, JsonType)| ((*name).to_owned(), Arc::new(json.clone()));
+        JsonType::Composite(attributes.iter().map(attribute).collect())
+    }
+
+    #[track_caller]
+    fn check(json: &JsonType, cases: &[(&str, &str)]) {
+        for (text, expected) in cases {
+            let mut out = b"before".to_vec();
+            write_json(&mut out, json, text.as_bytes()).unwrap_or_else(|error| panic!("{text}: {error}"));
+            assert_eq!(String::from_utf8_lossy(&out), format!("before{expected}"), "{text}");
+        }
+    }
+
+    #[track_caller]
+    fn refuse(json: &JsonType, error: ValueError, texts: &[&[u8]]) {
+        for text in texts {
+            let mut out = b"before".to_vec();
+            assert_eq!(write_json(&mut out, json, text), Err(error), "{}", String::from_utf8_lossy(text));
+            assert_eq!(out, b"before");
+        }
+    }
+
+    #[test]
+    fn scalars() {
+        check(&JsonType::Bool, &[("t", "true"), ("f", "false")]);
+        check(&JsonType::Date, &[("2024-02-29", r#""2024-02-29""#), ("0044-03-15 BC", r#""0044-03-15 BC""#)]);
+        check(&JsonType::Json, &[(r#"{"a" : [1]}"#, r#"{"a" : [1]}"#)]);
+        refuse(&JsonType::Bool, ValueError::Malformed("a boolean"), &[b"", b"true"]);
+        for json in [JsonType::Text, JsonType::Json, JsonType::Number] {
+            refuse(&json, ValueError::NotUtf8, &[b"\xFF", b"abc\xC3"]);
+        }
+    }
+
+    #[test]
+    fn numbers_go_through_and_what_json_has_no_number_for_is_quoted() {
+        for number in ["0", "-0", "10", "-1.50", "1e+300", "5e-324", "0.1E5", "12345678901234567890.5"] {
+            check(&JsonType::Number, &[(number, number)]);
+        }
+        for other in ["NaN", "Infinity", "-Infinity", "", "-", "01", "1.", ".5", "1e", "1e+", "0x1", "1 "] {
+            check(&JsonType::Number, &[(other, &format!("\"{other}\""))]);
+        }
+    }
+
+    #[test]
+    fn strings_are_escaped_as_postgres_escapes_them() {
+        check(
+            &JsonType::Text,
+            &[
+                ("", r#""""#),
+                ("a \"b\" \\ /", r#""a \"b\" \\ /""#),
+                ("\u{8}\u{c}\n\r\t", r#""\b\f\n\r\t""#),
+                ("\u{1}\u{b}\u{1f}\u{7f}", "\"\\u0001\\u000b\\u001f\u{7f}\""),
+                ("ü€😀\u{2028}", "\"ü€😀\u{2028}\""),
+            ],
+        );
+    }
+
+    #[test]
+    fn timestamps_get_a_t_and_a_full_offset() {
+        check(
+            &JsonType::Timestamp,
+            &[
+                ("2024-02-29 12:00:00.5", r#""2024-02-29T12:00:00.5""#),
+                ("0044-03-15 00:00:00 BC", r#""0044-03-15T00:00:00 BC""#),
+                ("infinity", r#""infinity""#),
+            ],
+        );
+        check(
+            &JsonType::TimestampTz,
+            &[
+                ("2024-02-29 12:00:00+00", r#""2024-02-29T12:00:00+00:00""#),
+                ("2024-02-29 12:00:00-03:30", r#""2024-02-29T12:00:00-03:30""#),
+                ("10000-01-01 00:00:00.25+00", r#""10000-01-01T00:00:00.25+00:00""#),
+                ("0044-03-15 12:00:00+00 BC", r#""0044-03-15T12:00:00+00:00 BC""#),
+                ("-infinity", r#""-infinity""#),
+            ],
+        );
+    }
+
+    #[test]
+    fn arrays() {
+        check(
+            &array_of(JsonType::Number),
+            &[
+                ("{}", "[]"),
+                ("{1,NULL,-2.5}", "[1,null,-2.5]"),
+                ("{{1,2},{3,4}}", "[[1,2],[3,4]]"),
+                ("[0:1]={1,2}", "[1,2]"),
+                ("[-1:0][2:2]={{1},{2}}", "[[1],[2]]"),
+                ("{NaN}", r#"["NaN"]"#),
+            ],
+        );
+        check(
+            &array_of(JsonType::Text),
+            &[
+                (r#"{"",a,"NULL",null_,"a b"}"#, r#"["","a","NULL","null_","a b"]"#),
+                (r#"{"a\"b\\c","{,}"}"#, r#"["a\"b\\c","{,}"]"#),
+                ("{=,[}", r#"["=","["]"#),
+            ],
+        );
+        check(&array_of(JsonType::Json), &[(r#"{"{\"a\": \"\\\\\"}",1,"null"}"#, r#"[{"a": "\\"},1,null]"#)]);
+        check(
+            &array_of(JsonType::Timestamp),
+            &[(r#"{"2024-01-01 00:00:00",NULL}"#, r#"["2024-01-01T00:00:00",null]"#)],
+        );
+        // A domain over an array as an element.
+        check(&array_of(array_of(JsonType::Bool)), &[(r#"{"{t,f}",{},NULL}"#, "[[true,false],[],null]")]);
+        let boxes = JsonType::Array { element: Arc::new(JsonType::Text), delimiter: b';' };
+        check(&boxes, &[("{(1,1),(0,0);(2,2),(1,1)}", r#"["(1,1),(0,0)","(2,2),(1,1)"]"#)]);
+        let malformed: &[&[u8]] = &[
+            b"",
+            b"{",
+            b"}",
+            b"{1",
+            b"{1,}",
+            b"{,1}",
+            b"{1}}",
+            b"{1}x",
+            b"{\"1}",
+            b"{\"1\\",
+            b"{1\"2\"}",
+            b"[0:1]",
+            b"1",
+        ];
+        refuse(&array_of(JsonType::Number), ValueError::Malformed("an array"), malformed);
+    }
+
+    #[test]
+    fn vectors() {
+        let json = JsonType::Vector(Arc::new(JsonType::Number));
+        check(&json, &[("", "[]"), ("1", "[1]"), ("1 -2 3", "[1,-2,3]")]);
+        let json = JsonType::Vector(Arc::new(JsonType::Text));
+        check(&json, &[("16384 25", r#"["16384","25"]"#)]);
+    }
+
+    #[test]
+    fn composites() {
+        let inner = composite_of(&[("x", JsonType::Number), ("tags", array_of(JsonType::Text))]);
+        let json = composite_of(&[("a \"b\"", JsonType::Text), ("ok", JsonType::Bool), ("inner", inner)]);
+        check(
+            &json,
+            &[
+                ("(,,)", r#"{"a \"b\"":null,"ok":null,"inner":null}"#),
+                (r#"("",t,"(1,)")"#, r#"{"a \"b\"":"","ok":true,"inner":{"x":1,"tags":null}}"#),
+                (
+                    r#"("say ""hi"" \\ (you)",f,"(-1,""{a,""""b c"""",""""\\\\""""""""}"")")"#,
+                    r#"{"a \"b\"":"say \"hi\" \\ (you)","ok":false,"inner":{"x":-1,"tags":["a","b c","\""]}}"#,
+                ),
+            ],
+        );
+        check(&composite_of(&[("only", JsonType::Number)]), &[("()", r#"{"only":null}"#), ("(7)", r#"{"only":7}"#)]);
+        check(&composite_of(&[]), &[("()", "{}")]);
+        check(
+            &array_of(composite_of(&[("n", JsonType::Number)])),
+            &[(r#"{(1),"()",NULL}"#, r#"[{"n":1},{"n":null},null]"#)],
+        );
+        let malformed: &[&[u8]] = &[b"", b"(", b"(,", b"(,,", b"(,,,)", b"(,,)x", b"(\",,)", b"(a\",,)", b",,)"];
+        refuse(&json, ValueError::Malformed("a composite type"), malformed);
+    }
+
+    #[test]
+    fn hstores() {
+        check(
+            &JsonType::Hstore,
+            &[
+                ("", "{}"),
+                (r#""a"=>"1""#, r#"{"a": "1"}"#),
+                (r#""a"=>NULL, "b c"=>"NULL", "\"\\"=>"""#, r#"{"a": null, "b c": "NULL", "\"\\": ""}"#),
+            ],
+        );
+        let malformed: &[&[u8]] =
+            &[b"a", b"\"a\"", b"\"a\"=>", b"\"a\"=>1", b"\"a\"=>\"1\",", b"\"a\"=>\"1\", ", b"NULL=>\"1\""];
+        refuse(&JsonType::Hstore, ValueError::Malformed("an hstore"), malformed);
+    }
+
+    #[test]
+    fn depth_is_limited() {
+        let braces = "{".repeat(100_000);
+        refuse(&array_of(JsonType::Number), ValueError::TooDeep, &[braces.as_bytes()]);
+        let nested = (0..=VALUE_DEPTH_MAX).fold(JsonType::Number, |inner, _| composite_of(&[("a", inner)]));
+        let parens = "(".repeat(VALUE_DEPTH_MAX + 1) + "1";
+        refuse(&nested, ValueError::TooDeep, &[parens.as_bytes()]);
+    }
+}
