@@ -1,6 +1,7 @@
 //! Private throw-away Postgres and Redis servers, for `keepstep demo`, the tests and the benchmark.
 //!
 //! Each server gets a free loopback port and a temporary directory, and ends when it is dropped, by its own pid.
+//! Where nothing is dropped, because this process was killed, a [`Keeper`] ends it.
 //! Postgres refuses to run as root, so it is started as an unprivileged user then.
 
 use std::fs;
@@ -99,6 +100,65 @@ impl PostgresInstall {
     }
 }
 
+/// Ends a child and removes a folder should this process die without doing so itself, be it by SIGKILL.
+///
+/// It is a shell that reads from a pipe whose other end only this process holds, so it wakes at whatever end.
+#[derive(Debug)]
+pub struct Keeper {
+    shell: Child,
+}
+
+impl Keeper {
+    /// INT is a fast shutdown for Postgres, a plain one for Redis and for keepstep; none takes longer than five seconds.
+    const SCRIPT: &str = r#"
+        read -r _
+        kill -INT "$1"
+        for _ in $(seq 50); do kill -0 "$1" || break; sleep 0.1; done
+        rm -rf "$2"
+    "#;
+
+    /// Watches over the child and its folder until it is dropped.
+    pub fn new(child: &Child, folder: &Path) -> io::Result<Self> {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", Self::SCRIPT, "keeper", &child.id().to_string()]).arg(folder);
+        shell.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null());
+        // A group of its own: a Ctrl-C that ends this process must not end its keeper too.
+        Ok(Keeper { shell: shell.process_group(0).spawn()? })
+    }
+}
+
+impl Drop for Keeper {
+    fn drop(&mut self) {
+        let _ = self.shell.kill();
+        let _ = self.shell.wait();
+    }
+}
+
+/// A server that runs, and its keeper.
+#[derive(Debug)]
+struct Running {
+    child: Child,
+    keeper: Keeper,
+}
+
+impl Running {
+    fn spawn(command: &mut Command, folder: &Path) -> io::Result<Self> {
+        // A group of its own: Ctrl-C in the terminal reaches keepstep alone, which then ends its servers in order.
+        let child = command.stdin(Stdio::null()).process_group(0).spawn()?;
+        let keeper = Keeper::new(&child, folder)?;
+        Ok(Running { child, keeper })
+    }
+
+    /// Sends `signal` and waits for the end.
+    fn end(self, signal: &str) -> Result<()> {
+        let Running { mut child, keeper } = self;
+        drop(keeper);
+        run(Command::new("kill").arg(format!("-{signal}")).arg(child.id().to_string()))?;
+        child.wait()?;
+        Ok(())
+    }
+}
+
 /// A private Postgres cluster with `wal_level = logical`; superuser `postgres`, no password, database `postgres`.
 #[derive(Debug)]
 pub struct Postgres {
@@ -107,38 +167,67 @@ pub struct Postgres {
     /// Its loopback port; it also listens on a Unix socket in [`Postgres::folder`].
     pub port: u16,
     folder: tempfile::TempDir,
-    server: Option<Child>,
+    server: Option<Running>,
 }
 
 impl Postgres {
     /// Makes and starts a cluster; `settings` are lines for `postgresql.conf`.
     pub fn start(settings: &str) -> Result<Self> {
-        Self::start_with(PostgresInstall::find()?, settings)
+        let mut cluster = Self::unmade(PostgresInstall::find()?)?;
+        cluster.initdb()?;
+        cluster.configure(settings)?;
+        cluster.resume()?;
+        Ok(cluster)
     }
 
-    /// The same with the installation given.
-    pub fn start_with(install: PostgresInstall, settings: &str) -> Result<Self> {
+    /// The same, many times faster, with a copy of the cluster in `templates`, which is made first if it is missing.
+    ///
+    /// All copies share one system identifier.
+    pub fn start_copy(templates: &Path, settings: &str) -> Result<Self> {
+        let mut cluster = Self::unmade(PostgresInstall::find()?)?;
+        let made_by = cluster.install.bin.to_string_lossy().replace('/', "-");
+        let template = templates.join(format!("cluster-{}{made_by}", cluster.install.major));
+        if template.exists() {
+            run(Command::new("cp").arg("-a").arg(&template).arg(cluster.data()))?;
+        } else {
+            cluster.initdb()?;
+            // A folder under its last name is whole: rename is atomic, and whoever comes second changes nothing.
+            let copy = tempfile::Builder::new().prefix("cluster-").tempdir_in(templates)?;
+            run(Command::new("cp").arg("-a").arg(cluster.data()).arg(copy.path()))?;
+            let _ = fs::rename(copy.path().join("data"), &template);
+        }
+        cluster.configure(settings)?;
+        cluster.resume()?;
+        Ok(cluster)
+    }
+
+    fn unmade(install: PostgresInstall) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("keepstep-pg-").tempdir()?;
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
         if let Some((uid, gid)) = unprivileged() {
             chown(folder.path(), Some(uid), Some(gid))?;
         }
-        let mut cluster = Postgres { install, port: free_port()?, folder, server: None };
-        let data = cluster.data();
-        let mut initdb = cluster.command("initdb");
+        Ok(Postgres { install, port: free_port()?, folder, server: None })
+    }
+
+    fn initdb(&self) -> Result<()> {
+        let mut initdb = self.command("initdb");
         initdb.args(["--no-sync", "--locale=C", "--encoding=UTF8", "--auth=trust", "--username=postgres", "-D"]);
-        run(initdb.arg(&data))?;
-        let config = format!(
+        run(initdb.arg(self.data()))?;
+        Ok(())
+    }
+
+    fn configure(&self, settings: &str) -> Result<()> {
+        let path = self.data().join("postgresql.conf");
+        let shipped = fs::read_to_string(&path)?;
+        let own = format!(
             "port = {}\nlisten_addresses = '127.0.0.1'\nunix_socket_directories = '{}'\nwal_level = logical\n\
              fsync = off\nmax_wal_senders = 20\nmax_replication_slots = 20\nlogging_collector = off\n{settings}\n",
-            cluster.port,
-            cluster.folder.path().display(),
+            self.port,
+            self.folder.path().display(),
         );
-        let path = data.join("postgresql.conf");
-        let shipped = fs::read_to_string(&path)?;
-        fs::write(path, shipped + &config)?;
-        cluster.resume()?;
-        Ok(cluster)
+        fs::write(path, shipped + &own)?;
+        Ok(())
     }
 
     /// Its temporary folder, which holds the data, the socket and the log.
@@ -158,12 +247,15 @@ impl Postgres {
 
     /// The pid of its postmaster while it runs.
     pub fn pid(&self) -> Option<u32> {
-        self.server.as_ref().map(Child::id)
+        self.server.as_ref().map(|server| server.child.id())
     }
 
     /// A program of this installation, run as the user that owns the cluster, with `PGHOST` and the like set.
+    ///
+    /// One that the installation lacks (some ship the server alone, without `psql`) is the system's.
     pub fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(self.install.bin.join(program));
+        let own = self.install.bin.join(program);
+        let mut command = if own.exists() { Command::new(own) } else { Command::new(program) };
         command.current_dir(self.folder.path()).env("LC_ALL", "C");
         command.env("PGHOST", "127.0.0.1").env("PGPORT", self.port.to_string());
         command.env("PGUSER", "postgres").env("PGDATABASE", "postgres");
@@ -177,9 +269,8 @@ impl Postgres {
     pub fn resume(&mut self) -> Result<()> {
         let log = fs::File::create(self.folder.path().join("log"))?;
         let mut server = self.command("postgres");
-        server.arg("-D").arg(self.data()).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
-        // A group of its own: Ctrl-C in the terminal reaches keepstep alone, which then ends its servers in order.
-        self.server = Some(server.process_group(0).spawn()?);
+        server.arg("-D").arg(self.data()).stdout(log.try_clone()?).stderr(log);
+        self.server = Some(Running::spawn(&mut server, self.folder.path())?);
         let ready = self.data().join("postmaster.pid");
         // The eighth line of postmaster.pid (src/backend/utils/init/miscinit.c) says when it takes connections.
         wait_until(|| {
@@ -194,10 +285,7 @@ impl Postgres {
 
     /// Stops the server: `TERM` waits for its clients, `INT` does not (fast), `QUIT` is a crash (immediate).
     pub fn stop(&mut self, signal: &str) -> Result<()> {
-        if let Some(mut server) = self.server.take() {
-            end(&mut server, signal)?;
-        }
-        Ok(())
+        self.server.take().map_or(Ok(()), |server| server.end(signal))
     }
 }
 
@@ -215,7 +303,7 @@ pub struct RedisServer {
     pub port: u16,
     folder: tempfile::TempDir,
     arguments: Vec<String>,
-    server: Option<Child>,
+    server: Option<Running>,
 }
 
 impl RedisServer {
@@ -240,7 +328,7 @@ impl RedisServer {
 
     /// The pid of the server while it runs.
     pub fn pid(&self) -> Option<u32> {
-        self.server.as_ref().map(Child::id)
+        self.server.as_ref().map(|server| server.child.id())
     }
 
     /// Starts the stopped server again, on the same port and folder.
@@ -259,8 +347,8 @@ impl RedisServer {
             "redis.sock",
         ]);
         server.arg("--dir").arg(self.folder.path()).arg("--logfile").arg(&log).args(&self.arguments);
-        server.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).process_group(0);
-        self.server = Some(server.spawn().map_err(|error| match error.kind() {
+        server.stdout(Stdio::null()).stderr(Stdio::null());
+        self.server = Some(Running::spawn(&mut server, self.folder.path()).map_err(|error| match error.kind() {
             io::ErrorKind::NotFound => SandboxError::Missing {
                 program: "redis-server",
                 hint: "apt-get install redis-server (Debian, Ubuntu), or name one in KEEPSTEP_REDIS_SERVER",
@@ -275,10 +363,7 @@ impl RedisServer {
 
     /// Stops the server: `TERM` saves and exits, `KILL` is a crash.
     pub fn stop(&mut self, signal: &str) -> Result<()> {
-        if let Some(mut server) = self.server.take() {
-            end(&mut server, signal)?;
-        }
-        Ok(())
+        self.server.take().map_or(Ok(()), |server| server.end(signal))
     }
 }
 
@@ -298,13 +383,6 @@ fn unprivileged() -> Option<(u32, u32)> {
         Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
     };
     ids("postgres").or_else(|| ids("nobody"))
-}
-
-/// Sends `signal` to the process and waits for its end.
-fn end(server: &mut Child, signal: &str) -> Result<()> {
-    run(Command::new("kill").arg(format!("-{signal}")).arg(server.id().to_string()))?;
-    server.wait()?;
-    Ok(())
 }
 
 fn run(command: &mut Command) -> Result<Output> {

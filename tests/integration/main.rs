@@ -1,0 +1,7 @@
+//! Everything that needs real servers, in one binary: it links once, and its tests share the harness.
+#![expect(clippy::unwrap_used, reason = "a test ends at what it did not expect")]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod harness;

@@ -1,0 +1,99 @@
+//! One private Postgres, one private Redis, and a folder for the rules file.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use keepstep::sandbox::{Postgres, RedisServer, free_port};
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncCommands, FromRedisValue};
+use tokio_postgres::NoTls;
+
+/// What a test plays on. Everything on it ends with it.
+pub(crate) struct Stage {
+    pub(crate) postgres: Postgres,
+    pub(crate) redis: RedisServer,
+    /// The port of the daemon's admin endpoint.
+    pub(crate) admin: u16,
+    folder: tempfile::TempDir,
+}
+
+impl Stage {
+    /// Stands before every key of the rules that [`Stage::rules`] writes.
+    pub(crate) const PREFIX: &str = "test:";
+
+    /// Servers with ordinary settings and without persistence in Redis.
+    pub(crate) fn set() -> Self {
+        Self::set_with("", &[])
+    }
+
+    /// `settings` are lines of `postgresql.conf`, `arguments` stand on the command line of Redis.
+    pub(crate) fn set_with(settings: &str, arguments: &[&str]) -> Self {
+        let templates = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        Stage {
+            postgres: Postgres::start_copy(templates, settings).unwrap(),
+            redis: RedisServer::start(arguments).unwrap(),
+            admin: free_port().unwrap(),
+            folder: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    /// Where the rules file and the daemon's log are.
+    pub(crate) fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// Writes a rules file of these rules, between these servers.
+    pub(crate) fn rules(&self, rules: &str) -> PathBuf {
+        self.rules_between(&self.postgres.url("postgres"), &self.redis.url(), rules)
+    }
+
+    /// The same with other URLs, as those of a [`super::Proxy`].
+    pub(crate) fn rules_between(&self, postgres: &str, redis: &str, rules: &str) -> PathBuf {
+        let path = self.folder().join("keepstep.toml");
+        let (prefix, admin) = (Self::PREFIX, self.admin);
+        let servers = format!(
+            "[postgres]\nurl = \"{postgres}\"\n\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n\n\
+             [admin]\nlisten = \"127.0.0.1:{admin}\"\n\n"
+        );
+        fs::write(&path, servers + rules).unwrap();
+        path
+    }
+
+    /// Runs a keepstep command on the rules file to its end and gives its standard output; it must succeed.
+    pub(crate) fn keepstep(&self, arguments: &[&str]) -> String {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keepstep"));
+        let output = command.args(arguments).current_dir(self.folder()).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "keepstep {arguments:?}: {}\n{said}", output.status);
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// A new connection to Postgres, so that it works after a restart too.
+    pub(crate) async fn sql(&self) -> tokio_postgres::Client {
+        let (client, connection) = tokio_postgres::connect(&self.postgres.url("postgres"), NoTls).await.unwrap();
+        tokio::spawn(connection);
+        client
+    }
+
+    /// Runs SQL statements, separated by semicolons.
+    pub(crate) async fn execute(&self, statements: &str) {
+        self.sql().await.batch_execute(statements).await.unwrap();
+    }
+
+    /// A new connection to Redis, so that it works after a restart too.
+    pub(crate) async fn cache(&self) -> MultiplexedConnection {
+        let client = redis::Client::open(self.redis.url()).unwrap();
+        client.get_multiplexed_async_connection().await.unwrap()
+    }
+
+    /// The value of a key, given without the prefix.
+    pub(crate) async fn get<T: FromRedisValue>(&self, key: &str) -> T {
+        self.cache().await.get(format!("{}{key}", Self::PREFIX)).await.unwrap()
+    }
+
+    /// Sets a key, given without the prefix, as an application would.
+    pub(crate) async fn put(&self, key: &str, value: &str) {
+        self.cache().await.set::<_, _, ()>(format!("{}{key}", Self::PREFIX), value).await.unwrap();
+    }
+}
