@@ -25,4 +25,5 @@ pub mod error;
 pub mod metrics;
 pub mod sandbox;
 pub mod shutdown;
+pub mod suggest;
 pub mod telemetry;

@@ -1,5 +1,6 @@
 //! What a rule means for a table: templates, ownership, and the binding of a rule to a relation.
 
 pub mod bind;
+pub mod filter;
 pub mod pattern;
 pub mod template;
