@@ -1,0 +1,103 @@
+//! The ordinary connections: `tokio-postgres` over the same hosts, TLS and settings as the replication connection.
+
+use std::convert::Infallible;
+use std::future::{Ready, ready};
+use std::time::Duration;
+
+use tokio_postgres::config::{SslMode, SslNegotiation};
+use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
+use tokio_postgres::{Client, Connection};
+
+use super::conninfo::{self, ConnInfo};
+use super::connect::{self, Failure, Login, Startup, Stream};
+use super::login::VALUE_SETTINGS;
+use super::query_error;
+use super::server_error::ServerError;
+use crate::error::Result;
+
+/// Connects for ordinary queries. The connection lives in a task of its own and ends when the client is dropped.
+///
+/// The session's settings are those of the replication connection; `row_security = off` makes a policy that would hide
+/// rows an error, and no statement takes longer than `statement_timeout` (zero is no limit).
+///
+/// # Errors
+/// [`crate::error::ErrorKind::PostgresAway`] if no host can be reached,
+/// [`crate::error::ErrorKind::PostgresDenied`] if one refuses.
+pub async fn connect(info: &ConnInfo, statement_timeout: Duration) -> Result<Client> {
+    let session = connect::open(info, &QueryStartup).await?;
+    let connection = session.connection;
+    tokio::spawn(async move {
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a query connection to Postgres ended");
+        }
+    });
+    let settings = VALUE_SETTINGS.iter().map(|(name, value)| format!("SET {name} = '{value}';")).collect::<String>();
+    let timeout_ms = statement_timeout.as_millis();
+    let settings = format!("{settings} SET row_security = off; SET statement_timeout = {timeout_ms}");
+    session.client.batch_execute(&settings).await.map_err(|error| query_error("cannot set up the session", error))?;
+    Ok(session.client)
+}
+
+struct QueryStartup;
+
+struct Session {
+    client: Client,
+    connection: Connection<Stream, Stream>,
+}
+
+impl Startup for QueryStartup {
+    type Session = Session;
+
+    async fn start(&self, stream: Stream, login: &Login<'_>) -> Result<Session, Failure> {
+        let (client, connection) = config(login).connect_raw(stream, Established).await.map_err(|error| {
+            match error.as_db_error() {
+                Some(server) => login.refused(ServerError::from_client(server)),
+                None => query_error(&format!("cannot log in to Postgres at {}", login.host), error).into(),
+            }
+        })?;
+        Ok(Session { client, connection })
+    }
+
+    fn reported<'a>(session: &'a Session, parameter: &str) -> Option<&'a str> {
+        session.connection.parameter(parameter)
+    }
+}
+
+fn config(login: &Login<'_>) -> tokio_postgres::Config {
+    let info = login.info;
+    let mut config = tokio_postgres::Config::new();
+    config.user(&info.user).dbname(&info.database).application_name(&info.application_name);
+    if let Some(options) = &info.options {
+        config.options(options);
+    }
+    if let Some(password) = &login.password {
+        config.password(password.expose());
+    }
+    config.channel_binding(match info.channel_binding {
+        conninfo::ChannelBinding::Disable => tokio_postgres::config::ChannelBinding::Disable,
+        conninfo::ChannelBinding::Prefer => tokio_postgres::config::ChannelBinding::Prefer,
+        conninfo::ChannelBinding::Require => tokio_postgres::config::ChannelBinding::Require,
+    });
+    // TLS, or none, is there already: these two make tokio-postgres hand the stream to `Established` as it is.
+    config.ssl_mode(SslMode::Require).ssl_negotiation(SslNegotiation::Direct);
+    config
+}
+
+/// Hands over the stream that is connected, encrypted or not.
+struct Established;
+
+impl TlsConnect<Stream> for Established {
+    type Stream = Stream;
+    type Error = Infallible;
+    type Future = Ready<std::result::Result<Stream, Infallible>>;
+
+    fn connect(self, stream: Stream) -> Self::Future {
+        ready(Ok(stream))
+    }
+}
+
+impl TlsStream for Stream {
+    fn channel_binding(&self) -> ChannelBinding {
+        self.binding().map_or_else(ChannelBinding::none, ChannelBinding::tls_server_end_point)
+    }
+}
