@@ -1,12 +1,33 @@
 //! From the rules file to [`Config`]: every problem found in one pass, each with its span.
+//!
+//! Three steps: text that is not TOML is blanked out and reported ([`syntax`]); the rest is read table by table
+//! ([`section`], by the table of fields in [`fields`]); what must agree with each other is compared ([`rule`]). A
+//! mistake never stops the reading: the field counts as absent and the next one is looked at. What only the database
+//! can tell (columns, types, replica identity) is found when rules are bound.
 
+use std::io::{self, Read};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::rules::template::Template;
 
 pub mod diagnostic;
+mod document;
+pub mod fields;
+mod interpolate;
+mod mask;
+mod quantity;
+mod rule;
+mod section;
+mod server;
+mod syntax;
+
+use diagnostic::{Diagnostic, Severity};
+use document::Document;
+
+/// How large a rules file may be: far beyond thousands of rules, and no way to fill the memory by a wrong path.
+const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// A value and where it stands in the rules file (byte range).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,12 +76,65 @@ pub struct Config {
 }
 
 /// The rules file as read.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct RulesFile {
     /// Its path, as given.
     pub path: PathBuf,
-    /// Its text.
+    /// Its text, which may hold secrets: [`diagnostic::render`] is the way to show it.
     pub text: String,
+}
+
+impl std::fmt::Debug for RulesFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RulesFile").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+/// A rules file that cannot be used, with everything that is wrong with it.
+#[derive(Clone, Debug)]
+pub struct Problems {
+    /// The file.
+    pub file: RulesFile,
+    /// Errors and warnings, in the order of the file; at least one error.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// Looks up an environment variable.
+pub type Environment<'a> = dyn Fn(&str) -> Option<String> + 'a;
+
+/// Reads the rules file at `path` and resolves it; gives its warnings too.
+pub fn load(path: &Path, env: &Environment<'_>) -> Result<(Config, Vec<Diagnostic>), Problems> {
+    match read_file(path) {
+        Ok(text) => parse(RulesFile { path: path.to_owned(), text }, env),
+        Err(error) => {
+            let problem = Diagnostic::error(format!("the rules file cannot be read: {error}"), 0..0, "")
+                .help("name it with --config, or write a first one: `keepstep reference` shows how");
+            let file = RulesFile { path: path.to_owned(), text: String::new() };
+            Err(Problems { file, diagnostics: vec![problem] })
+        }
+    }
+}
+
+fn read_file(path: &Path) -> io::Result<String> {
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(io::Error::other(format!("it is larger than {FILE_BYTES_MAX} bytes")));
+    }
+    Ok(text)
+}
+
+/// Resolves a rules file; gives its warnings too. Reads the files that `${file:…}` names.
+pub fn parse(file: RulesFile, env: &Environment<'_>) -> Result<(Config, Vec<Diagnostic>), Problems> {
+    let (document, mut diagnostics) = document::read(&file, env);
+    diagnostics.sort_by_key(|diagnostic| diagnostic.primary.span.start);
+    let failed = diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error);
+    match document {
+        Some(Document { postgres, redis, admin, rules }) if !failed => {
+            Ok((Config { file, postgres, redis, admin, rules }, diagnostics))
+        }
+        _ => Err(Problems { file, diagnostics }),
+    }
 }
 
 /// `[postgres]`: where changes come from.
@@ -213,3 +287,6 @@ pub enum ColumnSelection {
     /// These, in this order.
     Named(Vec<Spanned<String>>),
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,6 +1,15 @@
 //! A problem in the rules file, shown as rustc shows one: the line, the characters, the fix.
+//!
+//! Reading the file and binding its rules to tables make the same [`Diagnostic`]s, and [`render`] is the only place
+//! that turns them into text. What it shows of the file is masked first ([`super::mask`]), so no password that
+//! somebody wrote into the file itself is ever printed.
 
 use std::ops::Range;
+
+use annotate_snippets::{Annotation, AnnotationKind, Group, Level, Origin, Renderer, Snippet};
+
+use super::RulesFile;
+use super::mask::mask;
 
 /// One problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,6 +26,33 @@ pub struct Diagnostic {
     pub help: Vec<String>,
 }
 
+impl Diagnostic {
+    /// A problem that stops the daemon; `label` says what is wrong just at `span` and may be empty.
+    pub fn error(title: impl Into<String>, span: Range<usize>, label: impl Into<String>) -> Self {
+        let primary = Label { span, text: label.into() };
+        Diagnostic { severity: Severity::Error, title: title.into(), primary, context: Vec::new(), help: Vec::new() }
+    }
+
+    /// A problem that does not.
+    pub fn warning(title: impl Into<String>, span: Range<usize>, label: impl Into<String>) -> Self {
+        Diagnostic { severity: Severity::Warning, ..Self::error(title, span, label) }
+    }
+
+    /// Adds another place that explains it.
+    #[must_use]
+    pub fn context(mut self, span: Range<usize>, label: impl Into<String>) -> Self {
+        self.context.push(Label { span, text: label.into() });
+        self
+    }
+
+    /// Adds what to do about it.
+    #[must_use]
+    pub fn help(mut self, help: impl Into<String>) -> Self {
+        self.help.push(help.into());
+        self
+    }
+}
+
 /// Whether a problem stops the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Severity {
@@ -29,8 +65,41 @@ pub enum Severity {
 /// A place in the rules file and what to say of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Label {
-    /// Bytes of the file.
+    /// Bytes of the file, on character boundaries.
     pub span: Range<usize>,
     /// What to say; may be empty.
     pub text: String,
+}
+
+/// The problems as text for a terminal, a blank line between two; every span must lie in `file`.
+pub fn render(diagnostics: &[Diagnostic], file: &RulesFile, color: bool) -> String {
+    let renderer = if color { Renderer::styled() } else { Renderer::plain() };
+    let path = file.path.display().to_string();
+    let source = mask(&file.text);
+    let blocks: Vec<String> =
+        diagnostics.iter().map(|diagnostic| renderer.render(&groups(diagnostic, &path, &source)) + "\n").collect();
+    blocks.join("\n")
+}
+
+/// The message with the place, then one group for each remedy.
+fn groups<'a>(diagnostic: &'a Diagnostic, path: &'a str, source: &'a str) -> Vec<Group<'a>> {
+    let level = match diagnostic.severity {
+        Severity::Error => Level::ERROR,
+        Severity::Warning => Level::WARNING,
+    };
+    let title = Group::with_title(level.primary_title(diagnostic.title.as_str()));
+    let message = if source.is_empty() {
+        title.element(Origin::path(path))
+    } else {
+        let context = diagnostic.context.iter().map(|label| annotation(AnnotationKind::Context, label));
+        let snippet = Snippet::source(source).path(path).annotation(annotation(AnnotationKind::Primary, &diagnostic.primary));
+        title.element(snippet.annotations(context))
+    };
+    let help = diagnostic.help.iter().map(|help| Group::with_title(Level::HELP.secondary_title(help.as_str())));
+    std::iter::once(message).chain(help).collect()
+}
+
+fn annotation(kind: AnnotationKind, label: &Label) -> Annotation<'_> {
+    let text = (!label.text.is_empty()).then_some(label.text.as_str());
+    kind.span(label.span.clone()).label(text)
 }

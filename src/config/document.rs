@@ -1,0 +1,182 @@
+//! The whole rules file: which tables there are, and each handed to whoever reads it.
+
+use std::ops::Range;
+
+use toml::de::{DeTable, DeValue};
+
+use super::diagnostic::Diagnostic;
+use super::fields::{LATER_AT_TOP, Table};
+use super::section::{Reader, Section, Value, homes, in_file_order, not_yet};
+use super::{
+    AdminConfig, Environment, PostgresConfig, RedisConfig, Rule, RulesFile, Spanned, rule, server, syntax,
+};
+use crate::suggest::nearest;
+
+/// How long a rule's name may be: it is a label of metrics.
+const RULE_NAME_BYTES_MAX: usize = 64;
+
+/// What the tables say.
+pub(super) struct Document {
+    pub(super) postgres: PostgresConfig,
+    pub(super) redis: RedisConfig,
+    pub(super) admin: AdminConfig,
+    pub(super) rules: Vec<Rule>,
+}
+
+/// Reads the file; without a document if an error leaves nothing to go on with. The diagnostics are in no order.
+pub(super) fn read(file: &RulesFile, env: &Environment<'_>) -> (Option<Document>, Vec<Diagnostic>) {
+    let syntax::Recovered { text, gaps, diagnostics } = syntax::recover(&file.text);
+    // What the parser still finds is said already.
+    let (tree, _) = DeTable::parse_recoverable(&text);
+    let root = tree.get_ref();
+    let mut reader = Reader { file, env, diagnostics, gaps, headers: headers(root) };
+    let document = read_tables(&mut reader, root);
+    (document, reader.diagnostics)
+}
+
+/// Where tables begin.
+fn headers(root: &DeTable<'_>) -> Vec<usize> {
+    let inner = root.values().filter_map(|value| value.get_ref().as_table()).flat_map(|table| table.values());
+    let tables = root.values().chain(inner).filter(|value| value.get_ref().is_table());
+    tables.map(|table| table.span().start).collect()
+}
+
+fn read_tables<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>) -> Option<Document> {
+    let postgres = required(reader, root, Table::Postgres).and_then(server::postgres);
+    let redis = required(reader, root, Table::Redis).and_then(server::redis);
+    let admin = section(reader, root, Table::Admin).map(server::admin).unwrap_or_default();
+    let defaults = section(reader, root, Table::Defaults).map(rule::defaults).unwrap_or_default();
+    let rules = rules(reader, root, &defaults);
+    unknown(reader, root);
+    Some(Document { postgres: postgres?, redis: redis?, admin, rules })
+}
+
+/// A table at the top of the file, if it is there.
+fn section<'r, 'a>(reader: &'r mut Reader<'a>, root: &'a DeTable<'a>, table: Table) -> Option<Section<'r, 'a>> {
+    let (key, value) = root.get_key_value(table.key())?;
+    let entries = as_table(reader, table, table.header(), &key.span(), value)?;
+    Some(Section::new(reader, table, table.header().to_owned(), value.span(), entries))
+}
+
+/// The same for one that must be there.
+fn required<'r, 'a>(reader: &'r mut Reader<'a>, root: &'a DeTable<'a>, table: Table) -> Option<Section<'r, 'a>> {
+    if !root.contains_key(table.key()) && !is_misspelt(root, table) {
+        let variable = format!("{}_URL", if table == Table::Postgres { "DATABASE" } else { "REDIS" });
+        let missing = Diagnostic::error(format!("the file has no {}", table.header()), 0..0, "");
+        reader.report_missing_anywhere(missing.help(format!("add  {}\nurl = \"${{{variable}}}\"", table.header())));
+    }
+    section(reader, root, table)
+}
+
+/// The entries of what must be a table.
+fn as_table<'a>(
+    reader: &mut Reader<'a>,
+    table: Table,
+    header: &str,
+    key: &Range<usize>,
+    value: &'a Value<'a>,
+) -> Option<&'a DeTable<'a>> {
+    let entries = value.get_ref().as_table();
+    if entries.is_none() {
+        let array_of_tables = reader.file.text.get(value.span()).is_some_and(|source| source.starts_with("[["));
+        let label = if array_of_tables { "this header makes a list" } else { "" };
+        let span = if array_of_tables { value.span() } else { key.clone() };
+        let wrong = Diagnostic::error(format!("`{}` must be a table", table.key()), span, label);
+        reader.report(wrong.help(format!("write  {header}  and its fields below")));
+    }
+    entries
+}
+
+/// Reads `[rule.NAME]`, in the order of the file.
+fn rules<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>, defaults: &rule::Defaults) -> Vec<Rule> {
+    const EXAMPLE: &str = "add one:\n[rule.product]\ntable = \"public.products\"\nkey = \"product:{id}\"\n\
+                           value = \"json\"\ncolumns = [\"*\"]";
+    let header = Table::Rule.header();
+    let entries = match root.get_key_value(Table::Rule.key()) {
+        Some((key, value)) => as_table(reader, Table::Rule, header, &key.span(), value).map(in_file_order),
+        None => Some(Vec::new()),
+    };
+    let Some(entries) = entries else { return Vec::new() };
+    if entries.is_empty() && !is_misspelt(root, Table::Rule) {
+        let none = Diagnostic::error("the file has no rule, so nothing would be done", 0..0, "");
+        reader.report_missing_anywhere(none.help(EXAMPLE));
+    }
+    let mut rules = Vec::new();
+    for (key, value) in entries {
+        let name = Spanned { value: key.get_ref().to_string(), span: key.span() };
+        let DeValue::Table(fields) = value.get_ref() else {
+            reader.report(nameless(&name));
+            continue;
+        };
+        check_name(reader, &name);
+        let section = Section::new(reader, Table::Rule, format!("rule `{}`", name.value), value.span(), fields);
+        rules.extend(rule::rule(section, name, defaults));
+    }
+    rules
+}
+
+/// A value directly in `[rule]`.
+fn nameless(name: &Spanned<String>) -> Diagnostic {
+    let title = format!("`{}` belongs to no rule: a rule has a name", name.value);
+    let label = if Table::Rule.field(&name.value).is_some() { "a field of [rule.NAME]" } else { "" };
+    Diagnostic::error(title, name.span.clone(), label).help("write  [rule.NAME]  with a name of your choice")
+}
+
+fn check_name(reader: &mut Reader<'_>, name: &Spanned<String>) {
+    let allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
+    let plain = !name.value.is_empty() && name.value.chars().all(allowed);
+    if !plain || name.value.len() > RULE_NAME_BYTES_MAX {
+        let title = format!("`{}` cannot be the name of a rule", name.value);
+        let help = format!("names are made of letters, digits, `-` and `_`, at most {RULE_NAME_BYTES_MAX}");
+        reader.report(Diagnostic::error(title, name.span.clone(), "").help(help));
+    }
+}
+
+/// Reports what stands at the top of the file and is no table of it.
+fn unknown(reader: &mut Reader<'_>, root: &DeTable<'_>) {
+    let known = Table::ALL.map(Table::key);
+    for (key, value) in in_file_order(root) {
+        let name = key.get_ref().as_ref();
+        if known.contains(&name) {
+            continue;
+        }
+        let span = key.span();
+        if LATER_AT_TOP.contains(&name) {
+            reader.report(not_yet(&format!("`{name}`"), span));
+            continue;
+        }
+        let homes = homes(name);
+        let diagnostic = match value.get_ref() {
+            DeValue::Table(table) => unknown_table(name, table, span),
+            _ if homes.is_empty() => Diagnostic::error(format!("unknown field `{name}`"), span, "stands in no table"),
+            _ => Diagnostic::error(format!("`{name}` stands in no table"), span, "above the first header")
+                .help(format!("move it below {homes}")),
+        };
+        reader.report(diagnostic);
+    }
+}
+
+/// The table whose name is nearest to one that is unknown.
+fn meant(name: &str) -> Option<Table> {
+    let near = nearest(name, Table::ALL.map(Table::key))?;
+    Table::ALL.into_iter().find(|table| table.key() == near)
+}
+
+/// Whether the file has the table under another name: then that is what is wrong, not that it is missing.
+fn is_misspelt(root: &DeTable<'_>, table: Table) -> bool {
+    !root.contains_key(table.key()) && root.keys().any(|key| meant(key.get_ref()) == Some(table))
+}
+
+fn unknown_table(name: &str, table: &DeTable<'_>, span: Range<usize>) -> Diagnostic {
+    let unknown = |label: String| Diagnostic::error(format!("unknown table `{name}`"), span, label);
+    if table.contains_key("table") {
+        return unknown("this looks like a rule".to_owned()).help(format!("write  [rule.{name}]"));
+    }
+    match meant(name) {
+        Some(near) => unknown(format!("did you mean {}?", near.header())).help(format!("write  {}", near.header())),
+        None => {
+            let headers = Table::ALL.map(Table::header).join(", ");
+            unknown(String::new()).help(format!("the tables are {headers}"))
+        }
+    }
+}

@@ -1,0 +1,604 @@
+//! Every field of the rules file: the one table behind accepted names, suggestions, limits, `keepstep reference` and
+//! the JSON Schema.
+//!
+//! The parser asks for a field by its name and finds its limits here; a field that it reads and that is not here, or
+//! that is here and not read, fails a test.
+
+use std::time::Duration;
+
+/// A table of the rules file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Table {
+    /// `[postgres]`
+    Postgres,
+    /// `[redis]`
+    Redis,
+    /// `[admin]`
+    Admin,
+    /// `[defaults]`
+    Defaults,
+    /// `[rule.NAME]`
+    Rule,
+}
+
+impl Table {
+    /// Every table, in the order of the reference.
+    pub const ALL: [Table; 5] = [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule];
+
+    /// Its key at the top of the file.
+    pub fn key(self) -> &'static str {
+        match self {
+            Self::Postgres => "postgres",
+            Self::Redis => "redis",
+            Self::Admin => "admin",
+            Self::Defaults => "defaults",
+            Self::Rule => "rule",
+        }
+    }
+
+    /// Its header.
+    pub fn header(self) -> &'static str {
+        match self {
+            Self::Postgres => "[postgres]",
+            Self::Redis => "[redis]",
+            Self::Admin => "[admin]",
+            Self::Defaults => "[defaults]",
+            Self::Rule => "[rule.NAME]",
+        }
+    }
+
+    /// What it is for.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Self::Postgres => "Where changes come from.",
+            Self::Redis => "Where keys go.",
+            Self::Admin => "The HTTP endpoint for metrics, health and status.",
+            Self::Defaults => "What every rule with a `key` takes that does not say otherwise.",
+            Self::Rule => {
+                "What a row change of one table does: write a key (`key`, `value`, `columns`), make keys stale \
+                 (`delete`), or both. NAME is the rule's name in metrics and messages."
+            }
+        }
+    }
+
+    /// Whether `${NAME}`, `${NAME:-default}` and `${file:/path}` are filled in.
+    pub fn interpolates(self) -> bool {
+        matches!(self, Self::Postgres | Self::Redis | Self::Admin)
+    }
+
+    /// Its fields.
+    pub fn fields(self) -> impl Iterator<Item = &'static Field> + Clone {
+        FIELDS.iter().filter(move |field| field.table == self)
+    }
+
+    /// Its field of this name.
+    pub fn field(self, name: &str) -> Option<&'static Field> {
+        self.fields().find(|field| field.name == name)
+    }
+}
+
+/// A field of the rules file.
+#[derive(Clone, Copy, Debug)]
+pub struct Field {
+    /// The table it stands in.
+    pub table: Table,
+    /// Its name.
+    pub name: &'static str,
+    /// What it takes.
+    pub kind: Kind,
+    /// What holds without it.
+    pub default: Fallback,
+    /// What it does.
+    pub meaning: &'static str,
+    /// What it needs and what it excludes; may be empty.
+    pub limits: &'static str,
+    /// A value, as TOML.
+    pub example: &'static str,
+}
+
+/// What a field takes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// Any string.
+    Text,
+    /// A string with a URL.
+    Url,
+    /// A path, as a string.
+    Path,
+    /// `"host:port"` with an IP address, or `"off"`.
+    Address,
+    /// One of these strings.
+    Choice(&'static [&'static str]),
+    /// A string such as `"12h"` between two durations; `off` says whether `"off"` is one of its values.
+    Duration {
+        /// The least.
+        min: Duration,
+        /// The most.
+        max: Duration,
+        /// Whether `"off"` is allowed.
+        off: bool,
+    },
+    /// A string such as `"8GiB"` between two numbers of bytes.
+    Size {
+        /// The least.
+        min: u64,
+        /// The most.
+        max: u64,
+    },
+    /// A string such as `"10%"`.
+    Share,
+    /// An integer between two.
+    Count {
+        /// The least.
+        min: u64,
+        /// The most.
+        max: u64,
+    },
+    /// `"schema.table"`
+    TableName,
+    /// A key template.
+    Template,
+    /// An array of key templates.
+    Templates,
+    /// An array of column names.
+    Columns,
+    /// An array of some of these strings.
+    Choices(&'static [&'static str]),
+    /// A table of strings.
+    Pairs,
+}
+
+/// What holds without a field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fallback {
+    /// The file is refused.
+    Required,
+    /// Nothing.
+    Absent,
+    /// This value, as TOML.
+    Value(&'static str),
+}
+
+/// A second, a day, and the longest time that anything may be given.
+const SECOND: Duration = Duration::from_secs(1);
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
+const TEN_YEARS: Duration = Duration::from_secs(3_650 * 24 * 60 * 60);
+
+const TTL: Kind = Kind::Duration { min: Duration::from_millis(100), max: TEN_YEARS, off: true };
+const WRITE: Kind = Kind::Choice(&["always", "present"]);
+const ON_DELETE: Kind = Kind::Choice(&["delete", "keep"]);
+
+const TTL_MEANING: &str = "How long a written key lives; `\"off\"` is for ever. A row that does not change is not \
+                           written again, so its key goes when the time is over.";
+const JITTER_MEANING: &str = "Each TTL is shortened at random by up to this share, so that keys written together do \
+                              not expire together.";
+const WRITE_MEANING: &str = "`\"present\"` refreshes only keys that exist, for applications that fill their cache \
+                             themselves; `\"always\"` writes every row.";
+const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL; `\"delete\"` removes it.";
+
+/// The table.
+pub const FIELDS: &[Field] = &[
+    Field {
+        table: Table::Postgres,
+        name: "url",
+        kind: Kind::Url,
+        default: Fallback::Required,
+        meaning: "`postgresql://user@host:port/database`. A driver suffix as in `postgresql+asyncpg://` is dropped.",
+        limits: "",
+        example: "\"${DATABASE_URL}\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "source",
+        kind: Kind::Choice(&["replication"]),
+        default: Fallback::Value("\"replication\""),
+        meaning: "How changes are received: by logical replication.",
+        limits: "",
+        example: "\"replication\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "slot",
+        kind: Kind::Text,
+        default: Fallback::Value("\"keepstep\""),
+        meaning: "The replication slot. Each cache needs its own.",
+        limits: "Lower-case letters, digits and `_`, at most 63.",
+        example: "\"keepstep\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "publication",
+        kind: Kind::Text,
+        default: Fallback::Value("\"keepstep\""),
+        meaning: "The publication that names the tables.",
+        limits: "At most 63 bytes.",
+        example: "\"keepstep\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "on_gap",
+        kind: Kind::Choice(&["reconcile", "stop"]),
+        default: Fallback::Value("\"reconcile\""),
+        meaning: "What happens when the log no longer holds what was missed: make the cache right again from the \
+                  tables, or exit with the reason.",
+        limits: "",
+        example: "\"stop\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "replay_window",
+        kind: Kind::Duration { min: Duration::ZERO, max: DAY, off: false },
+        default: Fallback::Value("\"30s\""),
+        meaning: "Acknowledgements to Postgres trail what the cache holds by this, so that a cache that lost its last \
+                  seconds is replayed.",
+        limits: "",
+        example: "\"30s\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "heartbeat",
+        kind: Kind::Duration { min: SECOND, max: DAY, off: true },
+        default: Fallback::Value("\"60s\""),
+        meaning: "How often a logical message moves an idle slot forward while other databases write.",
+        limits: "",
+        example: "\"60s\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "connect_timeout",
+        kind: Kind::Duration { min: Duration::from_millis(100), max: Duration::from_secs(600), off: false },
+        default: Fallback::Value("\"10s\""),
+        meaning: "How long connecting may take.",
+        limits: "",
+        example: "\"10s\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "max_retained",
+        kind: Kind::Size { min: 1 << 20, max: 1 << 50 },
+        default: Fallback::Value("\"8GiB\""),
+        meaning: "Beyond this much retained WAL the slot is reported as alarming, in a metric and in the log.",
+        limits: "",
+        example: "\"8GiB\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "url",
+        kind: Kind::Url,
+        default: Fallback::Required,
+        meaning: "`redis://user:password@host:port/database`, `rediss://` with TLS, or `redis+unix:///path/to/socket`.",
+        limits: "",
+        example: "\"${REDIS_URL}\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "prefix",
+        kind: Kind::Text,
+        default: Fallback::Value("\"\""),
+        meaning: "Stands before every key: tenant, application, cache version.",
+        limits: "",
+        example: "\"shop:v1:\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "timeout",
+        kind: Kind::Duration { min: Duration::from_millis(100), max: Duration::from_secs(600), off: false },
+        default: Fallback::Value("\"10s\""),
+        meaning: "How long one batch may take before the connection counts as lost.",
+        limits: "",
+        example: "\"10s\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "wait_replicas",
+        kind: Kind::Count { min: 0, max: 100 },
+        default: Fallback::Value("0"),
+        meaning: "Changes are acknowledged to Postgres only after so many replicas have them (WAIT).",
+        limits: "",
+        example: "1",
+    },
+    Field {
+        table: Table::Redis,
+        name: "ca_file",
+        kind: Kind::Path,
+        default: Fallback::Absent,
+        meaning: "Root certificates (PEM) to trust instead of the system's.",
+        limits: "Needs `rediss://`.",
+        example: "\"/etc/ssl/redis-ca.pem\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "client_cert",
+        kind: Kind::Path,
+        default: Fallback::Absent,
+        meaning: "The client's certificate (PEM).",
+        limits: "Needs `client_key` and `rediss://`.",
+        example: "\"/etc/ssl/keepstep.pem\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "client_key",
+        kind: Kind::Path,
+        default: Fallback::Absent,
+        meaning: "The client's private key (PEM).",
+        limits: "Needs `client_cert` and `rediss://`.",
+        example: "\"/etc/ssl/keepstep.key\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "batch_ops",
+        kind: Kind::Count { min: 1, max: 1_000_000 },
+        default: Fallback::Value("4096"),
+        meaning: "A batch closes at this many keys.",
+        limits: "",
+        example: "4096",
+    },
+    Field {
+        table: Table::Redis,
+        name: "batch_bytes",
+        kind: Kind::Size { min: 1 << 10, max: 256 << 20 },
+        default: Fallback::Value("\"4MiB\""),
+        meaning: "A batch closes at this many bytes of keys and values.",
+        limits: "",
+        example: "\"4MiB\"",
+    },
+    Field {
+        table: Table::Admin,
+        name: "listen",
+        kind: Kind::Address,
+        default: Fallback::Value("\"127.0.0.1:9847\""),
+        meaning: "Where the endpoint listens; `\"off\"` is nowhere.",
+        limits: "",
+        example: "\"0.0.0.0:9847\"",
+    },
+    Field {
+        table: Table::Admin,
+        name: "token",
+        kind: Kind::Text,
+        default: Fallback::Absent,
+        meaning: "What other hosts must send as `Authorization: Bearer` for anything but probes and metrics. Without \
+                  it only loopback is answered.",
+        limits: "",
+        example: "\"${file:/run/secrets/keepstep_token}\"",
+    },
+    Field {
+        table: Table::Defaults,
+        name: "ttl",
+        kind: TTL,
+        default: Fallback::Value("\"off\""),
+        meaning: TTL_MEANING,
+        limits: "",
+        example: "\"1d\"",
+    },
+    Field {
+        table: Table::Defaults,
+        name: "jitter",
+        kind: Kind::Share,
+        default: Fallback::Value("\"0%\""),
+        meaning: JITTER_MEANING,
+        limits: "",
+        example: "\"10%\"",
+    },
+    Field {
+        table: Table::Defaults,
+        name: "write",
+        kind: WRITE,
+        default: Fallback::Value("\"always\""),
+        meaning: WRITE_MEANING,
+        limits: "",
+        example: "\"present\"",
+    },
+    Field {
+        table: Table::Defaults,
+        name: "on_delete",
+        kind: ON_DELETE,
+        default: Fallback::Value("\"delete\""),
+        meaning: ON_DELETE_MEANING,
+        limits: "",
+        example: "\"keep\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "table",
+        kind: Kind::TableName,
+        default: Fallback::Required,
+        meaning: "The table, with its schema, exactly as in the catalog. A partitioned table is named by its root.",
+        limits: "A name that holds a dot stands in double quotes: `'public.\"a.b\"'`.",
+        example: "\"public.products\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "on",
+        kind: Kind::Choices(&["insert", "update", "delete"]),
+        default: Fallback::Value("[\"insert\", \"update\", \"delete\"]"),
+        meaning: "The row changes that count. TRUNCATE counts where `delete` does.",
+        limits: "",
+        example: "[\"insert\", \"update\"]",
+    },
+    Field {
+        table: Table::Rule,
+        name: "vars",
+        kind: Kind::Pairs,
+        default: Fallback::Absent,
+        meaning: "Names that the rule's templates may use as they use columns: \
+                  `vars = { url = \"https://shop.example/p/{id}/\" }`, then `{url|md5}`.",
+        limits: "",
+        example: "{ url = \"https://shop.example/p/{id}/\" }",
+    },
+    Field {
+        table: Table::Rule,
+        name: "key",
+        kind: Kind::Template,
+        default: Fallback::Absent,
+        meaning: "The key that a row is written to: `{column}`, `{column?default}` for NULL, filters `{column|lower}`, \
+                  `upper`, `urlencode`, `md5`, `sha256`, and `{{` `}}` for braces. It begins with a literal.",
+        limits: "Needs `value`. A rule has `key`, `delete` or both.",
+        example: "\"product:{id}\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "value",
+        kind: Kind::Choice(&["json"]),
+        default: Fallback::Absent,
+        meaning: "What the key holds: `\"json\"` is what Postgres's `row_to_json` gives for `columns`.",
+        limits: "Needs `key` and `columns`.",
+        example: "\"json\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "columns",
+        kind: Kind::Columns,
+        default: Fallback::Absent,
+        meaning: "The columns in the value, in this order; `[\"*\"]` is every published column.",
+        limits: "Needs `key`.",
+        example: "[\"id\", \"name\", \"price\"]",
+    },
+    Field {
+        table: Table::Rule,
+        name: "rename",
+        kind: Kind::Pairs,
+        default: Fallback::Absent,
+        meaning: "Columns that get another name in the value: `rename = { column = \"field\" }`.",
+        limits: "Needs `key`; names only columns among `columns`.",
+        example: "{ name = \"title\" }",
+    },
+    Field {
+        table: Table::Rule,
+        name: "strings",
+        kind: Kind::Columns,
+        default: Fallback::Absent,
+        meaning: "Columns that become JSON strings: decimals that must keep their digits, bigint for JavaScript.",
+        limits: "Needs `key`; names only columns among `columns`.",
+        example: "[\"price\"]",
+    },
+    Field {
+        table: Table::Rule,
+        name: "ttl",
+        kind: TTL,
+        default: Fallback::Value("\"off\""),
+        meaning: TTL_MEANING,
+        limits: "Needs `key`.",
+        example: "\"1d\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "jitter",
+        kind: Kind::Share,
+        default: Fallback::Value("\"0%\""),
+        meaning: JITTER_MEANING,
+        limits: "Needs `key` and a `ttl`.",
+        example: "\"10%\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "write",
+        kind: WRITE,
+        default: Fallback::Value("\"always\""),
+        meaning: WRITE_MEANING,
+        limits: "Needs `key`.",
+        example: "\"present\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "on_delete",
+        kind: ON_DELETE,
+        default: Fallback::Value("\"delete\""),
+        meaning: ON_DELETE_MEANING,
+        limits: "Needs `key`; `\"keep\"` wants a `ttl`.",
+        example: "\"keep\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "delete",
+        kind: Kind::Templates,
+        default: Fallback::Absent,
+        meaning: "Keys that a change makes stale; they are deleted. Templates as in `key`, filled from the old and \
+                  from the new row.",
+        limits: "A rule has `key`, `delete` or both.",
+        example: "[\"products:cat:{category_id}\", \"feed:global\"]",
+    },
+    Field {
+        table: Table::Rule,
+        name: "changed",
+        kind: Kind::Columns,
+        default: Fallback::Absent,
+        meaning: "An UPDATE counts only if one of these columns changed, or one that the rule's own templates use.",
+        limits: "Needs \"update\" among `on`.",
+        example: "[\"name\", \"price\"]",
+    },
+];
+
+/// Names that a later version reads at the top of the file, and that are refused as such until then.
+pub(super) const LATER_AT_TOP: &[&str] = &["include", "query"];
+
+/// The same inside the tables.
+pub(super) fn later(table: Table) -> &'static [&'static str] {
+    match table {
+        Table::Postgres => &["poll_interval", "warm_rate", "query_connections", "message_commands"],
+        Table::Redis => &["also_prefix"],
+        Table::Admin => &[],
+        Table::Defaults => &["every", "keep_ttl", "redelete", "audit", "owns", "warm"],
+        Table::Rule => &[
+            "when",
+            "lookup",
+            "delete_tags",
+            "delete_match",
+            "bump",
+            "stream",
+            "publish",
+            "template",
+            "compute",
+            "member",
+            "score",
+            "every",
+            "expire_at",
+            "keep_ttl",
+            "owns",
+            "warm",
+            "tags",
+            "redelete",
+            "audit",
+        ],
+    }
+}
+
+/// Values that a later version takes for a field, and that are refused as such until then.
+pub(super) fn later_choices(name: &str) -> &'static [&'static str] {
+    match name {
+        "source" => &["outbox"],
+        "value" => &["hash", "rejson", "string", "set", "zset"],
+        _ => &[],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn a_name_stands_once_in_a_table_and_is_not_also_a_later_one() {
+        for table in Table::ALL {
+            let mut names = HashSet::new();
+            let all = table.fields().map(|field| field.name).chain(later(table).iter().copied());
+            all.for_each(|name| assert!(names.insert(name), "{name}"));
+        }
+    }
+
+    #[test]
+    fn defaults_are_fields_of_rules_and_mean_the_same() {
+        for field in Table::Defaults.fields() {
+            let of_rule = Table::Rule.field(field.name).unwrap_or_else(|| panic!("{}", field.name));
+            assert_eq!((field.kind, field.default, field.meaning), (of_rule.kind, of_rule.default, of_rule.meaning));
+        }
+    }
+
+    #[test]
+    fn prose_is_prose() {
+        for field in FIELDS {
+            assert!(field.meaning.ends_with('.'), "{}", field.name);
+            assert!(field.limits.is_empty() || field.limits.ends_with('.'), "{}", field.name);
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! `[defaults]` and `[rule.NAME]`: what a rule says for itself, and whether its fields agree with each other.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+
+use super::diagnostic::Diagnostic;
+use super::quantity::{self, Mistake};
+use super::section::{Section, template};
+use super::{ColumnSelection, Operations, Rule, Spanned, TableName, ValueKind, WriteAction};
+use crate::rules::template::Template;
+
+/// Fields that say how a key is written and mean nothing without one.
+const OF_KEY: [&str; 8] = ["value", "columns", "rename", "strings", "ttl", "jitter", "write", "on_delete"];
+
+/// `[defaults]`, and the same fields of a rule: `None` is not given.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Defaults {
+    ttl: Option<Spanned<Option<Duration>>>,
+    jitter: Option<Spanned<f64>>,
+    present_only: Option<bool>,
+    keep_on_delete: Option<Spanned<bool>>,
+}
+
+/// Reads `[defaults]`.
+pub(super) fn defaults(mut section: Section<'_, '_>) -> Defaults {
+    let defaults = Defaults::read(&mut section);
+    section.finish();
+    defaults
+}
+
+impl Defaults {
+    fn read(section: &mut Section<'_, '_>) -> Self {
+        Defaults {
+            ttl: section.duration_or_off("ttl"),
+            jitter: section.parsed("jitter", quantity::share),
+            present_only: section.choice("write").map(|choice| choice.value == "present"),
+            keep_on_delete: section
+                .choice("on_delete")
+                .map(|choice| Spanned { value: choice.value == "keep", span: choice.span }),
+        }
+    }
+
+    /// These where they are given, else `others`.
+    fn or(self, others: &Defaults) -> Self {
+        Defaults {
+            ttl: self.ttl.or_else(|| others.ttl.clone()),
+            jitter: self.jitter.or_else(|| others.jitter.clone()),
+            present_only: self.present_only.or(others.present_only),
+            keep_on_delete: self.keep_on_delete.or_else(|| others.keep_on_delete.clone()),
+        }
+    }
+}
+
+/// Reads a rule; `None` if what it needs is missing or wrong.
+pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults: &Defaults) -> Option<Rule> {
+    let table = section.parsed("table", table_name);
+    let operations = operations(&mut section);
+    let vars = section.pairs("vars", |text| template(text, Template::parse_free));
+    let key = section.parsed("key", |text| template(text, Template::parse));
+    let write = write_action(&mut section, key, defaults);
+    let delete = section.list("delete", |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value);
+    let changed = section.columns("changed").map(|columns| columns.value);
+    section.require("table", "\"schema.table\"");
+    check_purpose(&mut section);
+    check_changed(&mut section, operations);
+    let on_given = section.given("on").is_some();
+    if section.is_sound() {
+        check_vars(&mut section, &vars, write.as_ref(), &delete);
+    }
+    section.finish();
+    let mut rule =
+        Rule { name, table: table?, on: operations, on_given, vars, write, delete, changed, fingerprint: String::new() };
+    rule.fingerprint = fingerprint(&rule);
+    Some(rule)
+}
+
+fn operations(section: &mut Section<'_, '_>) -> Operations {
+    let Some(on) = section.choices("on") else { return Operations::ALL };
+    let named = |name| on.value.iter().any(|operation| operation.value == name);
+    Operations { insert: named("insert"), update: named("update"), delete: named("delete") }
+}
+
+/// `schema.table`; a part that holds a dot stands in double quotes, in which `""` is one.
+fn table_name(text: &str) -> Result<TableName, Mistake> {
+    const HELP: &str = "write  table = \"schema.table\", exactly as in the catalog";
+    let mistake = |problem: &str| Mistake::whole(text, problem);
+    let Some(parts) = name_parts(text) else {
+        return Err(mistake("is not a table's name").help(HELP));
+    };
+    if text.contains('*') || text.contains('{') {
+        return Err(mistake("is a pattern, which is not available in this version yet").help("write one rule for each table"));
+    }
+    match parts.as_slice() {
+        [name] => Err(mistake("names no schema").help(format!("for example  table = \"public.{name}\""))),
+        [schema, name] => Ok(TableName { schema: schema.clone(), name: name.clone() }),
+        [_, schema, name] => {
+            let help = format!("the database stands in `url` of [postgres]; write  table = \"{schema}.{name}\"");
+            Err(mistake("has three parts").help(help))
+        }
+        _ => Err(mistake("is not a table's name").help(HELP)),
+    }
+}
+
+/// The parts between dots, or `None` if one is empty or its quotes are wrong.
+fn name_parts(text: &str) -> Option<Vec<String>> {
+    let mut parts = Vec::new();
+    let mut rest = text;
+    loop {
+        let (part, behind) = match rest.strip_prefix('"') {
+            None => {
+                let (part, behind) = rest.split_at(rest.find('.').unwrap_or(rest.len()));
+                (part.to_owned(), behind)
+            }
+            Some(quoted) => {
+                let end = (0..quoted.len()).find(|at| is_closing_quote(quoted, *at))?;
+                (quoted[..end].replace("\"\"", "\""), &quoted[end + 1..])
+            }
+        };
+        if part.is_empty() {
+            return None;
+        }
+        parts.push(part);
+        if behind.is_empty() {
+            return Some(parts);
+        }
+        rest = behind.strip_prefix('.')?;
+    }
+}
+
+/// Whether the byte at `at` is a quote that ends a quoted name: the last of an odd number of them.
+fn is_closing_quote(quoted: &str, at: usize) -> bool {
+    let bytes = quoted.as_bytes();
+    let run = bytes[..=at].iter().rev().take_while(|byte| **byte == b'"').count();
+    run % 2 == 1 && bytes.get(at + 1) != Some(&b'"')
+}
+
+/// Reads what says how the key is written; `None` without a key, or where something it needs is wrong.
+fn write_action(
+    section: &mut Section<'_, '_>,
+    key: Option<Spanned<Template>>,
+    defaults: &Defaults,
+) -> Option<WriteAction> {
+    let value = section.choice("value").map(|choice| Spanned { value: ValueKind::Json, span: choice.span });
+    let columns = columns(section);
+    let rename = section.pairs("rename", |text| match text {
+        "" => Err(Mistake::whole(text, "is an empty name")),
+        _ => Ok(text.to_owned()),
+    });
+    let strings = section.columns("strings").map_or_else(Vec::new, |columns| columns.value);
+    let own = Defaults::read(section);
+    if section.given("key").is_none() {
+        return None;
+    }
+    section.require("value", "\"json\"");
+    section.require("columns", "[\"*\"]");
+    check_jitter(section, &own, defaults);
+    let settings = own.or(defaults);
+    check_lifetime(section, &settings);
+    if let Some(columns) = &columns {
+        check_columns(section, &columns.value, "rename", rename.iter().map(|(column, _)| column));
+        check_columns(section, &columns.value, "strings", strings.iter());
+        check_fields(section, &columns.value, &rename);
+    }
+    let ttl = settings.ttl.and_then(|ttl| ttl.value);
+    Some(WriteAction {
+        key: key?,
+        value: value?,
+        columns: columns?,
+        rename,
+        strings,
+        ttl,
+        jitter: settings.jitter.map_or(0.0, |jitter| jitter.value),
+        present_only: settings.present_only.unwrap_or(false),
+        keep_on_delete: settings.keep_on_delete.is_some_and(|keep| keep.value),
+    })
+}
+
+/// `columns`, where `"*"` stands alone.
+fn columns(section: &mut Section<'_, '_>) -> Option<Spanned<ColumnSelection>> {
+    let Spanned { value: names, span } = section.columns("columns")?;
+    let star = names.iter().find(|name| name.value == "*");
+    let selection = match star {
+        None => ColumnSelection::Named(names),
+        Some(star) if names.len() > 1 => {
+            let problem = section
+                .error("`columns` names `*` beside other columns", star.span.clone(), "every column already")
+                .help("write  columns = [\"*\"], or name the columns");
+            section.report(problem);
+            ColumnSelection::All
+        }
+        Some(_) => ColumnSelection::All,
+    };
+    Some(Spanned { value: selection, span })
+}
+
+/// A rule writes a key or deletes keys, and fields of a key need one.
+fn check_purpose(section: &mut Section<'_, '_>) {
+    if section.given("key").is_some() {
+        return;
+    }
+    let orphans: Vec<_> = OF_KEY.into_iter().filter_map(|name| Some((name, section.given(name)?))).collect();
+    for (name, span) in &orphans {
+        let problem = section
+            .error(format_args!("`{name}` needs `key`"), span.clone(), "this rule writes no key")
+            .help(format!("add  key = \"…:{{id}}\", or leave `{name}` out"));
+        section.reader.report_missing(section.header.start, problem);
+    }
+    if orphans.is_empty() && section.given("delete").is_none() {
+        let problem = section
+            .error("the rule does nothing", section.header.clone(), "neither `key` nor `delete`")
+            .help("to write rows through:  key = \"product:{id}\", value = \"json\", columns = [\"*\"]")
+            .help("to make keys stale:  delete = [\"product:{id}\"]");
+        section.reader.report_missing(section.header.start, problem);
+    }
+}
+
+fn check_changed(section: &mut Section<'_, '_>, operations: Operations) {
+    if let (Some(span), false) = (section.given("changed"), operations.update) {
+        let problem = section.error("`changed` has no effect without updates", span, "looks at UPDATE only");
+        let on = section.given("on").unwrap_or_else(|| section.header.clone());
+        section.report(problem.context(on, "leaves \"update\" out").help("add \"update\" to `on`, or leave `changed` out"));
+    }
+}
+
+/// `jitter` shortens a TTL; without one it does nothing. One from `[defaults]` just waits for a rule that has a TTL.
+fn check_jitter(section: &mut Section<'_, '_>, own: &Defaults, defaults: &Defaults) {
+    let ttl = own.ttl.as_ref().or(defaults.ttl.as_ref());
+    if let (Some(jitter), None) = (&own.jitter, ttl.and_then(|ttl| ttl.value))
+        && section.given("ttl").is_none()
+    {
+        let problem = section
+            .error("`jitter` needs a `ttl`", jitter.span.clone(), "there is no TTL to shorten")
+            .help("add  ttl = \"1d\", or leave `jitter` out");
+        section.report(problem);
+    }
+}
+
+/// What becomes of keys in the long run is easily overlooked.
+fn check_lifetime(section: &mut Section<'_, '_>, settings: &Defaults) {
+    let ttl = settings.ttl.as_ref().filter(|ttl| ttl.value.is_some());
+    match (ttl, &settings.keep_on_delete) {
+        (None, Some(keep)) if keep.value => {
+            let title = format!("{}: keys of deleted rows stay for ever", section.title);
+            let warning = Diagnostic::warning(title, keep.span.clone(), "and there is no `ttl`");
+            section.report(warning.help("add  ttl = \"1d\", or leave `on_delete` out"));
+        }
+        (Some(ttl), _) if !settings.present_only.unwrap_or(false) => {
+            let title = "keys of rows that do not change go when their TTL is over, and are not written again";
+            let warning = Diagnostic::warning(title, ttl.span.clone(), "counts from the row's last change")
+                .help("leave `ttl` out if a key should live as long as its row");
+            // One TTL in [defaults] is one remark, however many rules take it.
+            if !section.reader.diagnostics.contains(&warning) {
+                section.report(warning);
+            }
+        }
+        _ => {}
+    }
+}
+
+/// `rename` and `strings` speak of columns in the value.
+fn check_columns<'c>(
+    section: &mut Section<'_, '_>,
+    columns: &ColumnSelection,
+    field: &str,
+    named: impl Iterator<Item = &'c Spanned<String>>,
+) {
+    let ColumnSelection::Named(columns) = columns else { return };
+    let known = || columns.iter().map(|column| column.value.as_str());
+    for name in named.filter(|name| !known().any(|column| column == name.value)) {
+        let problem = section.error(
+            format_args!("`{field}` names `{}`, which is not among `columns`", name.value),
+            name.span.clone(),
+            "",
+        );
+        let help = match crate::suggest::nearest(&name.value, known()) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("add \"{}\" to `columns`", name.value),
+        };
+        section.report(problem.help(help));
+    }
+}
+
+/// Two fields of one JSON object cannot have the same name.
+fn check_fields(
+    section: &mut Section<'_, '_>,
+    columns: &ColumnSelection,
+    rename: &[(Spanned<String>, Spanned<String>)],
+) {
+    let renamed = |column: &str| rename.iter().find(|(from, _)| from.value == column).map(|(_, to)| to);
+    let kept = match columns {
+        ColumnSelection::All => &[],
+        ColumnSelection::Named(names) => names.as_slice(),
+    };
+    let kept = kept.iter().filter(|name| renamed(&name.value).is_none());
+    let mut fields: Vec<&Spanned<String>> = kept.collect();
+    for (_, to) in rename {
+        if let Some(first) = fields.iter().find(|field| field.value == to.value) {
+            let problem = section
+                .error(format_args!("the value has two fields `{}`", to.value), to.span.clone(), "again")
+                .context(first.span.clone(), "first here")
+                .help("give one of them another name");
+            section.report(problem);
+        }
+        fields.push(to);
+    }
+}
+
+/// A variable that no template uses was misspelt there, or is left over.
+fn check_vars(
+    section: &mut Section<'_, '_>,
+    vars: &[(Spanned<String>, Spanned<Template>)],
+    write: Option<&WriteAction>,
+    delete: &[Spanned<Template>],
+) {
+    let of_keys = write.map(|write| &write.key.value).into_iter().chain(delete.iter().map(|key| &key.value));
+    let templates = of_keys.chain(vars.iter().map(|(_, var)| &var.value));
+    let used: HashSet<&str> = templates.flat_map(Template::placeholders).map(|part| part.name.as_str()).collect();
+    for (name, _) in vars.iter().filter(|(name, _)| !used.contains(name.value.as_str())) {
+        let title = format!("{}: no template uses `{}`", section.title, name.value);
+        let warning = Diagnostic::warning(title, name.span.clone(), "");
+        section.report(warning.help(format!("write {{{}}} in a template, or leave it out", name.value)));
+    }
+}
+
+/// A hash over everything that decides which keys the rule makes and what they hold, and nothing else: not over
+/// comments, the order of fields, or the rule's name.
+fn fingerprint(rule: &Rule) -> String {
+    let sorted = |mut names: Vec<String>| {
+        names.sort();
+        names
+    };
+    let names = |names: &[Spanned<String>]| sorted(names.iter().map(|name| name.value.clone()).collect());
+    let write = rule.write.as_ref().map(|write| {
+        let columns = match &write.columns.value {
+            ColumnSelection::All => None,
+            ColumnSelection::Named(names) => Some(names.iter().map(|name| name.value.clone()).collect::<Vec<_>>()),
+        };
+        let ValueKind::Json = write.value.value;
+        serde_json::json!({
+            "key": write.key.value.text(),
+            "value": "json",
+            "columns": columns,
+            "rename": sorted_pairs(write.rename.iter().map(|(from, to)| (from.value.as_str(), to.value.as_str()))),
+            "strings": names(&write.strings),
+            "ttl_ms": write.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+            "jitter": write.jitter,
+            "present_only": write.present_only,
+            "keep_on_delete": write.keep_on_delete,
+        })
+    });
+    let canonical = serde_json::json!({
+        "schema": rule.table.value.schema,
+        "table": rule.table.value.name,
+        "on": [rule.on.insert, rule.on.update, rule.on.delete],
+        "vars": sorted_pairs(rule.vars.iter().map(|(name, var)| (name.value.as_str(), var.value.text()))),
+        "write": write,
+        "delete": sorted(rule.delete.iter().map(|key| key.value.text().to_owned()).collect()),
+        "changed": rule.changed.as_deref().map(names),
+    });
+    let digest = Sha256::digest(canonical.to_string());
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn sorted_pairs<'p>(pairs: impl Iterator<Item = (&'p str, &'p str)>) -> Vec<(&'p str, &'p str)> {
+    let mut pairs: Vec<_> = pairs.collect();
+    pairs.sort_unstable();
+    pairs
+}

@@ -1,0 +1,216 @@
+//! `[postgres]`, `[redis]` and `[admin]`: the servers at both ends and the endpoint.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::diagnostic::Diagnostic;
+use super::quantity::Mistake;
+use super::section::Section;
+use super::{AdminConfig, OnGap, PostgresConfig, RedisConfig, Secret, Spanned};
+
+const REPLAY_WINDOW: Duration = Duration::from_secs(30);
+const HEARTBEAT: Duration = Duration::from_secs(60);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const MAX_RETAINED_BYTES: u64 = 8 << 30;
+const REDIS_TIMEOUT: Duration = Duration::from_secs(10);
+const BATCH_OPS: u64 = 4096;
+const BATCH_BYTES: u64 = 4 << 20;
+const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9847);
+/// NAMEDATALEN - 1 (`src/include/pg_config_manual.h`).
+const IDENTIFIER_BYTES_MAX: usize = 63;
+
+/// Reads `[postgres]`; `None` if its URL is missing or wrong.
+pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
+    section.require("url", "\"${DATABASE_URL}\"");
+    let url = section.parsed("url", postgres_url);
+    section.choice("source");
+    let slot = section.parsed("slot", slot_name);
+    let publication = section.parsed("publication", publication_name);
+    let on_gap = section.choice("on_gap").map(|choice| match choice.value {
+        "stop" => OnGap::Stop,
+        _ => OnGap::Reconcile,
+    });
+    let replay_window = section.duration("replay_window");
+    let heartbeat = section.duration_or_off("heartbeat");
+    let connect_timeout = section.duration("connect_timeout");
+    let max_retained = section.size("max_retained");
+    section.finish();
+    Some(PostgresConfig {
+        url: url?.value,
+        slot: slot.map_or_else(|| "keepstep".to_owned(), |slot| slot.value),
+        publication: publication.map_or_else(|| "keepstep".to_owned(), |publication| publication.value),
+        on_gap: on_gap.unwrap_or(OnGap::Reconcile),
+        replay_window: replay_window.unwrap_or(REPLAY_WINDOW),
+        heartbeat: heartbeat.map_or(Some(HEARTBEAT), |heartbeat| heartbeat.value),
+        connect_timeout: connect_timeout.unwrap_or(CONNECT_TIMEOUT),
+        max_retained: max_retained.unwrap_or(MAX_RETAINED_BYTES),
+    })
+}
+
+/// Reads `[redis]`; `None` if its URL is missing or wrong.
+pub(super) fn redis(mut section: Section<'_, '_>) -> Option<RedisConfig> {
+    section.require("url", "\"${REDIS_URL}\"");
+    let url = section.parsed("url", redis_url);
+    let prefix = section.text("prefix").map(|prefix| prefix.value.into_owned());
+    let timeout = section.duration("timeout");
+    let wait_replicas = section.count("wait_replicas").and_then(|count| u32::try_from(count).ok());
+    let ca_file = section.parsed("ca_file", path);
+    let client_certificate = client_certificate(&mut section);
+    let batch_ops = section.count("batch_ops").unwrap_or(BATCH_OPS);
+    let batch_bytes = section.size("batch_bytes").unwrap_or(BATCH_BYTES);
+    if let Some(url) = &url {
+        warn_without_tls(&mut section, url);
+    }
+    section.finish();
+    Some(RedisConfig {
+        url: url?.value,
+        prefix: prefix.unwrap_or_default(),
+        timeout: timeout.unwrap_or(REDIS_TIMEOUT),
+        wait_replicas: wait_replicas.unwrap_or(0),
+        ca_file: ca_file.map(|file| file.value),
+        client_certificate,
+        batch_ops: usize::try_from(batch_ops).ok()?,
+        batch_bytes: usize::try_from(batch_bytes).ok()?,
+    })
+}
+
+/// `client_cert` and `client_key`, which need each other.
+fn client_certificate(section: &mut Section<'_, '_>) -> Option<(PathBuf, PathBuf)> {
+    let certificate = section.parsed("client_cert", path);
+    let key = section.parsed("client_key", path);
+    let alone = match (section.given("client_cert"), section.given("client_key")) {
+        (Some(span), None) => Some((span, "client_cert", "client_key")),
+        (None, Some(span)) => Some((span, "client_key", "client_cert")),
+        _ => None,
+    };
+    if let Some((span, given, missing)) = alone {
+        let help = format!("add  {missing} = \"/path/to/file.pem\"");
+        let problem = section.error(format_args!("`{given}` needs `{missing}`"), span, "").help(help);
+        section.report(problem);
+    }
+    Some((certificate?.value, key?.value))
+}
+
+/// Certificates do nothing on a connection without TLS, and somebody believes that they do.
+fn warn_without_tls(section: &mut Section<'_, '_>, url: &Spanned<Secret>) {
+    if url.value.expose().starts_with("rediss://") {
+        return;
+    }
+    for name in ["ca_file", "client_cert", "client_key"] {
+        if let Some(span) = section.given(name) {
+            let title = format!("{}: `{name}` has no effect, because the connection is not encrypted", section.title);
+            let warning = Diagnostic::warning(title, span, "").context(url.span.clone(), "not `rediss://`");
+            section.report(warning.help("use a `rediss://` URL"));
+        }
+    }
+}
+
+/// Reads `[admin]`.
+pub(super) fn admin(mut section: Section<'_, '_>) -> AdminConfig {
+    let listen = section.parsed("listen", address);
+    let token = section.parsed("token", |text| match text {
+        "" => Err(Mistake::whole(text, "is empty").help("leave it out, and only loopback is answered")),
+        _ => Ok(Secret::new(text)),
+    });
+    section.finish();
+    AdminConfig { listen: listen.map_or(Some(LISTEN), |listen| listen.value), token: token.map(|token| token.value) }
+}
+
+impl Default for AdminConfig {
+    fn default() -> Self {
+        AdminConfig { listen: Some(LISTEN), token: None }
+    }
+}
+
+/// The scheme of a URL and what follows `://`. Only what can be a scheme counts: the rest may be a secret.
+fn split_scheme(url: &str) -> Option<(&str, &str)> {
+    let (scheme, rest) = url.split_once("://")?;
+    let plain = scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+.-:".contains(&byte));
+    (plain && scheme.len() <= 32).then_some((scheme, rest))
+}
+
+/// A URL whose scheme names Postgres, without the driver that SQLAlchemy and others write behind it.
+fn postgres_url(text: &str) -> Result<Secret, Mistake> {
+    const HELP: &str = "write it like  postgresql://user:password@host:5432/database";
+    let Some((scheme, rest)) = split_scheme(text) else {
+        return Err(not_a_url(text, HELP));
+    };
+    match scheme.split('+').next() {
+        Some("postgres" | "postgresql") => Ok(Secret::new(format!("postgresql://{rest}"))),
+        _ => Err(wrong_scheme(scheme, "Postgres").help(HELP)),
+    }
+}
+
+/// A URL whose scheme names a Redis that this version can talk to.
+fn redis_url(text: &str) -> Result<Secret, Mistake> {
+    const HELP: &str = "write it like  redis://host:6379/0, rediss://user:password@host:6379/0 (with TLS) or \
+                        redis+unix:///run/redis/redis.sock";
+    let Some((scheme, rest)) = split_scheme(text) else {
+        return Err(not_a_url(text, HELP));
+    };
+    match scheme {
+        "redis" | "rediss" | "redis+unix" => Ok(Secret::new(text)),
+        "unix" => Ok(Secret::new(format!("redis+unix://{rest}"))),
+        "redis+sentinel" | "redis+cluster" => {
+            let problem = format!("names a topology that is not available in this version yet: `{scheme}`");
+            let range = 0..scheme.len();
+            let mistake = Mistake { range, ..Mistake::whole(text, problem) };
+            Err(mistake.help("name the primary itself:  redis://host:6379/0"))
+        }
+        _ => Err(wrong_scheme(scheme, "Redis").help(HELP)),
+    }
+}
+
+fn not_a_url(text: &str, help: &str) -> Mistake {
+    let problem = if text.is_empty() { "is empty" } else { "is not a URL" };
+    Mistake::whole(text, problem).help(help)
+}
+
+fn wrong_scheme(scheme: &str, server: &str) -> Mistake {
+    let range: Range<usize> = 0..scheme.len();
+    Mistake { range, ..Mistake::whole("", format!("is no URL of {server}: its scheme is `{scheme}`")) }
+}
+
+/// A name that Postgres takes for a slot (`ReplicationSlotValidateName` in `src/backend/replication/slot.c`).
+fn slot_name(text: &str) -> Result<String, Mistake> {
+    let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
+    let mistake = Mistake::whole(text, "is not a name that Postgres takes for a slot");
+    let wrong = text.char_indices().find(|(_, c)| !allowed(*c));
+    if let Some((at, c)) = wrong {
+        let mistake = Mistake { range: at..at + c.len_utf8(), ..mistake };
+        return Err(mistake.help("slot names are made of lower-case letters, digits and `_`"));
+    }
+    match text.len() {
+        0 => Err(mistake.label("empty")),
+        1..=IDENTIFIER_BYTES_MAX => Ok(text.to_owned()),
+        _ => Err(mistake.label(format!("longer than {IDENTIFIER_BYTES_MAX} bytes"))),
+    }
+}
+
+fn publication_name(text: &str) -> Result<String, Mistake> {
+    let mistake = Mistake::whole(text, "is not a name that Postgres takes for a publication");
+    match text.len() {
+        0 => Err(mistake.label("empty")),
+        1..=IDENTIFIER_BYTES_MAX => Ok(text.to_owned()),
+        _ => Err(mistake.label(format!("longer than {IDENTIFIER_BYTES_MAX} bytes"))),
+    }
+}
+
+fn path(text: &str) -> Result<PathBuf, Mistake> {
+    if text.is_empty() { Err(Mistake::whole(text, "is empty")) } else { Ok(PathBuf::from(text)) }
+}
+
+/// An IP address and a port, or `off`.
+fn address(text: &str) -> Result<Option<SocketAddr>, Mistake> {
+    if text == "off" {
+        return Ok(None);
+    }
+    text.parse().map(Some).map_err(|_| {
+        let port = text.rsplit(':').next().and_then(|port| port.parse::<u16>().ok()).unwrap_or(LISTEN.port());
+        Mistake::whole(text, "is not an IP address with a port")
+            .help(format!("write  listen = \"127.0.0.1:{port}\"  for this machine alone"))
+            .help(format!("or  listen = \"0.0.0.0:{port}\"  for every address, or \"off\""))
+    })
+}

@@ -1,0 +1,436 @@
+//! The messages, one small case for each mistake, and what holds for every text.
+#![expect(clippy::unwrap_used, reason = "tests")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use proptest::prelude::*;
+
+use super::diagnostic::render;
+use super::fields::{FIELDS, Fallback, Table};
+use super::*;
+
+/// Both servers, so that a case can be about something else.
+const SERVERS: &str = "[postgres]\nurl = \"postgresql://db/shop\"\n[redis]\nurl = \"redis://cache\"\n";
+/// A rule, so that a case can be about the servers.
+const RULE: &str = "[rule.feed]\ntable = \"public.products\"\ndelete = [\"feed:global\"]\n";
+/// The lines of a rule that writes keys.
+const KEY: &str =
+    "table = \"public.products\"\nkey = \"product:{id}\"\nvalue = \"json\"\ncolumns = [\"id\", \"name\"]\n";
+
+fn env(name: &str) -> Option<String> {
+    match name {
+        "DATABASE_URL" => Some("postgresql+asyncpg://shop:hunter2@db/shop".to_owned()),
+        "REDIS_URL" => Some("unix:///run/redis.sock".to_owned()),
+        "SECRET" => Some("hunter2".to_owned()),
+        "EMPTY" => Some(String::new()),
+        _ => None,
+    }
+}
+
+fn file(text: &str) -> RulesFile {
+    RulesFile { path: PathBuf::from("keepstep.toml"), text: text.to_owned() }
+}
+
+/// The file resolved; it must have no error.
+fn read(text: &str) -> Config {
+    let (config, _) = parse(file(text), &env)
+        .unwrap_or_else(|problems| panic!("{}", render(&problems.diagnostics, &problems.file, false)));
+    config
+}
+
+/// Everything that is said of a file.
+fn said(text: &str) -> Vec<Diagnostic> {
+    match parse(file(text), &env) {
+        Ok((_, warnings)) => warnings,
+        Err(problems) => problems.diagnostics,
+    }
+}
+
+fn shown(text: &str) -> String {
+    render(&said(text), &file(text), false)
+}
+
+/// What is said of each of these files.
+fn shown_each(files: impl IntoIterator<Item = String>) -> String {
+    files.into_iter().map(|text| shown(&text)).collect::<Vec<_>>().join("\n~~~\n\n")
+}
+
+/// Files with one rule each, made of these lines.
+fn rules<const N: usize>(lines: [&str; N]) -> String {
+    shown_each(lines.map(|lines| format!("{SERVERS}[rule.product]\n{lines}\n")))
+}
+
+/// The same, of rules that write keys already.
+fn rules_with_key<const N: usize>(lines: [&str; N]) -> String {
+    shown_each(lines.map(|lines| format!("{SERVERS}[rule.product]\n{KEY}{lines}\n")))
+}
+
+fn servers(postgres: &str, redis: &str, admin: &str) -> String {
+    format!("[postgres]\n{postgres}\n[redis]\n{redis}\n[admin]\n{admin}\n{RULE}")
+}
+
+#[test]
+fn ten_mistakes_are_ten_messages_in_one_run() {
+    let text = r#"
+[postgres]
+url  = "mysql://shop:hunter2@db/shop"
+slot = "Keepstep"
+
+[redis]
+url     = "${CACHE_URL}"
+timeout = 10
+
+[rule.product]
+table   = "products"
+key     = "{id}"
+value   = "json"
+columns = ["id", "name"]
+ttl     = 300
+strings = ["nmae"]
+
+[rule.category.vars]
+page  = "https://shop.example/c/{id}/"
+table = "public.categories"
+
+[rule.category]
+colums = ["id"]
+delete = ["page:{page|md6}"]
+"#;
+    insta::assert_snapshot!(shown(text));
+    let errors = said(text).iter().filter(|diagnostic| diagnostic.severity == Severity::Error).count();
+    assert_eq!(errors, 10);
+}
+
+#[test]
+fn mistakes_in_the_servers() {
+    let postgres = |lines: &str| servers(lines, "url = \"redis://cache\"", "");
+    let redis = |lines: &str| servers("url = \"postgresql://db\"", lines, "");
+    let admin = |lines: &str| servers("url = \"postgresql://db\"", "url = \"redis://cache\"", lines);
+    let files = [
+        postgres("slot = \"keepstep\""),
+        postgres("url = 5432"),
+        postgres("url = \"host=db password=hunter2\""),
+        postgres("url = \"mysql://root:hunter2@db/shop\""),
+        postgres("url = \"${EMPTY}\""),
+        postgres("url = \"postgresql://db\"\nsource = \"outbox\""),
+        postgres("url = \"postgresql://db\"\nslot = \"Keep-Step\""),
+        postgres("url = \"postgresql://db\"\nslot = \"\"\npublication = \"\""),
+        postgres("url = \"postgresql://db\"\non_gap = \"stopp\""),
+        postgres("url = \"postgresql://db\"\nheartbeat = \"1ms\"\nreplay_window = \"off\""),
+        postgres("url = \"postgresql://db\"\nmax_retained = \"8\""),
+        postgres("url = \"postgresql://db\"\nmax_retained = \"1 byte\""),
+        postgres("url = \"postgresql://db\"\nprefix = \"shop:\""),
+        postgres("url = \"postgresql://db\"\npassword = \"hunter2\""),
+        redis("url = \"http://cache\""),
+        redis("url = \"redis+cluster://cache\""),
+        redis("url = \"redis://cache\"\nalso_prefix = [\"old:\"]"),
+        redis("url = \"redis://cache\"\nwait_replicas = -1\nbatch_ops = \"100\"\nbatch_bytes = 4096"),
+        redis("url = \"redis://cache\"\nca_file = \"/etc/ca.pem\""),
+        redis("url = \"rediss://cache\"\nclient_cert = \"/etc/cert.pem\"\nca_file = \"\""),
+        admin("listen = \"localhost:80\""),
+        admin("listen = false"),
+        admin("token = \"\""),
+        admin("token = 1234"),
+    ];
+    insta::assert_snapshot!(shown_each(files));
+}
+
+#[test]
+fn mistakes_in_what_is_filled_in() {
+    let files = [
+        servers("url = \"${PG_URL}\"", "url = \"redis://:${file:/nowhere/password}@cache\"", "token = \"${SECRET\""),
+        servers("url = \"postgresql://${SECRET}/${}\"", "url = \"${A:-${B}}\"", "token = \"${EMPTY}\""),
+        servers("url = \"${SECRET}\"", "url = \"redis://x\"\ntimeout = \"${SECRET}\"", ""),
+        servers("url = \"mysql://u:${SECRET}@db\"", "url = \"redis://x\"\nprefix = \"$${a}$b\"", ""),
+    ];
+    insta::assert_snapshot!(shown_each(files));
+}
+
+#[test]
+fn mistakes_in_the_tables_of_the_file() {
+    let files = [
+        String::new(),
+        "# nothing yet\n".to_owned(),
+        RULE.to_owned(),
+        SERVERS.to_owned(),
+        format!("{SERVERS}[rule]\ntable = \"public.products\"\n"),
+        format!("{SERVERS}[[rule]]\ntable = \"public.products\"\n"),
+        format!("{SERVERS}[rules.product]\ntable = \"public.products\"\n"),
+        format!("{SERVERS}[product]\ntable = \"public.products\"\n{RULE}"),
+        format!("{SERVERS}[rule.\"a b\"]\ntable = \"public.a\"\ndelete = [\"a\"]\n"),
+        format!("{SERVERS}{RULE}[query.page]\nsql = \"select 1\"\n"),
+        format!("url = \"redis://cache\"\ncolour = \"red\"\ninclude = []\n{SERVERS}{RULE}"),
+        format!("admin = \"off\"\n{SERVERS}{RULE}[somewhere]\n"),
+        format!("{SERVERS}[defaults]\nkey = \"product:{{id}}\"\nevery = \"12h\"\n{RULE}"),
+    ];
+    insta::assert_snapshot!(shown_each(files));
+}
+
+#[test]
+fn mistakes_in_the_syntax() {
+    let files = [
+        format!("{SERVERS}{RULE}changed = [\"a\"\non = [\"update\"]\nvars = {{ a = \"x\"\n"),
+        format!("{SERVERS}{RULE}nonsense here\nchanged = [\n  \"a\"\n  \"b\",\n]\n"),
+        format!("{SERVERS}{RULE}key = ${{KEY}}\nttl = 12h\nvalue = \"\"\"json\n"),
+        format!("{SERVERS}{RULE}[rule.feed]\ntable = \"public.feeds\"\n"),
+        format!("{SERVERS}[rule.feed\ntable = \"public.feeds\"\n[rule.product]\ndelete = [\"a\"]\n"),
+        "[postgres]\nurl = \"postgresql://shop:hunter2@db\n".to_owned(),
+    ];
+    insta::assert_snapshot!(shown_each(files));
+}
+
+#[test]
+fn mistakes_in_what_a_rule_is_for() {
+    insta::assert_snapshot!(rules([
+        "delete = [\"a\"]",
+        "table = \"products\"\ndelete = [\"a\"]",
+        "table = \"shop.public.products\"\ndelete = [\"a\"]",
+        "table = \"public.\"\ndelete = [\"a\"]",
+        "table = \"tenant_*.products\"\ndelete = [\"a\"]",
+        "table = \"public.products\"",
+        "table = \"public.products\"\nvalue = \"json\"",
+        "table = \"public.products\"\nkey = \"a:{id}\"",
+        "table = \"public.products\"\ndelete = [\"a\"]\nttl = \"1d\"",
+        "table = \"public.products\"\ndelete = \"feed:global\"",
+        "table = \"public.products\"\ndelete = []",
+        "table = \"public.products\"\ndelete = [\"a\", \"a\", 1]",
+        "table = \"public.products\"\ndelete = [\"{id}\", \"keepstep:x\", \"a:{id|lowr}\"]",
+        "table = \"public.products\"\ndelete = [\"a:${SHARD}:{id}\", \"b:${id}\"]",
+    ]));
+}
+
+#[test]
+fn mistakes_in_the_fields_of_a_rule() {
+    insta::assert_snapshot!(rules_with_key([
+        "when = \"row.active\"",
+        "ky = \"x\"",
+        "prefix = \"shop:\"",
+        "colour = \"red\"",
+        "on = []",
+        "on = \"insert\"",
+        "on = [\"insert\", \"truncate\", \"insert\"]",
+        "changed = [\"name\"]\non = [\"insert\"]",
+        "strings = [\"nmae\"]",
+        "rename = { nmae = \"title\", id = 1 }",
+        "rename = { id = \"name\" }",
+        "rename = { id = \"x\", name = \"x\" }",
+        "vars = { url = \"https://shop.example/{id}/\" }",
+        "vars = { url = 1 }",
+        "[rule.product.vars]\nurl = \"x{id}\"\nttl = \"1d\"",
+    ]));
+}
+
+#[test]
+fn mistakes_in_values_and_columns() {
+    let key = "table = \"public.products\"\nkey = \"product:{id}\"\n";
+    let lines = [
+        "value = \"hash\"\ncolumns = [\"id\"]",
+        "value = \"xml\"\ncolumns = []",
+        "value = \"json\"\ncolumns = \"*\"",
+        "value = \"json\"\ncolumns = [\"*\", \"id\"]",
+        "value = \"json\"\ncolumns = [\"id\", \"id\", \"\"]",
+    ];
+    insta::assert_snapshot!(shown_each(lines.map(|lines| format!("{SERVERS}[rule.product]\n{key}{lines}\n"))));
+}
+
+#[test]
+fn mistakes_in_how_long_keys_live() {
+    insta::assert_snapshot!(rules_with_key([
+        "ttl = 300",
+        "ttl = \"300\"",
+        "ttl = \"12 parsecs\"",
+        "ttl = \"1ms\"",
+        "ttl = \"1d\"",
+        "jitter = \"10%\"",
+        "ttl = \"1d\"\njitter = 0.1",
+        "ttl = \"1d\"\njitter = \"100%\"",
+        "write = \"presnt\"",
+        "on_delete = \"keep\"",
+    ]));
+}
+
+#[test]
+fn one_default_is_one_remark() {
+    let rule = |name: &str| format!("[rule.{name}]\n{}", KEY.replace("product:", &format!("{name}:")));
+    let text = format!("{SERVERS}[defaults]\nttl = \"1d\"\n{}{}", rule("a"), rule("b"));
+    assert_eq!(said(&text).len(), 1);
+    assert_eq!(said(&format!("{text}write = \"present\"\n")).len(), 1);
+    assert_eq!(said(&format!("{SERVERS}[defaults]\nttl = \"1d\"\nwrite = \"present\"\n{}", rule("a"))), []);
+}
+
+#[test]
+fn a_whole_file_is_resolved() {
+    let text = format!(
+        "[postgres]\nurl = \"${{DATABASE_URL}}\"\nheartbeat = \"off\"\non_gap = \"stop\"\n\
+         [redis]\nurl = \"${{REDIS_URL}}\"\nprefix = \"shop:v1:\"\nbatch_bytes = \"1MiB\"\n\
+         [admin]\nlisten = \"off\"\ntoken = \"${{SECRET}}\"\n\
+         [defaults]\nttl = \"1d\"\njitter = \"10%\"\nwrite = \"present\"\n\
+         [rule.product]\n{KEY}jitter = \"5%\"\nvars = {{ page = \"{{id}}/\" }}\ndelete = [\"page:{{page|md5}}\"]\n\
+         [rule.all]\ntable = 'public.\"a.\"\"b\"\"\"'\non = [\"insert\", \"delete\"]\nkey = \"all:{{id}}\"\n\
+         value = \"json\"\ncolumns = [\"*\"]\nttl = \"off\"\nwrite = \"always\"\n"
+    );
+    let config = read(&text);
+    assert_eq!(config.postgres.url.expose(), "postgresql://shop:hunter2@db/shop");
+    assert_eq!((config.postgres.heartbeat, config.postgres.on_gap), (None, OnGap::Stop));
+    assert_eq!(config.redis.url.expose(), "redis+unix:///run/redis.sock");
+    assert_eq!((config.redis.prefix.as_str(), config.redis.batch_bytes), ("shop:v1:", 1 << 20));
+    assert_eq!(config.admin.listen, None);
+    assert!(!format!("{config:?}").contains("hunter2"));
+
+    let [product, all] = config.rules.as_slice() else { panic!("{:?}", config.rules) };
+    assert_eq!(product.name.value, "product");
+    assert_eq!(&text[product.name.span.clone()], "product");
+    let write = product.write.as_ref().unwrap();
+    assert_eq!((write.ttl, write.present_only), (Some(Duration::from_secs(86_400)), true));
+    assert_eq!(write.jitter.to_bits(), 0.05_f64.to_bits());
+    assert_eq!(&text[write.key.span.clone()], "\"product:{id}\"");
+
+    assert_eq!(all.table.value, TableName { schema: "public".to_owned(), name: "a.\"b\"".to_owned() });
+    assert_eq!((all.on, all.on_given), (Operations { update: false, ..Operations::ALL }, true));
+    let write = all.write.as_ref().unwrap();
+    assert_eq!((write.ttl, write.present_only, &write.columns.value), (None, false, &ColumnSelection::All));
+}
+
+#[test]
+fn fingerprints_follow_what_decides_keys_and_values() {
+    let fingerprint = |rule: &str| read(&format!("{SERVERS}{rule}")).rules.remove(0).fingerprint;
+    let base = format!("[rule.product]\n{KEY}strings = [\"id\", \"name\"]\ndelete = [\"a\", \"b\"]\n");
+    let same = [
+        format!("# a comment\n{base}"),
+        base.replace("rule.product", "rule.renamed"),
+        base.replace("[\"a\", \"b\"]", "[ 'b', 'a' ]"),
+        base.replace("strings = [\"id\", \"name\"]\n", "") + "strings = [\"name\", \"id\"]\n",
+        format!("{base}on = [\"delete\", \"insert\", \"update\"]\n"),
+        format!("[defaults]\njitter = \"0%\"\n{base}"),
+    ];
+    for rule in same {
+        assert_eq!(fingerprint(&rule), fingerprint(&base), "{rule}");
+    }
+    let different = [
+        base.replace("public.", "shop."),
+        base.replace("product:{id}", "p:{id}"),
+        base.replace("[\"id\", \"name\"]\nstrings", "[\"name\", \"id\"]\nstrings"),
+        base.replace("[\"a\", \"b\"]", "[\"a\"]"),
+        format!("{base}on = [\"insert\"]\n"),
+        format!("{base}changed = [\"name\"]\n"),
+        format!("{base}ttl = \"1d\"\n"),
+        format!("{base}write = \"present\"\n"),
+        format!("{base}rename = {{ id = \"key\" }}\n"),
+        format!("{base}vars = {{ id = \"x\" }}\n"),
+        format!("[defaults]\non_delete = \"keep\"\n{base}"),
+    ];
+    for rule in different {
+        assert_ne!(fingerprint(&rule), fingerprint(&base), "{rule}");
+    }
+}
+
+/// A file that gives every field of the table the value that `value` chooses for it, if any.
+fn file_of(value: impl Fn(&fields::Field) -> Option<&'static str>) -> String {
+    let mut tables: BTreeMap<&str, String> = BTreeMap::new();
+    for field in FIELDS {
+        let header = field.table.header().replace("NAME", "product");
+        let lines = tables.entry(field.table.key()).or_insert_with(|| format!("{header}\n"));
+        if let Some(value) = value(field) {
+            lines.push_str(&format!("{} = {value}\n", field.name));
+        }
+    }
+    tables.into_values().collect()
+}
+
+#[test]
+fn every_field_of_the_table_is_read_and_takes_its_example() {
+    // What needs another value than the reference shows, to stand beside the others.
+    let value = |field: &fields::Field| {
+        Some(match (field.table, field.name) {
+            (Table::Redis, "url") => "\"rediss://cache\"",
+            (Table::Admin, "token") => "\"${SECRET}\"",
+            _ => field.example,
+        })
+    };
+    let text = file_of(value);
+    let errors = said(&text).into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error);
+    assert_eq!(errors.collect::<Vec<_>>(), [], "{text}");
+}
+
+#[test]
+fn the_defaults_of_the_table_are_those_that_hold() {
+    let needed = |field: &fields::Field| match (field.table, field.name) {
+        (Table::Postgres | Table::Redis, "url") | (Table::Rule, "table" | "key" | "value" | "columns") => {
+            Some(field.example)
+        }
+        _ => None,
+    };
+    // A jitter needs a TTL, so the default of the one excludes that of the other.
+    let given = |field: &fields::Field| match field.default {
+        Fallback::Value(value) if (field.table, field.name) != (Table::Rule, "jitter") => Some(value),
+        _ => needed(field),
+    };
+    let described = |text: &str| {
+        let Config { file: _, postgres, redis, admin, rules } = read(text);
+        let fingerprints: Vec<_> = rules.into_iter().map(|rule| rule.fingerprint).collect();
+        format!("{postgres:?} {redis:?} {admin:?} {fingerprints:?}")
+    };
+    assert_eq!(described(&file_of(given)), described(&file_of(needed)));
+}
+
+#[test]
+fn a_file_that_cannot_be_read_is_said_to_be_so() {
+    let folder = tempfile::tempdir().unwrap();
+    let message = |path: &Path| {
+        let problems = load(path, &env).unwrap_err();
+        render(&problems.diagnostics, &problems.file, false)
+    };
+    assert!(message(&folder.path().join("none.toml")).contains("cannot be read: No such file"));
+    let binary = folder.path().join("binary.toml");
+    std::fs::write(&binary, b"a = \"\xff\"").unwrap();
+    assert!(message(&binary).contains("did not contain valid UTF-8"));
+    std::fs::write(&binary, format!("{SERVERS}{RULE}")).unwrap();
+    assert_eq!(load(&binary, &env).unwrap().0.rules.len(), 1);
+}
+
+/// Whether every span lies in the file, on character boundaries, and the whole can be shown.
+fn check_spans(text: &str) {
+    let diagnostics = said(text);
+    for diagnostic in &diagnostics {
+        for label in std::iter::once(&diagnostic.primary).chain(&diagnostic.context) {
+            assert!(text.get(label.span.clone()).is_some(), "{diagnostic:?}");
+        }
+    }
+    assert!(!render(&diagnostics, &file(text), true).contains("hunter2"), "{text}");
+}
+
+proptest! {
+    #[test]
+    fn any_text_is_read_or_refused_at_places_in_it(text in "\\PC{0,80}") {
+        check_spans(&text);
+    }
+
+    #[test]
+    fn any_mixture_of_toml_is_too(pieces in prop::collection::vec(piece(), 0..40)) {
+        check_spans(&pieces.concat());
+    }
+
+    #[test]
+    fn a_file_with_damage_anywhere_is_too(at in 0_usize..600, length in 0_usize..4, put in "[\\[\\]{}\"'=.#$\\n\\r\\té,]{0,3}") {
+        let mut text = format!("{SERVERS}{RULE}[rule.product]\n{KEY}ttl = \"1d\"\nvars = {{ a = 'é{{id}}' }}\n");
+        let boundary = |at: usize, text: &str| (0..=at.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap();
+        let start = boundary(at, &text);
+        let end = boundary(start + length, &text).max(start);
+        text.replace_range(start..end, &put);
+        check_spans(&text);
+    }
+}
+
+/// Pieces that files are made of.
+fn piece() -> impl Strategy<Value = String> {
+    let words: Vec<_> = FIELDS
+        .iter()
+        .flat_map(|field| [field.name, field.example])
+        .chain(["[postgres]\n", "[redis]\n", "[rule.a]\n", "[rule.a.vars]\n", "[[rule]]\n", "[defaults]\n", "rule."])
+        .chain(["=", "\n", " ", "[", "]", "{", "}", "\"", "'", "\"\"\"", "'''", ",", "#", "${", "\\u00e9", "é", "\r\n"])
+        .chain(["\"postgresql://a:hunter2@b\"", "12h", "300", "-1", "0x10", "1e400", "2020-01-01", "true"])
+        .map(str::to_owned)
+        .collect();
+    prop::sample::select(words)
+}
