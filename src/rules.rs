@@ -2,5 +2,8 @@
 
 pub mod bind;
 pub mod filter;
+mod key;
+pub mod ownership;
 pub mod pattern;
+mod problem;
 pub mod template;

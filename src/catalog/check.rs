@@ -1,0 +1,158 @@
+//! Every rule against the catalog: what `check --connect` reports and what `run` refuses to start with.
+
+use super::{Catalog, Persistence, Publication, Published, TableFacts, TableKind, sql_identifier, sql_table};
+use crate::config::diagnostic::Diagnostic;
+use crate::config::{Config, Rule, TableName};
+use crate::decode::types::Types;
+use crate::rules::bind::{BoundRule, bind};
+use crate::rules::ownership::check_overlaps;
+use crate::suggest::nearest;
+
+/// The rules of a file, checked against the tables.
+#[derive(Clone, Debug)]
+pub struct Checked {
+    /// Each rule of [`Config::rules`], bound to its table as it is now; `None` where that cannot be.
+    pub rules: Vec<Option<BoundRule>>,
+    /// Every problem, in the order of the rules.
+    pub diagnostics: Vec<Diagnostic>,
+}
+
+/// Binds every rule to its table and lists every problem: of tables, publication, rules, and between rules.
+///
+/// `types` must know the types of [`Catalog::type_oids`].
+pub fn check_rules(config: &Config, catalog: &Catalog, types: &Types) -> Checked {
+    let mut checked = Checked { rules: Vec::with_capacity(config.rules.len()), diagnostics: Vec::new() };
+    if catalog.publication.is_none() {
+        checked.diagnostics.extend(config.rules.first().map(|rule| no_publication(rule, config, catalog)));
+    }
+    for (rule, index) in config.rules.iter().zip(0..) {
+        let Some(facts) = catalog.tables.get(&rule.table.value) else {
+            checked.diagnostics.push(no_table(rule, catalog));
+            checked.rules.push(None);
+            continue;
+        };
+        checked.diagnostics.extend(unpublishable(rule, facts).or_else(|| unpublished(rule, facts, catalog)));
+        checked.diagnostics.extend(catalog.publication.and_then(|found| operations(rule, found, facts)));
+        match bind(rule, index, &facts.relation, Some(facts), types, &config.redis.prefix) {
+            Ok(bound) => checked.rules.push(Some(bound)),
+            Err(unbound) => {
+                checked.diagnostics.extend(unbound.problems.iter().map(|problem| problem.diagnostic(rule)));
+                checked.rules.push(None);
+            }
+        }
+    }
+    let bound: Vec<(&Rule, &BoundRule)> =
+        config.rules.iter().zip(&checked.rules).filter_map(|(rule, bound)| Some((rule, bound.as_ref()?))).collect();
+    checked.diagnostics.extend(check_overlaps(&bound));
+    checked
+}
+
+fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic {
+    let mut tables: Vec<&TableName> = config.rules.iter().map(|rule| &rule.table.value).collect();
+    tables.sort();
+    tables.dedup();
+    let tables: Vec<String> = tables.into_iter().map(sql_table).collect();
+    let name = &catalog.publication_name;
+    Diagnostic::error(
+        format!("publication `{name}` does not exist"),
+        rule.table.span.clone(),
+        "without it no change of this table is sent",
+    )
+    .help("let keepstep make it:  keepstep setup")
+    .help(format!(
+        "or make it by hand:  CREATE PUBLICATION {} FOR TABLE {} WITH (publish_via_partition_root = true);",
+        sql_identifier(name),
+        tables.join(", ")
+    ))
+}
+
+fn no_table(rule: &Rule, catalog: &Catalog) -> Diagnostic {
+    let wanted = &rule.table.value;
+    let title = format!("rule `{}` names the table {wanted}, which does not exist", rule.name.value);
+    let found = Diagnostic::error(title, rule.table.span.clone(), "no such table");
+    // The right name in another schema is likelier than a misspelt one.
+    let elsewhere = catalog.others.iter().find(|other| other.name == wanted.name).map(ToString::to_string);
+    let names: Vec<String> = catalog.others.iter().map(ToString::to_string).collect();
+    let near = || nearest(&wanted.to_string(), names.iter().map(String::as_str)).map(str::to_owned);
+    match elsewhere.or_else(near) {
+        Some(near) => found.help(format!("did you mean `{near}`?")),
+        None => found.help("names are exact as in the catalog, with their schema; psql's `\\dt *.*` lists them"),
+    }
+}
+
+/// What can never be published.
+fn unpublishable(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
+    let (name, table) = (&rule.name.value, &facts.name);
+    let what = match (facts.kind, facts.persistence) {
+        (TableKind::View, _) => "a view",
+        (TableKind::MaterializedView, _) => "a materialized view",
+        (TableKind::Foreign, _) => "a foreign table",
+        (_, Persistence::Unlogged) => "an unlogged table",
+        (_, Persistence::Temporary) => "a temporary table",
+        (TableKind::Ordinary | TableKind::Partitioned, Persistence::Permanent) => return None,
+    };
+    let title = format!("rule `{name}` follows {table}, {what}, whose changes are not in the log");
+    let help = match (facts.kind, facts.persistence) {
+        (TableKind::View | TableKind::MaterializedView, _) => "name the tables that it reads from".to_owned(),
+        (TableKind::Foreign, _) => "run keepstep at the server that holds the table".to_owned(),
+        (_, Persistence::Unlogged) => format!("make Postgres log it:  ALTER TABLE {} SET LOGGED;", sql_table(table)),
+        _ => "name a permanent table".to_owned(),
+    };
+    Some(Diagnostic::error(title, rule.table.span.clone(), what).help(help))
+}
+
+/// What is not published under the name that the rule uses.
+fn unpublished(rule: &Rule, facts: &TableFacts, catalog: &Catalog) -> Option<Diagnostic> {
+    catalog.publication?;
+    let (name, table, publication) = (&rule.name.value, &facts.name, &catalog.publication_name);
+    let error = |title: String, label: &str| Diagnostic::error(title, rule.table.span.clone(), label);
+    let quoted = sql_identifier(publication);
+    match &facts.published {
+        Published::Directly => None,
+        Published::Through(root) => {
+            let title = format!("rule `{name}` follows the partition {table}, whose changes come as those of {root}");
+            let label = format!("published through {root}");
+            Some(error(title, &label).help(format!("follow the whole table:  table = \"{root}\"")))
+        }
+        Published::AsLeaves => {
+            let title = format!("rule `{name}` follows {table}, whose changes come under the names of its partitions");
+            let set = format!("ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true);");
+            let label = format!("publication `{publication}` does not publish through the root");
+            Some(error(title, &label).help(format!("publish them under the table's own name:  {set}")))
+        }
+        Published::No => {
+            let title = format!("rule `{name}` follows {table}, which publication `{publication}` does not publish");
+            let add = format!("ALTER PUBLICATION {quoted} ADD TABLE {};", sql_table(table));
+            let found = error(title, "no change of it is sent");
+            Some(found.help(format!("publish it:  {add}")).help("or let keepstep do it:  keepstep setup"))
+        }
+    }
+}
+
+/// Operations that the rule obeys and the publication leaves out. TRUNCATE counts where DELETE does.
+fn operations(rule: &Rule, publication: Publication, facts: &TableFacts) -> Option<Diagnostic> {
+    let operations = [
+        (rule.on.insert, publication.insert, "insert"),
+        (rule.on.update, publication.update, "update"),
+        (rule.on.delete, publication.delete, "delete"),
+        (rule.on.delete, publication.truncate, "truncate"),
+    ];
+    let obeyed_only = |(obeyed, published, name): &(bool, bool, &'static str)| (*obeyed && !published).then_some(*name);
+    let missing: Vec<&str> = operations.iter().filter_map(obeyed_only).collect();
+    if missing.is_empty() {
+        return None;
+    }
+    let publish: Vec<&str> =
+        operations.iter().filter(|(obeyed, published, _)| *obeyed || *published).map(|(.., name)| *name).collect();
+    let shown = missing.join(", ").to_uppercase();
+    let title = format!(
+        "rule `{}` follows {shown}, which publication `{}` does not publish",
+        rule.name.value, facts.publication
+    );
+    let help = format!(
+        "publish it:  ALTER PUBLICATION {} SET (publish = '{}');",
+        sql_identifier(&facts.publication),
+        publish.join(", ")
+    );
+    Some(Diagnostic::error(title, rule.table.span.clone(), format!("its {shown} is not sent")).help(help))
+}
