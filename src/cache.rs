@@ -1,1 +1,29 @@
-//! The Redis side.
+//! The Redis side: batches go in, and the checkpoint with them.
+//!
+//! - [`checkpoint`]: how far the cache has come, kept in the cache itself.
+//! - [`commands`]: a batch as Redis commands; pure.
+//! - [`connection`]: one connection to a standalone server, and what its errors mean.
+//! - [`writer`]: MULTI … EXEC, the fence, and going on after a lost connection.
+//! - [`record`]: commands as text, for `plan` and `run --dry-run`.
+//!
+//! **Architecture invariant:** nothing outside this module sends a command that writes, and every reply is looked at.
+
+use crate::batch::Batch;
+use crate::error::Result;
+
+use checkpoint::Checkpoint;
+
+pub mod checkpoint;
+pub mod commands;
+pub mod connection;
+pub mod record;
+pub mod writer;
+
+/// Where batches go.
+pub trait Cache {
+    /// Applies the batch and stores the checkpoint with it, both or neither; returns the checkpoint as stored.
+    ///
+    /// Waits out a server that is away. An error means that nothing more may be written: fenced out, refused, or
+    /// the cache has lost something.
+    fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> impl Future<Output = Result<Checkpoint>> + Send;
+}

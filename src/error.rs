@@ -25,6 +25,8 @@ pub enum ErrorKind {
     RedisAway,
     /// Redis refuses: authentication, ACL, an unusable configuration.
     RedisDenied,
+    /// Redis holds an older state than it acknowledged. The next session finds out whether the slot bridges it.
+    CacheWentBack,
     /// Another daemon writes this cache now.
     Fenced,
     /// A server sent what its protocol does not allow.
@@ -37,7 +39,7 @@ impl ErrorKind {
     /// Whether the same thing may go well later, with nothing changed by hand.
     pub fn is_transient(self) -> bool {
         match self {
-            Self::PostgresAway | Self::RedisAway | Self::Fenced => true,
+            Self::PostgresAway | Self::RedisAway | Self::CacheWentBack | Self::Fenced => true,
             Self::Config | Self::Usage | Self::Gap | Self::Identity | Self::PostgresDenied => false,
             Self::RedisDenied | Self::Protocol | Self::Io => false,
         }

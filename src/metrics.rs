@@ -1,1 +1,125 @@
-//! The metrics: names, handles.
+//! The metrics: their names, each in one place, and the handles that the session holds on to.
+//!
+//! **Architecture invariant:** no label holds a key or a value of a row.
+
+use prometheus::core::Collector;
+use prometheus::{
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+};
+
+/// From a tenth of a millisecond to a minute.
+const DELAY_BUCKETS_S: [f64; 17] = [
+    0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0,
+];
+/// From one cell to more than a batch can hold.
+const BATCH_BUCKETS_CELLS: [f64; 9] = [1.0, 2.0, 5.0, 10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0];
+
+/// Every metric of the daemon.
+#[expect(missing_docs, reason = "each has its help text below")]
+pub struct Metrics {
+    registry: Registry,
+    pub replication_lag_bytes: IntGauge,
+    pub commit_to_cache_seconds: HistogramVec,
+    pub changes_total: IntCounterVec,
+    pub cache_ops_total: IntCounterVec,
+    pub batch_cells: Histogram,
+    pub slot_retained_bytes: IntGauge,
+    pub slot_status: IntGaugeVec,
+    pub circuit_open: IntGauge,
+    pub epoch: IntGauge,
+    pub rule_paused: IntGaugeVec,
+    pub unrendered_total: IntCounterVec,
+    pub keyless_total: IntCounterVec,
+    pub rules_owing: IntGauge,
+    pub out_of_memory_batches: IntCounter,
+    pub sessions_total: IntCounter,
+    pub up: IntGauge,
+}
+
+impl Metrics {
+    /// All of them, at zero.
+    pub fn new() -> Self {
+        let registry = Registry::new();
+        let gauge = |name: &str, help: &str| register(&registry, IntGauge::new(name, help));
+        let counter = |name: &str, help: &str| register(&registry, IntCounter::new(name, help));
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            register(&registry, IntGaugeVec::new(Opts::new(name, help), labels))
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            register(&registry, IntCounterVec::new(Opts::new(name, help), labels))
+        };
+        let delay = HistogramOpts::new(
+            "keepstep_commit_to_cache_seconds",
+            "From the commit, by Postgres's clock, until Redis had answered the batch, per rule",
+        );
+        let cells = HistogramOpts::new("keepstep_batch_cells", "Keys that one batch decided");
+        Metrics {
+            replication_lag_bytes: gauge(
+                "keepstep_replication_lag_bytes",
+                "Bytes of WAL between what Postgres has sent or flushed and what the cache holds",
+            ),
+            commit_to_cache_seconds: register(
+                &registry,
+                HistogramVec::new(delay.buckets(DELAY_BUCKETS_S.to_vec()), &["rule"]),
+            ),
+            changes_total: counters("keepstep_changes_total", "Row changes received", &["table", "op"]),
+            cache_ops_total: counters("keepstep_cache_ops_total", "Keys set or deleted in Redis", &["rule", "op"]),
+            batch_cells: register(&registry, Histogram::with_opts(cells.buckets(BATCH_BUCKETS_CELLS.to_vec()))),
+            slot_retained_bytes: gauge("keepstep_slot_retained_bytes", "Bytes of WAL that the slot makes Postgres keep"),
+            slot_status: gauges(
+                "keepstep_slot_status",
+                "1 for the slot's wal_status: reserved, extended, unreserved or lost",
+                &["status"],
+            ),
+            circuit_open: gauge("keepstep_circuit_open", "1 while Redis is away and changes wait"),
+            epoch: gauge("keepstep_epoch", "When the unbroken history of slot and cache began, in microseconds since 1970"),
+            rule_paused: gauges("keepstep_rule_paused", "1 while a rule does not fit its table and only invalidates", &["rule"]),
+            unrendered_total: counters(
+                "keepstep_unrendered_total",
+                "Rows whose key was deleted because their value could not be rendered, by reason",
+                &["rule", "reason"],
+            ),
+            keyless_total: counters("keepstep_keyless_total", "Row images without a key, because a column in it was NULL", &["rule"]),
+            rules_owing: gauge("keepstep_rules_owing", "Rules that deleted keys where they should have written them"),
+            out_of_memory_batches: counter(
+                "keepstep_out_of_memory_batches_total",
+                "Batches that deleted instead of writing because Redis was out of memory",
+            ),
+            sessions_total: counter("keepstep_sessions_total", "Times that streaming began"),
+            up: gauge("keepstep_up", "1 while changes are streamed and written"),
+            registry,
+        }
+    }
+
+    /// In Prometheus's text format.
+    pub fn render(&self) -> String {
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Names and labels are constants of this file, so a failure shows in the first test that makes the metrics.
+fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: prometheus::Result<C>) -> C {
+    let collector = collector.expect("the name and labels of a metric are valid");
+    registry.register(Box::new(collector.clone())).expect("each metric has its own name");
+    collector
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_metric_is_valid_and_shows() {
+        let metrics = Metrics::new();
+        metrics.cache_ops_total.with_label_values(&["product", "set"]).inc_by(3);
+        let text = metrics.render();
+        assert!(text.contains("keepstep_cache_ops_total{op=\"set\",rule=\"product\"} 3"), "{text}");
+        assert!(text.contains("keepstep_replication_lag_bytes 0"), "{text}");
+    }
+}

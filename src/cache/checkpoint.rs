@@ -1,0 +1,171 @@
+//! How far the cache has come: stored under the prefix in each batch's own MULTI, so that it is right whatever happens.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use crate::config::Rule;
+use crate::model::{Lsn, Position};
+
+/// What stands behind the prefix in the name of each key that keepstep keeps for itself.
+pub const RESERVED: &str = "keepstep:";
+
+/// The one state that the cache and the slot share. Stored as JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Checkpoint {
+    /// The form of this record: 1.
+    pub version: u32,
+    /// Whose changes these are.
+    pub origin: Origin,
+    /// One unbroken history of slot and cache: the time it began, in microseconds since 1970.
+    pub epoch: u64,
+    /// Everything up to here is in the cache.
+    pub applied: Position,
+    /// The commit LSN of the oldest transaction with work left, or the end LSN of the newest that has none: where
+    /// to start again, and what acknowledgements never pass.
+    pub low: Lsn,
+    /// The end of the last batch whose replies were all seen to be good. What lies between it and `applied` is
+    /// applied again at a restart.
+    pub good: Position,
+    /// [`RuleSet::digest`] of the rules that wrote this cache. What it stands for lies in a key of its own, so that a
+    /// checkpoint stays small however many rules there are.
+    pub rules: String,
+    /// The rules that had to invalidate where they should have written (out of memory, a column gone): keys of
+    /// theirs may be missing until they are written again.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub owing: BTreeSet<String>,
+}
+
+/// Where changes come from. If one of these differs, cache and slot do not belong together.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Origin {
+    /// Postgres's system identifier.
+    pub system: String,
+    /// The timeline, which every promotion changes.
+    pub timeline: u32,
+    /// The database.
+    pub database: String,
+    /// The replication slot.
+    pub slot: String,
+}
+
+impl Checkpoint {
+    /// The form of the record that this version writes.
+    pub const VERSION: u32 = 1;
+
+    /// As stored in Redis.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(self).expect("a checkpoint has only string keys")
+    }
+
+    /// From what Redis holds.
+    pub fn decode(stored: &[u8]) -> Result<Self, InvalidCheckpoint> {
+        let checkpoint: Checkpoint = serde_json::from_slice(stored)?;
+        match checkpoint.version {
+            Self::VERSION => Ok(checkpoint),
+            version => Err(InvalidCheckpoint::Version(version)),
+        }
+    }
+
+    /// The name of its key.
+    pub fn key(prefix: &str) -> String {
+        format!("{prefix}{RESERVED}checkpoint")
+    }
+}
+
+/// The rules as the cache remembers them: what a later start is compared with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RuleSet {
+    /// Their names, in the order of the rules' numbers.
+    pub names: Vec<String>,
+    /// A hash over each, by name.
+    pub fingerprints: BTreeMap<String, String>,
+    /// A hash over all of them (hex).
+    pub digest: String,
+}
+
+impl RuleSet {
+    /// Of the rules of a rules file.
+    pub fn new(rules: &[Rule]) -> Self {
+        let fingerprints: BTreeMap<_, _> =
+            rules.iter().map(|rule| (rule.name.value.clone(), rule.fingerprint.clone())).collect();
+        let mut hash = Sha256::new();
+        for (name, fingerprint) in &fingerprints {
+            hash.update(format!("{name}\0{fingerprint}\0"));
+        }
+        let digest = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        RuleSet { names: rules.iter().map(|rule| rule.name.value.clone()).collect(), fingerprints, digest }
+    }
+
+    /// As stored in Redis: an object of names and hashes.
+    pub fn encode(&self) -> Vec<u8> {
+        serde_json::to_vec(&self.fingerprints).expect("a map of strings")
+    }
+
+    /// The name of its key.
+    pub fn key(prefix: &str) -> String {
+        format!("{prefix}{RESERVED}rules")
+    }
+
+    /// The rules that are not the same in `before`, as stored by an earlier run: (changed or new, removed).
+    pub fn difference(&self, before: &BTreeMap<String, String>) -> (Vec<String>, Vec<String>) {
+        let changed = self.fingerprints.iter().filter(|(name, hash)| before.get(*name) != Some(*hash));
+        let removed = before.keys().filter(|name| !self.fingerprints.contains_key(*name));
+        (changed.map(|(name, _)| name.clone()).collect(), removed.cloned().collect())
+    }
+}
+
+/// The key holds something else.
+#[derive(Debug, thiserror::Error)]
+pub enum InvalidCheckpoint {
+    /// Not a record of this form.
+    #[error("it is not a checkpoint: {0}")]
+    Json(#[from] serde_json::Error),
+    /// Another version's.
+    #[error("it has version {0}, which this keepstep does not know")]
+    Version(u32),
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    pub(crate) fn checkpoint(lsn: u64) -> Checkpoint {
+        Checkpoint {
+            version: Checkpoint::VERSION,
+            origin: Origin { system: "7".into(), timeline: 1, database: "shop".into(), slot: "keepstep".into() },
+            epoch: 1_700_000_000_000_000,
+            applied: Position::end(Lsn(lsn)),
+            low: Lsn(lsn),
+            good: Position::end(Lsn(lsn)),
+            rules: "ab12".into(),
+            owing: BTreeSet::new(),
+        }
+    }
+
+    #[test]
+    fn it_reads_what_it_writes() {
+        let written = checkpoint(0x16_B374_D848);
+        assert_eq!(Checkpoint::decode(&written.encode()).expect("valid"), written);
+    }
+
+    #[test]
+    fn changed_and_removed_rules_are_told_apart() {
+        let of = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, hash)| ((*name).into(), (*hash).into())).collect();
+        let now = RuleSet { names: vec![], fingerprints: of(&[("a", "1"), ("b", "2"), ("c", "3")]), digest: String::new() };
+        let (changed, removed) = now.difference(&of(&[("a", "1"), ("b", "0"), ("d", "4")]));
+        assert_eq!((changed, removed), (vec!["b".to_owned(), "c".to_owned()], vec!["d".to_owned()]));
+    }
+
+    #[test]
+    fn other_content_is_an_error() {
+        for stored in ["", "1", "{}", r#"{"version":1}"#] {
+            assert!(Checkpoint::decode(stored.as_bytes()).is_err(), "{stored}");
+        }
+        let later = Checkpoint { version: 2, ..checkpoint(1) };
+        assert!(matches!(Checkpoint::decode(&later.encode()), Err(InvalidCheckpoint::Version(2))));
+    }
+}

@@ -1,0 +1,137 @@
+//! A batch as Redis commands; pure.
+//!
+//! Inside MULTI the order of different keys does not show, so plain sets become one MSET and deletes one UNLINK:
+//! Redis parses, queues and answers two commands instead of thousands.
+
+use redis::Cmd;
+
+use crate::batch::{Batch, CacheOp};
+
+/// The commands of the batch's operations; sweeps are not among them.
+pub fn encode(batch: &Batch) -> Vec<Cmd> {
+    let (mut sets, mut set_bytes, mut deletes, mut delete_bytes) = (0, 0, 0, 0);
+    for (_, op) in batch.ops() {
+        match op {
+            CacheOp::Delete { key } => (deletes, delete_bytes) = (deletes + 1, delete_bytes + key.len()),
+            CacheOp::Set { key, value, .. } => (sets, set_bytes) = (sets + 1, set_bytes + key.len() + value.len()),
+        }
+    }
+    let mut plain = Cmd::with_capacity(1 + 2 * sets, set_bytes + 8);
+    plain.arg("MSET");
+    let mut unlink = Cmd::with_capacity(1 + deletes, delete_bytes + 8);
+    unlink.arg("UNLINK");
+    let mut commands = Vec::new();
+    for (_, op) in batch.ops() {
+        match op {
+            CacheOp::Delete { key } => {
+                unlink.arg(key);
+            }
+            CacheOp::Set { key, value, ttl_ms: None, present_only: false } => {
+                plain.arg(key).arg(value);
+            }
+            CacheOp::Set { key, value, ttl_ms, present_only } => {
+                let mut set = Cmd::with_capacity(6, key.len() + value.len() + 32);
+                set.arg("SET").arg(key).arg(value);
+                if let Some(ttl_ms) = ttl_ms {
+                    set.arg("PX").arg(ttl_ms);
+                }
+                if present_only {
+                    set.arg("XX");
+                }
+                commands.push(set);
+            }
+        }
+    }
+    commands.extend([plain, unlink].into_iter().filter(|command| command.args_iter().len() > 1));
+    commands
+}
+
+/// The command as one would type it into `redis-cli`.
+pub fn show(command: &Cmd) -> String {
+    let arguments = command.args_iter().map(|argument| match argument {
+        redis::Arg::Simple(bytes) => quoted(bytes),
+        _ => String::new(),
+    });
+    arguments.collect::<Vec<_>>().join(" ")
+}
+
+/// Bare where that is unambiguous, else in double quotes with the escapes that `redis-cli` reads.
+fn quoted(bytes: &[u8]) -> String {
+    let bare = |byte: &u8| byte.is_ascii_graphic() && !b"\"'\\".contains(byte);
+    if !bytes.is_empty() && bytes.iter().all(bare) {
+        return bytes.iter().copied().map(char::from).collect();
+    }
+    let mut out = String::from("\"");
+    for chunk in bytes.utf8_chunks() {
+        for c in chunk.valid().chars() {
+            match c {
+                '"' | '\\' => out.extend(['\\', c]),
+                '\n' => out.push_str("\\n"),
+                '\r' => out.push_str("\\r"),
+                '\t' => out.push_str("\\t"),
+                c if c.is_control() => c.to_string().bytes().for_each(|byte| out.push_str(&format!("\\x{byte:02x}"))),
+                c => out.push(c),
+            }
+        }
+        chunk.invalid().iter().for_each(|byte| out.push_str(&format!("\\x{byte:02x}")));
+    }
+    out + "\""
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Limits;
+
+    fn batch(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Vec<String> {
+        let mut batch = Batch::new(Limits { ops: 100, bytes: 10_000 }, 1);
+        for (key, value, ttl_ms, present_only) in ops {
+            let cell = batch.cell(0, |out| {
+                out.extend_from_slice(key.as_bytes());
+                true
+            });
+            let cell = cell.expect("a key");
+            if let Some(value) = value {
+                let render = |out: &mut Vec<u8>| {
+                    out.extend_from_slice(value.as_bytes());
+                    Ok::<_, ()>(())
+                };
+                batch.set(cell, *ttl_ms, *present_only, render).expect("a value");
+            }
+        }
+        encode(&batch).iter().map(show).collect()
+    }
+
+    #[test]
+    fn plain_sets_and_deletes_are_one_command_each() {
+        let commands = batch(&[
+            ("a", Some("1"), None, false),
+            ("b", None, None, false),
+            ("c", Some(r#"{"x":"y z"}"#), None, false),
+            ("d", None, None, false),
+        ]);
+        assert_eq!(commands, [r#"MSET a 1 c "{\"x\":\"y z\"}""#, "UNLINK b d"]);
+    }
+
+    #[test]
+    fn a_ttl_or_a_condition_is_a_set_of_its_own() {
+        let commands = batch(&[
+            ("a", Some("1"), Some(1500), false),
+            ("b", Some("1"), None, true),
+            ("c", Some("1"), Some(9), true),
+        ]);
+        assert_eq!(commands, ["SET a 1 PX 1500", "SET b 1 XX", "SET c 1 PX 9 XX"]);
+    }
+
+    #[test]
+    fn nothing_to_do_is_no_command() {
+        assert!(batch(&[]).is_empty());
+    }
+
+    #[test]
+    fn odd_bytes_show_as_redis_cli_reads_them() {
+        for (bytes, shown) in [(&b""[..], "\"\""), (b"a\"\\\n\x01", r#""a\"\\\n\x01""#), (b"\xff ", r#""\xff ""#)] {
+            assert_eq!(quoted(bytes), shown);
+        }
+    }
+}

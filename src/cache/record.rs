@@ -1,0 +1,38 @@
+//! Commands as text instead of writes: `run --dry-run`.
+
+use std::io::Write;
+
+use crate::batch::Batch;
+use crate::error::{Error, ErrorKind, Result};
+
+use super::checkpoint::Checkpoint;
+use super::{Cache, commands};
+
+/// Writes each batch's commands, one a line, and stores nothing.
+pub struct Recorder<W> {
+    out: W,
+}
+
+impl<W: Write + Send> Recorder<W> {
+    /// Commands go to `out`.
+    pub fn new(out: W) -> Self {
+        Recorder { out }
+    }
+
+    fn write(&mut self, batch: &Batch) -> std::io::Result<()> {
+        for pattern in batch.sweeps() {
+            writeln!(self.out, "SCAN 0 MATCH {pattern} → UNLINK what the template can have made")?;
+        }
+        for command in commands::encode(batch) {
+            writeln!(self.out, "{}", commands::show(&command))?;
+        }
+        self.out.flush()
+    }
+}
+
+impl<W: Write + Send> Cache for Recorder<W> {
+    async fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> Result<Checkpoint> {
+        self.write(batch).map_err(|error| Error::new(ErrorKind::Io, "cannot write to stdout").because(error))?;
+        Ok(checkpoint)
+    }
+}

@@ -1,0 +1,442 @@
+//! The one writer: MULTI … EXEC with the checkpoint inside, the fence around it, and going on after a lost connection.
+//!
+//! Each connection begins by replacing the fence with a token of its own. Behind each EXEC stand WATCH of fence and
+//! checkpoint and a GET of both, so the next EXEC happens only if nobody has touched them since: a second daemon, a
+//! FLUSHALL, a failover or a late EXEC of a dead connection are seen before anything is written over them.
+//!
+//! After a lost connection the checkpoint in Redis says whether the batch in flight was applied. It is sent again
+//! either way: nothing can have come after it, so the same values are written once more.
+//!
+//! **Architecture invariant:** one batch is in flight at a time. A checkpoint that is neither the last one known nor
+//! the one in flight ends the session; it is never written over.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use redis::{Cmd, Value};
+
+use crate::backoff::Backoff;
+use crate::batch::{Batch, CacheOp};
+use crate::config::RedisConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::metrics::Metrics;
+use crate::rules::pattern::Pattern;
+
+use super::checkpoint::{Checkpoint, RESERVED, RuleSet};
+use super::connection::{Connection, Failure};
+use super::{Cache, commands};
+
+/// What one SCAN call looks at, and so what one sweep step may delete.
+const SWEEP_STEP_KEYS: u32 = 1000;
+
+/// What must work where `maxmemory` is reached too: deletes first (a script that begins with a write may go on), then
+/// fence and checkpoint, and only while both are what was seen last.
+const GUARDED: &str = "\
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] or (redis.call('GET', KEYS[2]) or '') ~= ARGV[2] then return 0 end
+for i = 3, #KEYS do redis.call('UNLINK', KEYS[i]) end
+redis.call('SET', KEYS[1], ARGV[3])
+if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
+return 1";
+
+/// The writer of one prefix.
+pub struct Writer {
+    config: RedisConfig,
+    metrics: Arc<Metrics>,
+    rules: Arc<RuleSet>,
+    fence_key: String,
+    checkpoint_key: String,
+    /// This process, in every fence it sets.
+    daemon: String,
+    /// Counts connections: no two of them share a fence.
+    connections: u64,
+    /// The fence as this daemon last set it.
+    fence: String,
+    /// Open, fenced, and watching.
+    connection: Option<Connection>,
+    /// What Redis holds, as far as is known.
+    stored: Option<Checkpoint>,
+}
+
+impl Writer {
+    /// A writer that is not connected yet.
+    pub fn new(config: RedisConfig, rules: Arc<RuleSet>, metrics: Arc<Metrics>) -> Result<Self> {
+        let random = getrandom::u64().map_err(|error| {
+            Error::new(ErrorKind::Io, "the system gives no random numbers, which the fence needs").because(error)
+        })?;
+        Ok(Writer {
+            fence_key: format!("{}{RESERVED}fence", config.prefix),
+            checkpoint_key: Checkpoint::key(&config.prefix),
+            config,
+            metrics,
+            rules,
+            daemon: format!("{random:016x}"),
+            connections: 0,
+            fence: String::new(),
+            connection: None,
+            stored: None,
+        })
+    }
+
+    /// What Redis holds now, through a connection of its own; claims nothing.
+    pub async fn read_checkpoint(&self) -> Result<Option<Checkpoint>> {
+        let read = async {
+            let mut connection = Connection::open(&self.config).await?;
+            let stored = connection.send_one(get(&self.checkpoint_key)).await?;
+            self.decode(&stored)
+        };
+        let checkpoint = read.await.map_err(into_error)?;
+        self.metrics.circuit_open.set(0);
+        Ok(checkpoint)
+    }
+
+    /// The rules that wrote the cache, by name; `None` if that is not known.
+    pub async fn read_rules(&self) -> Result<Option<BTreeMap<String, String>>> {
+        let read = async {
+            let mut connection = Connection::open(&self.config).await?;
+            connection.send_one(get(&RuleSet::key(&self.config.prefix))).await
+        };
+        match read.await.map_err(into_error)? {
+            Value::BulkString(stored) => Ok(serde_json::from_slice(&stored).ok()),
+            _ => Ok(None),
+        }
+    }
+
+    /// Whether any key but keepstep's own stands under the prefix.
+    pub async fn has_keys(&self) -> Result<bool> {
+        let look = async {
+            let mut connection = Connection::open(&self.config).await?;
+            let (prefix, own) = (self.config.prefix.as_bytes(), format!("{}{RESERVED}", self.config.prefix));
+            let foreign = |key: &Vec<u8>| key.starts_with(prefix) && !key.starts_with(own.as_bytes());
+            let mut cursor = 0;
+            loop {
+                let (next, keys) = scan(&mut connection, cursor, b"*").await?;
+                if keys.iter().any(foreign) {
+                    return Ok(true);
+                }
+                if next == 0 {
+                    return Ok(false);
+                }
+                cursor = next;
+            }
+        };
+        look.await.map_err(into_error)
+    }
+
+    /// Makes this daemon the one that writes; only for whoever holds the slot. `expected` is the checkpoint that the
+    /// session was prepared for: if Redis holds another one by now, the session has to begin anew.
+    pub async fn claim(&mut self, expected: Option<Checkpoint>) -> Result<()> {
+        let claim = async {
+            let mut connection = Connection::open(&self.config).await?;
+            let (fence, stored) = self.watch(&mut connection).await?;
+            if stored != expected {
+                let moved = "another daemon has written this cache in the meantime";
+                return Err(Failure::Away(Error::new(ErrorKind::Fenced, moved)));
+            }
+            self.stored = stored;
+            self.set_fence(&mut connection, fence.as_deref()).await?;
+            Ok(connection)
+        };
+        self.connection = Some(claim.await.map_err(into_error)?);
+        Ok(())
+    }
+
+    /// Applies the batch, or says why not.
+    async fn try_apply(&mut self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), Failure> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.resume(checkpoint).await?,
+        };
+        for pattern in batch.sweeps() {
+            self.sweep(&mut connection, pattern).await?;
+        }
+        let mut transaction = commands::encode(batch);
+        if self.stored.as_ref().is_none_or(|stored| stored.rules != checkpoint.rules) {
+            transaction.push(set(&RuleSet::key(&self.config.prefix), &self.rules.encode()));
+        }
+        transaction.push(set(&self.checkpoint_key, &checkpoint.encode()));
+        self.transact(&mut connection, transaction, Some(checkpoint)).await?;
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// A new connection in the middle of a session: the checkpoint in Redis must be the last one known, or that of the
+    /// batch whose outcome was not seen.
+    async fn resume(&mut self, in_flight: &Checkpoint) -> Result<Connection, Failure> {
+        let mut connection = Connection::open(&self.config).await?;
+        let (fence, stored) = self.watch(&mut connection).await?;
+        self.check_fence(fence.as_deref())?;
+        if stored != self.stored && stored.as_ref() != Some(in_flight) {
+            return Err(Failure::Final(self.went_back(stored.as_ref())));
+        }
+        self.stored = stored;
+        self.set_fence(&mut connection, fence.as_deref()).await?;
+        Ok(connection)
+    }
+
+    /// Puts a fresh token of this connection in place of the fence that was found, and watches it.
+    async fn set_fence(&mut self, connection: &mut Connection, found: Option<&str>) -> Result<(), Failure> {
+        self.connections += 1;
+        self.fence = format!("{}/{}", self.daemon, self.connections);
+        let found = found.unwrap_or_default();
+        self.guarded(connection, found, &[], self.stored.as_ref()).await
+    }
+
+    /// Runs [`GUARDED`], then watches again and compares with what should stand there.
+    async fn guarded(
+        &self,
+        connection: &mut Connection,
+        fence_before: &str,
+        delete: &[&[u8]],
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<(), Failure> {
+        let encoded = |checkpoint: Option<&Checkpoint>| checkpoint.map(Checkpoint::encode).unwrap_or_default();
+        let mut script = redis::cmd("EVAL");
+        script.arg(GUARDED).arg(3 + delete.len()).arg(&self.fence_key).arg(&self.checkpoint_key);
+        // A key that nobody has, so that the script begins with a delete even where there is nothing to delete.
+        script.arg(format!("{}{RESERVED}none", self.config.prefix));
+        delete.iter().for_each(|key| _ = script.arg(*key));
+        script.arg(fence_before).arg(encoded(self.stored.as_ref())).arg(&self.fence).arg(encoded(checkpoint));
+        let mut all = vec![redis::cmd("UNWATCH"), script];
+        all.extend(self.watch_commands());
+        let replies = connection.send(all).await?;
+        match &replies[1] {
+            Value::Int(1) => {}
+            Value::Int(0) => return Err(Failure::Changed),
+            other => return Err(unexpected("EVAL", other)),
+        }
+        self.check_watched(&replies[2..], checkpoint)
+    }
+
+    /// Whether fence and checkpoint are what this daemon wrote last.
+    fn check_watched(&self, replies: &[Value], expected: Option<&Checkpoint>) -> Result<(), Failure> {
+        let (fence, stored) = self.watched(replies)?;
+        self.check_fence(fence.as_deref())?;
+        match stored.as_ref() == expected {
+            true => Ok(()),
+            false => Err(Failure::Final(self.went_back(stored.as_ref()))),
+        }
+    }
+
+    /// MULTI, the commands, EXEC, WAIT where asked for; then watches again and compares with what should stand there.
+    async fn transact(
+        &self,
+        connection: &mut Connection,
+        commands: Vec<Cmd>,
+        expected: Option<&Checkpoint>,
+    ) -> Result<(), Failure> {
+        let queued = commands.len();
+        let mut all = Vec::with_capacity(queued + 6);
+        all.push(redis::cmd("MULTI"));
+        all.extend(commands);
+        all.push(redis::cmd("EXEC"));
+        all.extend(self.watch_commands());
+        let replies = connection.send(all).await?;
+        match &replies[queued + 1] {
+            Value::Array(done) if done.len() == queued => {}
+            Value::Nil => return Err(Failure::Changed),
+            other => return Err(unexpected("EXEC", other)),
+        }
+        self.check_watched(&replies[queued + 2..], expected)?;
+        self.wait_for_replicas(connection).await
+    }
+
+    /// Deletes every key that the template can have made, step by step, each step behind the fence.
+    async fn sweep(&self, connection: &mut Connection, pattern: &Pattern) -> Result<(), Failure> {
+        let glob = pattern.scan_glob();
+        let (mut cursor, mut deleted) = (0, 0_u64);
+        loop {
+            let (next, keys) = scan(connection, cursor, &glob).await?;
+            let mut unlink = redis::cmd("UNLINK");
+            let owned: Vec<_> = keys.iter().filter(|key| pattern.matches(key)).collect();
+            if !owned.is_empty() {
+                unlink.arg(&owned);
+                self.transact(connection, vec![unlink], self.stored.as_ref()).await?;
+                deleted += owned.len() as u64;
+            }
+            if next == 0 {
+                tracing::info!(pattern = %pattern, deleted, "the keys of an emptied table were deleted");
+                return Ok(());
+            }
+            cursor = next;
+        }
+    }
+
+    /// Redis takes no writes: what should be set is deleted instead, and its rules owe a repair.
+    async fn invalidate(&mut self, batch: &Batch, mut checkpoint: Checkpoint) -> Result<Checkpoint, Failure> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.resume(&checkpoint).await?,
+        };
+        let mut keys = Vec::with_capacity(batch.len());
+        for (rule, op) in batch.ops() {
+            keys.push(match op {
+                CacheOp::Delete { key } => key,
+                CacheOp::Set { key, .. } => {
+                    checkpoint.owing.insert(self.rules.names[usize::from(rule)].clone());
+                    key
+                }
+            });
+        }
+        let fence = self.fence.clone();
+        self.guarded(&mut connection, &fence, &keys, Some(&checkpoint)).await?;
+        self.metrics.out_of_memory_batches.inc();
+        self.connection = Some(connection);
+        Ok(checkpoint)
+    }
+
+    /// WAIT until enough replicas have everything sent so far; asked again as long as it takes.
+    async fn wait_for_replicas(&self, connection: &mut Connection) -> Result<(), Failure> {
+        if self.config.wait_replicas == 0 {
+            return Ok(());
+        }
+        // Answered well before the connection would count as lost.
+        let limit_ms = (self.config.timeout / 2).as_millis().min(u128::from(u32::MAX));
+        loop {
+            let mut wait = redis::cmd("WAIT");
+            wait.arg(self.config.wait_replicas).arg(limit_ms.to_string());
+            match connection.send_one(wait).await? {
+                Value::Int(reached) if reached >= i64::from(self.config.wait_replicas) => return Ok(()),
+                Value::Int(reached) => {
+                    tracing::warn!(reached, wanted = self.config.wait_replicas, "too few Redis replicas have the batch");
+                }
+                other => return Err(unexpected("WAIT", &other)),
+            }
+        }
+    }
+
+    fn watch_commands(&self) -> [Cmd; 3] {
+        let mut watch = redis::cmd("WATCH");
+        watch.arg(&self.fence_key).arg(&self.checkpoint_key);
+        [watch, get(&self.fence_key), get(&self.checkpoint_key)]
+    }
+
+    async fn watch(&self, connection: &mut Connection) -> Result<(Option<String>, Option<Checkpoint>), Failure> {
+        let replies = connection.send(self.watch_commands()).await?;
+        self.watched(&replies)
+    }
+
+    /// The fence and the checkpoint from the replies to [`Writer::watch_commands`].
+    fn watched(&self, replies: &[Value]) -> Result<(Option<String>, Option<Checkpoint>), Failure> {
+        let [_, fence, stored] = replies else { unreachable!("one reply for each of three commands") };
+        let fence = match fence {
+            Value::Nil => None,
+            Value::BulkString(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
+            other => return Err(unexpected("GET", other)),
+        };
+        Ok((fence, self.decode(stored)?))
+    }
+
+    fn decode(&self, stored: &Value) -> Result<Option<Checkpoint>, Failure> {
+        let bytes = match stored {
+            Value::Nil => return Ok(None),
+            Value::BulkString(bytes) => bytes,
+            other => return Err(unexpected("GET", other)),
+        };
+        Checkpoint::decode(bytes).map(Some).map_err(|error| {
+            let message = format!("the key `{}` is not usable", self.checkpoint_key);
+            let hint = "choose another `[redis] prefix`, or delete the key if it is a leftover";
+            Failure::Final(Error::new(ErrorKind::Identity, message).because(error).hint(hint))
+        })
+    }
+
+    /// A fence that is gone says nothing about who writes: the checkpoint decides.
+    fn check_fence(&self, fence: Option<&str>) -> Result<(), Failure> {
+        match fence {
+            Some(fence) if fence.split('/').next() != Some(&self.daemon) => {
+                let taken = "another daemon has taken over this cache";
+                Err(Failure::Away(Error::new(ErrorKind::Fenced, taken)))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Redis holds neither the checkpoint it last acknowledged nor the one in flight.
+    fn went_back(&self, found: Option<&Checkpoint>) -> Error {
+        // The session looks at the slot and decides: replay, or stop.
+        let known = self.stored.as_ref().map(|known| known.applied.to_string()).unwrap_or_default();
+        let message = match found {
+            None => format!("Redis has lost the checkpoint that it acknowledged ({known})"),
+            Some(found) => format!("Redis acknowledged {known} and now holds {}", found.applied),
+        };
+        Error::new(ErrorKind::CacheWentBack, message)
+    }
+}
+
+impl Cache for Writer {
+    async fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> Result<Checkpoint> {
+        let mut backoff = Backoff::default();
+        loop {
+            let mut outcome = self.try_apply(batch, &checkpoint).await.map(|()| checkpoint.clone());
+            if matches!(outcome, Err(Failure::OutOfMemory)) {
+                tracing::warn!("Redis is out of memory: keys are deleted instead of written");
+                outcome = self.invalidate(batch, checkpoint.clone()).await;
+            }
+            let error = match outcome {
+                Ok(stored) => {
+                    self.metrics.circuit_open.set(0);
+                    self.stored = Some(stored.clone());
+                    return Ok(stored);
+                }
+                // Looked at again through a new connection, which names what changed.
+                Err(Failure::Changed) => Error::new(ErrorKind::RedisAway, "fence or checkpoint changed"),
+                Err(Failure::OutOfMemory) => out_of_memory(),
+                Err(Failure::Away(error)) if error.kind() == ErrorKind::RedisAway => error,
+                Err(Failure::Away(error) | Failure::Final(error)) => return Err(error),
+            };
+            self.connection = None;
+            self.metrics.circuit_open.set(1);
+            let wait = backoff.next_wait();
+            if backoff.tries() == 1 {
+                tracing::warn!(%error, "Redis is away; changes wait");
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+}
+
+/// One SCAN step: the next cursor, and keys that match the glob.
+async fn scan(connection: &mut Connection, cursor: u64, glob: &[u8]) -> Result<(u64, Vec<Vec<u8>>), Failure> {
+    let mut scan = redis::cmd("SCAN");
+    scan.arg(cursor).arg("MATCH").arg(glob).arg("COUNT").arg(SWEEP_STEP_KEYS);
+    let reply = connection.send_one(scan).await?;
+    redis::from_redis_value(reply).map_err(|error| {
+        let message = "Redis answered SCAN with something else than a cursor and keys";
+        Failure::Final(Error::new(ErrorKind::Protocol, message).because(error))
+    })
+}
+
+fn get(key: &str) -> Cmd {
+    let mut get = redis::cmd("GET");
+    get.arg(key);
+    get
+}
+
+fn set(key: &str, value: &[u8]) -> Cmd {
+    let mut set = redis::cmd("SET");
+    set.arg(key).arg(value);
+    set
+}
+
+fn out_of_memory() -> Error {
+    Error::new(ErrorKind::RedisAway, "Redis is out of memory (maxmemory)")
+}
+
+/// A reply that the command cannot have; its content is not shown.
+fn unexpected(command: &str, reply: &Value) -> Failure {
+    let form = match reply {
+        Value::Nil => "nil",
+        Value::Int(_) => "an integer",
+        Value::BulkString(_) => "a string",
+        Value::Array(_) => "an array of another length",
+        _ => "something else",
+    };
+    Failure::Final(Error::new(ErrorKind::Protocol, format!("Redis answered {command} with {form}")))
+}
+
+fn into_error(failure: Failure) -> Error {
+    match failure {
+        Failure::Away(error) | Failure::Final(error) => error,
+        Failure::OutOfMemory => out_of_memory(),
+        Failure::Changed => Error::new(ErrorKind::Fenced, "another daemon has written this cache in the meantime"),
+    }
+}
