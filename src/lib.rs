@@ -21,6 +21,7 @@ pub mod cache;
 pub mod session;
 
 pub mod admin;
+pub mod backoff;
 pub mod error;
 pub mod metrics;
 pub mod sandbox;

@@ -1,1 +1,387 @@
-//! The one loop that drives everything.
+//! The one loop that drives everything: it selects over the next frame, the one batch in flight, a tick and the end.
+//!
+//! While a batch is in flight the next one fills. A batch goes out at a commit, or full; when nothing is in flight, at
+//! once. So batches are small and quick when load is low and large under load, with no timer to tune. A full batch that
+//! cannot go out yet stops the reading of the socket, and Postgres waits; status updates go on.
+//!
+//! A session is one connection to Postgres and one claim on the cache. Any trouble with either ends it, and the next
+//! one begins from what Redis holds ([`open`]). Only a lost connection to Redis is mended inside
+//! ([`crate::cache::writer`]), so that a backlog in the socket is not read twice.
+//!
+//! **Architecture invariant:** what is acknowledged to Postgres comes from a checkpoint that Redis has answered for,
+//! never from what was received.
+
+use std::io::Write;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::time::MissedTickBehavior;
+
+use crate::admin::{Phase, Shared};
+use crate::backoff::Backoff;
+use crate::batch::{Batch, Limits};
+use crate::cache::Cache;
+use crate::cache::checkpoint::{Checkpoint, RuleSet};
+use crate::config::Config;
+use crate::decode::pgoutput;
+use crate::error::{Error, ErrorKind, Result};
+use crate::metrics::Metrics;
+use crate::model::Lsn;
+use crate::shutdown::Shutdown;
+use crate::source::replication::{Frame, Replication};
+use crate::source::slot::{self, SlotState};
+
+use acks::Acks;
+use intake::Intake;
+use report::RuleMetrics;
+use tables::Tables;
+
+pub mod acks;
+pub mod gap;
+pub mod intake;
+pub mod open;
+mod report;
+pub mod tables;
+
+/// How often the session looks after what no event asks for. Postgres hears of us as often, which keeps the connection
+/// even where nothing can be read for now (`wal_sender_timeout` is 60 s by default).
+const TICK: Duration = Duration::from_secs(1);
+/// How often the slot is looked at.
+const SLOT_EVERY: Duration = Duration::from_secs(10);
+/// How long an orderly end may take.
+const DRAIN_LIMIT: Duration = Duration::from_secs(10);
+/// No query of ours may take longer: the loop waits for those that bind a table.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(15);
+/// A session that streamed for so long was a good one: the next wait is the shortest again.
+const GOOD_SESSION: Duration = Duration::from_secs(10);
+
+/// What `keepstep run` was asked for.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// End once everything that Postgres had flushed at the start is in the cache.
+    pub until_caught_up: bool,
+    /// Begin a new epoch where slot and cache do not fit together.
+    pub adopt: bool,
+}
+
+/// What lasts from session to session.
+pub struct Daemon {
+    /// The rules file.
+    pub config: Arc<Config>,
+    /// Its rules, as the cache remembers them.
+    pub rules: Arc<RuleSet>,
+    /// See [`Metrics`].
+    pub metrics: Arc<Metrics>,
+    /// What `/status` shows.
+    pub shared: Arc<Shared>,
+}
+
+/// Runs sessions until the end is asked for, or until trying again would not help.
+pub async fn run(daemon: &Daemon, mut options: Options, mut shutdown: Shutdown) -> Result<()> {
+    let mut backoff = Backoff::default();
+    let mut seen = None;
+    loop {
+        let began = Instant::now();
+        let opened = tokio::select! {
+            opened = open::open(daemon, options, seen.as_ref()) => opened,
+            () = shutdown.requested() => return Ok(()),
+        };
+        let error = match opened {
+            Ok(mut session) => {
+                // Adopting is for what was found at the start, not for what may happen later.
+                options.adopt = false;
+                let ended = session.stream(options, &mut shutdown).await;
+                seen = Some(session.checkpoint);
+                match ended {
+                    Ok(()) => return Ok(()),
+                    Err(error) => error,
+                }
+            }
+            Err(error) => error,
+        };
+        daemon.metrics.up.set(0);
+        daemon.shared.update(|status| {
+            status.phase = Phase::Connecting;
+            status.caught_up = false;
+            status.last_error = Some(error.to_string());
+        });
+        if !error.kind().is_transient() {
+            return Err(error);
+        }
+        if began.elapsed() > GOOD_SESSION {
+            backoff.reset();
+        }
+        let wait = backoff.next_wait();
+        tracing::warn!(%error, next_try_in = ?wait, "not streaming");
+        daemon.shared.alive();
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = shutdown.requested() => return Ok(()),
+        }
+    }
+}
+
+/// Prints the commands of changes from now on, until the end is asked for; touches neither slot nor cache.
+pub async fn dry_run<W: Write + Send + 'static>(daemon: &Daemon, out: W, mut shutdown: Shutdown) -> Result<()> {
+    open::open_dry(daemon, out).await?.stream(Options::default(), &mut shutdown).await
+}
+
+/// The cache and the batch come back with the outcome.
+type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Checkpoint>)> + Send>>;
+type Looking = Pin<Box<dyn Future<Output = Result<Option<SlotState>>> + Send>>;
+
+/// One stream of changes into one cache.
+pub struct Session<C> {
+    config: Arc<Config>,
+    metrics: Arc<Metrics>,
+    shared: Arc<Shared>,
+    rule_metrics: Vec<RuleMetrics>,
+    client: Arc<tokio_postgres::Client>,
+    replication: Replication,
+    tables: Tables,
+    intake: Intake,
+    /// Fills.
+    batch: Batch,
+    /// Empty, while none is in flight.
+    spare: Option<Batch>,
+    /// At home, while no batch is in flight.
+    cache: Option<C>,
+    in_flight: Option<InFlight<C>>,
+    looking: Option<Looking>,
+    /// As Redis holds it.
+    checkpoint: Checkpoint,
+    acks: Acks,
+    /// The last look at the received bytes ended before they did.
+    more_buffered: bool,
+    /// The end of what Postgres has sent.
+    received: Lsn,
+    /// The end of the server's log when the session began.
+    flushed_at_start: Lsn,
+    slot_looked_at: Option<Instant>,
+    heartbeat_sent: Instant,
+    /// The server has asked to hear from us.
+    reply_requested: bool,
+    /// Progress without operations is worth a checkpoint of its own.
+    checkpoint_due: bool,
+}
+
+impl<C: Cache + Send + 'static> Session<C> {
+    /// Streams until the end is asked for or reached; every error ends the session.
+    async fn stream(&mut self, options: Options, shutdown: &mut Shutdown) -> Result<()> {
+        let mut tick = tokio::time::interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut drain_until = None;
+        loop {
+            self.shared.alive();
+            self.dispatch();
+            if self.is_done(options, drain_until) {
+                return self.finish().await;
+            }
+            let reading = drain_until.is_none() && self.has_room();
+            tokio::select! {
+                biased;
+                (cache, batch, outcome) = optional(&mut self.in_flight) => self.answered(cache, batch, outcome)?,
+                _ = tick.tick() => self.tick(options).await?,
+                slot = optional(&mut self.looking) => self.looked(slot?),
+                () = shutdown.requested(), if drain_until.is_none() => {
+                    self.shared.update(|status| status.phase = Phase::Ending);
+                    drain_until = Some(Instant::now() + DRAIN_LIMIT);
+                }
+                filled = readable(&mut self.replication, self.more_buffered), if reading => {
+                    filled?;
+                    self.take_frames().await?;
+                }
+            }
+        }
+    }
+
+    /// Whether anything more may be read: a replay that must stay together goes beyond the limits of a batch.
+    fn has_room(&self) -> bool {
+        !self.batch.is_full() || self.intake.replaying()
+    }
+
+    /// Takes what has been received, until the batch is full or should go out at once.
+    async fn take_frames(&mut self) -> Result<()> {
+        self.more_buffered = true;
+        while self.has_room() {
+            let relation = match self.replication.next_buffered()? {
+                None => {
+                    self.more_buffered = false;
+                    break;
+                }
+                Some(Frame::Keepalive { wal_end, reply_requested }) => {
+                    self.received = self.received.max(wal_end);
+                    self.reply_requested |= reply_requested;
+                    self.intake.idle(wal_end, &mut self.batch);
+                    None
+                }
+                Some(Frame::Data { wal_end, body, .. }) => {
+                    self.received = self.received.max(wal_end);
+                    let event = pgoutput::parse(body).map_err(undecodable)?;
+                    self.intake.take(event, &mut self.batch)?
+                }
+            };
+            if let Some(relation) = relation {
+                let bound = self.tables.bind(relation, &self.client, &self.config, &self.metrics, &self.shared).await?;
+                self.intake.bind(bound);
+            }
+            if self.in_flight.is_none() && self.intake.at_boundary() && !self.batch.is_empty() {
+                break;
+            }
+        }
+        match self.reply_requested {
+            true => self.send_status(false).await,
+            false => Ok(()),
+        }
+    }
+
+    /// Sends the batch if nothing is in flight and it is complete.
+    fn dispatch(&mut self) {
+        let ready = if self.intake.at_boundary() {
+            !self.batch.is_empty() || self.checkpoint_due
+        } else {
+            self.batch.is_full() && !self.intake.replaying()
+        };
+        let (Some(applied), true, true) = (self.batch.applied, ready, self.in_flight.is_none()) else { return };
+        let (Some(mut cache), Some(spare)) = (self.cache.take(), self.spare.take()) else { return };
+        let batch = std::mem::replace(&mut self.batch, spare);
+        let next = Checkpoint {
+            applied,
+            low: batch.low,
+            // All replies up to the stored checkpoint were good; without operations there is none to come.
+            good: if batch.is_empty() { applied } else { self.checkpoint.applied },
+            owing: self.checkpoint.owing.union(self.tables.owing()).cloned().collect(),
+            ..self.checkpoint.clone()
+        };
+        self.checkpoint_due = false;
+        self.in_flight = Some(Box::pin(async move {
+            let outcome = cache.apply(&batch, next).await;
+            (cache, batch, outcome)
+        }));
+    }
+
+    /// Redis has answered for the batch.
+    fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Checkpoint>) -> Result<()> {
+        self.in_flight = None;
+        self.cache = Some(cache);
+        self.checkpoint = outcome?;
+        report::batch(&batch, &self.rule_metrics, &self.metrics);
+        self.metrics.rules_owing.set(self.checkpoint.owing.len() as i64);
+        batch.clear();
+        self.spare = Some(batch);
+        Ok(())
+    }
+
+    /// Acknowledges, keeps the connection alive, notes idle progress, looks at the slot, shows the status.
+    async fn tick(&mut self, options: Options) -> Result<()> {
+        let now = Instant::now();
+        self.acks.advance(now, self.checkpoint.low);
+        // Asked for a reply, the server tells where its log ends even if there is nothing to send.
+        self.send_status(options.until_caught_up).await?;
+        let behind = self.batch.applied.is_some_and(|applied| applied > self.checkpoint.applied);
+        self.checkpoint_due = behind || self.checkpoint.good < self.checkpoint.applied;
+        if self.checkpoint_due && self.batch.applied.is_none() {
+            (self.batch.applied, self.batch.low) = (Some(self.checkpoint.applied), self.checkpoint.low);
+        }
+        self.look_at_slot(now);
+        self.show();
+        Ok(())
+    }
+
+    async fn send_status(&mut self, request_reply: bool) -> Result<()> {
+        self.reply_requested = false;
+        self.replication.send_status(self.acks.acknowledged(), request_reply).await
+    }
+
+    /// Reads the slot's state in the background; now and then moves an idle slot forward first.
+    fn look_at_slot(&mut self, now: Instant) {
+        let due = self.slot_looked_at.is_none_or(|last| now.duration_since(last) >= SLOT_EVERY);
+        if self.looking.is_some() || !due {
+            return;
+        }
+        self.slot_looked_at = Some(now);
+        let beats = |every| now.duration_since(self.heartbeat_sent) >= every;
+        let heartbeat = self.config.postgres.heartbeat.is_some_and(beats);
+        if heartbeat {
+            self.heartbeat_sent = now;
+        }
+        let (client, name) = (Arc::clone(&self.client), self.config.postgres.slot.clone());
+        self.looking = Some(Box::pin(async move {
+            if heartbeat {
+                slot::heartbeat(&client).await?;
+            }
+            slot::slot_state(&client, &name).await
+        }));
+    }
+
+    fn looked(&mut self, slot: Option<SlotState>) {
+        self.looking = None;
+        // A slot that is gone ends the stream by itself, with the server's own words.
+        if let Some(slot) = slot {
+            report::slot(&slot, self.config.postgres.max_retained, &self.metrics, &self.shared);
+        }
+    }
+
+    /// What `/status` and the gauges say now.
+    fn show(&self) {
+        let applied = self.checkpoint.applied;
+        let lag_bytes = self.received.0.saturating_sub(applied.lsn.0);
+        let caught_up = lag_bytes == 0 && self.in_flight.is_none() && self.batch.is_empty();
+        self.metrics.replication_lag_bytes.set(i64::try_from(lag_bytes).unwrap_or(i64::MAX));
+        self.metrics.epoch.set(i64::try_from(self.checkpoint.epoch).unwrap_or(i64::MAX));
+        self.shared.update(|status| {
+            status.epoch = self.checkpoint.epoch;
+            status.received = self.received;
+            status.applied = applied;
+            status.acknowledged = self.acks.acknowledged();
+            status.lag_bytes = lag_bytes;
+            status.caught_up = caught_up;
+            status.redis_away = self.metrics.circuit_open.get() == 1;
+            for rule in &mut status.rules {
+                rule.owing = self.checkpoint.owing.contains(&rule.name);
+            }
+        });
+    }
+
+    /// Whether there is nothing left to do, or no time left to do it.
+    fn is_done(&self, options: Options, drain_until: Option<Instant>) -> bool {
+        if drain_until.is_some_and(|limit| Instant::now() >= limit) {
+            tracing::warn!("the batch under way was not answered in time; it is applied again at the next start");
+            return true;
+        }
+        let idle = self.in_flight.is_none() && (self.batch.is_empty() || !self.intake.at_boundary());
+        let caught_up = options.until_caught_up && self.checkpoint.applied.lsn >= self.flushed_at_start;
+        idle && (drain_until.is_some() || caught_up)
+    }
+
+    /// The last word to Postgres.
+    async fn finish(&mut self) -> Result<()> {
+        self.acks.advance(Instant::now(), self.checkpoint.low);
+        self.show();
+        tracing::info!(applied = %self.checkpoint.applied, "ended; the next start goes on from here");
+        self.send_status(false).await
+    }
+}
+
+/// Returns when there is something to take.
+async fn readable(replication: &mut Replication, more_buffered: bool) -> Result<()> {
+    if more_buffered { Ok(()) } else { replication.fill().await }
+}
+
+/// The future's output, or never while there is none.
+async fn optional<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
+    match future {
+        Some(future) => future.await,
+        None => std::future::pending().await,
+    }
+}
+
+fn undecodable(error: pgoutput::DecodeError) -> Error {
+    Error::new(ErrorKind::Protocol, "cannot read a message of the replication stream").because(error)
+}
+
+/// The limits that `[redis]` sets.
+fn limits(config: &Config) -> Limits {
+    Limits { ops: config.redis.batch_ops, bytes: config.redis.batch_bytes }
+}

@@ -1,0 +1,224 @@
+//! Everything before streaming: both servers, whether they fit together, the rules against the tables, the claim.
+//!
+//! The order matters. The checkpoint is read before the stream begins, because it says where; the fence is replaced only once
+//! START_REPLICATION has succeeded, because Postgres elects the writer; and if the checkpoint moved in between, the
+//! session begins anew.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use crate::admin::Phase;
+use crate::batch::Batch;
+use crate::cache::Cache;
+use crate::cache::checkpoint::{Checkpoint, Origin};
+use crate::cache::record::Recorder;
+use crate::cache::writer::Writer;
+use crate::catalog;
+use crate::config::{TableName, diagnostic};
+use crate::decode::types::Types;
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::{Lsn, Position};
+use crate::source::client;
+use crate::source::conninfo::ConnInfo;
+use crate::source::replication::{Replication, SystemIdentity, Walsender};
+use crate::source::slot::{self, SlotState};
+
+use super::acks::Acks;
+use super::gap::{self, Situation, SlotFacts, Start};
+use super::intake::Intake;
+use super::report::RuleMetrics;
+use super::tables::Tables;
+use super::{Daemon, Options, STATEMENT_TIMEOUT, Session, limits};
+
+/// Opens a session on the real cache.
+pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
+    let config = &daemon.config;
+    let info = ConnInfo::from_config(&config.postgres)?;
+    let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
+    // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
+    let slot = slot::slot_state(&client, &config.postgres.slot).await?;
+    if let Some(pid) = slot.as_ref().and_then(|slot| slot.active_pid) {
+        let taken = format!("another daemon, or one that just ended, streams slot `{}` (PID {pid})", config.postgres.slot);
+        return Err(Error::new(ErrorKind::Fenced, taken));
+    }
+    let mut writer = Writer::new(config.redis.clone(), Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics))?;
+    let stored = writer.read_checkpoint().await?;
+    let mut walsender = Walsender::connect(&info).await?;
+    let identity = walsender.identify_system().await?;
+    let origin = origin(&identity, &config.postgres.slot);
+    let situation = Situation {
+        origin: &origin,
+        flush_lsn: identity.flush_lsn,
+        slot: slot.as_ref().map(slot_facts),
+        born_at: slot::birth_note(&client, &config.postgres.publication, &origin.slot).await?,
+        stored: stored.as_ref(),
+        seen,
+        cache_has_keys: stored.is_none() && writer.has_keys().await?,
+    };
+    let start = gap::examine(&situation, options.adopt)?;
+    let confirmed = slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default();
+    let first = beginning(start, stored.as_ref(), origin, &daemon.rules.digest);
+    warn_of_changed_rules(daemon, &writer, stored.as_ref()).await?;
+
+    let (tables, intake) = bind(daemon, &client, &first).await?;
+    let replication = walsender.start(&first.origin.slot, &config.postgres.publication, first.low).await?;
+    writer.claim(stored.clone()).await?;
+    let checkpoint = match stored {
+        Some(stored) if stored == first => stored,
+        _ => writer.apply(&Batch::new(limits(config), 0), first).await?,
+    };
+    tracing::info!(epoch = checkpoint.epoch, from = %checkpoint.low, slot = %checkpoint.origin.slot, "streaming");
+    daemon.metrics.sessions_total.inc();
+    daemon.metrics.up.set(1);
+    daemon.shared.update(|status| {
+        status.phase = Phase::Active;
+        status.database.clone_from(&checkpoint.origin.database);
+    });
+    let streamed = Streamed { client, replication, tables, intake, checkpoint, flushed: identity.flush_lsn, confirmed };
+    Ok(session(daemon, streamed, writer))
+}
+
+/// Opens a session on nothing: a temporary slot, from now on, and commands as text.
+pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W) -> Result<Session<Recorder<W>>> {
+    let config = &daemon.config;
+    let info = ConnInfo::from_config(&config.postgres)?;
+    let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
+    let mut walsender = Walsender::connect(&info).await?;
+    let identity = walsender.identify_system().await?;
+    let start = Start::Anew { from: Lsn::default() };
+    let checkpoint = beginning(start, None, origin(&identity, &config.postgres.slot), &daemon.rules.digest);
+    let (tables, intake) = bind(daemon, &client, &checkpoint).await?;
+    let replication = walsender.start_temporary(&config.postgres.publication).await?;
+    tracing::info!("printing the commands of changes from now on; nothing is written");
+    let (flushed, confirmed) = (identity.flush_lsn, Lsn::default());
+    let streamed = Streamed { client, replication, tables, intake, checkpoint, flushed, confirmed };
+    Ok(session(daemon, streamed, Recorder::new(out)))
+}
+
+/// What a session is made of, besides the cache.
+struct Streamed {
+    client: tokio_postgres::Client,
+    replication: Replication,
+    tables: Tables,
+    intake: Intake,
+    checkpoint: Checkpoint,
+    flushed: Lsn,
+    confirmed: Lsn,
+}
+
+fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
+    let config = &daemon.config;
+    let batch = || Batch::new(limits(config), config.rules.len());
+    let now = Instant::now();
+    Session {
+        config: Arc::clone(config),
+        metrics: Arc::clone(&daemon.metrics),
+        shared: Arc::clone(&daemon.shared),
+        rule_metrics: RuleMetrics::of(config, &daemon.metrics),
+        client: Arc::new(streamed.client),
+        replication: streamed.replication,
+        tables: streamed.tables,
+        intake: streamed.intake,
+        batch: batch(),
+        spare: Some(batch()),
+        cache: Some(cache),
+        in_flight: None,
+        looking: None,
+        received: streamed.checkpoint.low,
+        acks: Acks::new(streamed.confirmed, config.postgres.replay_window),
+        checkpoint: streamed.checkpoint,
+        more_buffered: false,
+        flushed_at_start: streamed.flushed,
+        slot_looked_at: None,
+        heartbeat_sent: now,
+        reply_requested: false,
+        checkpoint_due: false,
+    }
+}
+
+fn origin(identity: &SystemIdentity, slot: &str) -> Origin {
+    Origin {
+        system: identity.system.clone(),
+        timeline: identity.timeline,
+        database: identity.database.clone(),
+        slot: slot.to_owned(),
+    }
+}
+
+fn slot_facts(slot: &SlotState) -> SlotFacts<'_> {
+    SlotFacts {
+        plugin: slot.plugin.as_deref(),
+        database: slot.database.as_deref(),
+        confirmed: slot.confirmed_flush_lsn.unwrap_or_default(),
+        lost: slot.is_lost().then(|| slot.invalidation_reason.as_deref().unwrap_or("its WAL was removed")),
+    }
+}
+
+/// The checkpoint that the session begins with.
+fn beginning(start: Start, stored: Option<&Checkpoint>, origin: Origin, rules: &str) -> Checkpoint {
+    match (start, stored) {
+        (Start::Resume { new_epoch }, Some(stored)) => Checkpoint {
+            epoch: if new_epoch { epoch_now(stored.epoch) } else { stored.epoch },
+            rules: rules.to_owned(),
+            ..stored.clone()
+        },
+        (Start::Resume { .. }, None) => unreachable!("there is a checkpoint to resume from"),
+        (Start::Anew { from }, stored) => Checkpoint {
+            version: Checkpoint::VERSION,
+            origin,
+            epoch: epoch_now(stored.map_or(0, |stored| stored.epoch)),
+            applied: Position::end(from),
+            low: from,
+            good: Position::end(from),
+            rules: rules.to_owned(),
+            owing: BTreeSet::new(),
+        },
+    }
+}
+
+/// A time in microseconds, later than the epoch before whatever the clock says.
+fn epoch_now(before: u64) -> u64 {
+    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_micros() as u64);
+    now_us.max(before + 1)
+}
+
+/// Binds the rules to the tables as the catalog has them. At the first session of a process every problem is an error;
+/// later ones pause their rules.
+async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoint) -> Result<(Tables, Intake)> {
+    let config = &daemon.config;
+    let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
+    let names: Vec<TableName> = names.into_iter().collect();
+    let catalog = catalog::load(client, &config.postgres.publication, &names).await?;
+    let types = Types::load(client, &catalog.type_oids()).await?;
+    if daemon.metrics.sessions_total.get() == 0 {
+        let problems = catalog::check_rules(config, &catalog, &types).diagnostics;
+        if problems.iter().any(|problem| problem.severity == diagnostic::Severity::Error) {
+            let shown = diagnostic::render(&problems, &config.file, false);
+            return Err(Error::new(ErrorKind::Config, format!("the rules do not fit the tables\n\n{shown}")));
+        }
+    }
+    let mut tables = Tables::new(types);
+    let mut intake = Intake::new(first, Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics));
+    for table in tables.bind_all(&catalog, config, &daemon.metrics, &daemon.shared) {
+        intake.bind(table);
+    }
+    Ok((tables, intake))
+}
+
+/// Keys of rules that changed or were removed stay as they are in this version; whoever runs it must know.
+async fn warn_of_changed_rules(daemon: &Daemon, writer: &Writer, stored: Option<&Checkpoint>) -> Result<()> {
+    if stored.is_none_or(|stored| stored.rules == daemon.rules.digest) {
+        return Ok(());
+    }
+    let Some(before) = writer.read_rules().await? else { return Ok(()) };
+    let (changed, removed) = daemon.rules.difference(&before);
+    if !changed.is_empty() {
+        tracing::warn!(rules = ?changed, "new or changed rules: keys appear, or change their form, only as their rows change");
+    }
+    if !removed.is_empty() {
+        tracing::warn!(rules = ?removed, "removed rules: the keys that they wrote stay, and are no longer kept right");
+    }
+    Ok(())
+}

@@ -1,0 +1,70 @@
+//! What a batch and the slot say to the metrics and to `/status`.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prometheus::{Histogram, IntCounter};
+
+use crate::admin::Shared;
+use crate::batch::{Batch, CacheOp};
+use crate::config::Config;
+use crate::metrics::Metrics;
+use crate::source::slot::SlotState;
+
+/// The handles of one rule: looked up once.
+pub(super) struct RuleMetrics {
+    sets: IntCounter,
+    deletes: IntCounter,
+    delay: Histogram,
+}
+
+impl RuleMetrics {
+    /// One for each rule, in the order of their numbers.
+    pub(super) fn of(config: &Config, metrics: &Metrics) -> Vec<Self> {
+        let handles = config.rules.iter().map(|rule| {
+            let name = rule.name.value.as_str();
+            RuleMetrics {
+                sets: metrics.cache_ops_total.with_label_values(&[name, "set"]),
+                deletes: metrics.cache_ops_total.with_label_values(&[name, "delete"]),
+                delay: metrics.commit_to_cache_seconds.with_label_values(&[name]),
+            }
+        });
+        handles.collect()
+    }
+}
+
+/// The batch is in the cache.
+pub(super) fn batch(batch: &Batch, rules: &[RuleMetrics], metrics: &Metrics) {
+    if batch.is_empty() {
+        return;
+    }
+    metrics.batch_cells.observe(batch.len() as f64);
+    for (rule, op) in batch.ops() {
+        match op {
+            CacheOp::Set { .. } => rules[usize::from(rule)].sets.inc(),
+            CacheOp::Delete { .. } => rules[usize::from(rule)].deletes.inc(),
+        }
+    }
+    // Clocks may differ: a negative delay is none.
+    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_micros() as i64);
+    for (rule, committed) in batch.commits() {
+        let delay_us = now_us.saturating_sub(committed.unix_us()).max(0);
+        rules[usize::from(*rule)].delay.observe(delay_us as f64 / 1e6);
+    }
+}
+
+/// The slot was looked at.
+pub(super) fn slot(slot: &SlotState, max_retained: u64, metrics: &Metrics, shared: &Shared) {
+    let retained = slot.retained_bytes.unwrap_or_default();
+    metrics.slot_retained_bytes.set(i64::try_from(retained).unwrap_or(i64::MAX));
+    metrics.slot_status.reset();
+    if let Some(status) = slot.wal_status {
+        metrics.slot_status.with_label_values(&[status.name()]).set(1);
+    }
+    if retained > max_retained {
+        tracing::warn!(retained, max_retained, "the slot makes Postgres keep more WAL than `max_retained`");
+    }
+    shared.update(|status| {
+        status.slot_status = slot.wal_status.map(|status| status.name().to_owned());
+        status.slot_retained_bytes = slot.retained_bytes;
+    });
+}
