@@ -4,4 +4,9 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod faults;
+mod gaps;
 mod harness;
+mod large;
+mod pgbench;
+mod steps;

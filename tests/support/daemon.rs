@@ -73,6 +73,16 @@ impl Daemon {
         peak.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
+    /// Its process id.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Where it logs to.
+    pub(crate) fn log_path(&self) -> PathBuf {
+        self.log.clone()
+    }
+
     /// What it has logged so far, earlier runs on the same stage included.
     pub(crate) fn log(&self) -> String {
         fs::read_to_string(&self.log).unwrap()
