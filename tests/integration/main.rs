@@ -10,3 +10,4 @@ mod harness;
 mod large;
 mod pgbench;
 mod steps;
+mod values;
