@@ -67,13 +67,19 @@ impl Oracle {
         there
     }
 
-    fn oid(&self, type_name: &str) -> u32 {
-        self.runtime.block_on(self.client.query_one("select $1::text::regtype::oid", &[&type_name])).unwrap().get(0)
+    fn oids(&self, names: &[&str]) -> Vec<u32> {
+        let query =
+            "select array_agg(name::regtype::oid order by at) from unnest($1::text[]) with ordinality n(name, at)";
+        self.runtime.block_on(self.client.query_one(query, &[&names])).unwrap().get(0)
+    }
+
+    fn load(&self, oids: &[u32]) -> keepstep::error::Result<Types> {
+        self.runtime.block_on(Types::load(&self.client, oids))
     }
 
     fn types(&self, names: &[&str]) -> Vec<JsonType> {
-        let oids: Vec<u32> = names.iter().map(|name| self.oid(name)).collect();
-        let types = self.runtime.block_on(Types::load(&self.client, &oids)).unwrap();
+        let oids = self.oids(names);
+        let types = self.load(&oids).unwrap();
         oids.iter().map(|&oid| JsonType::clone(&types.get(oid).json)).collect()
     }
 
@@ -448,4 +454,53 @@ fn random_values_show_as_row_to_json_shows_them() {
         }
         Err(TestError::Abort(reason)) => panic!("{reason}"),
     }
+}
+
+#[test]
+fn arrays_of_built_in_types_are_those_of_the_catalog() {
+    let oracle = Oracle::start();
+    let query =
+        "select array_type.oid, element.oid, element.typdelim::text, array_type.typoutput = 'array_out'::regproc
+                   from pg_type array_type join pg_type element on element.oid = array_type.typelem
+                  where array_type.typsubscript = 'array_subscript_handler'::regproc
+                    and element.typtype in ('b', 'r', 'm') and array_type.oid < 10000";
+    let rows = oracle.runtime.block_on(oracle.client.query(query, &[])).unwrap();
+    assert!(rows.len() > 70);
+    let types = oracle.load(&rows.iter().map(|row| row.get(0)).collect::<Vec<u32>>()).unwrap();
+    for row in rows {
+        let (oid, delimiter): (u32, &str) = (row.get(0), row.get(2));
+        let element = std::sync::Arc::clone(&types.get(row.get(1)).json);
+        let expected = match row.get(3) {
+            true => JsonType::Array { element, delimiter: delimiter.as_bytes()[0] },
+            false => JsonType::Vector(element),
+        };
+        assert_eq!(*types.get(oid).json, expected, "{}", types.get(oid).name);
+    }
+}
+
+#[test]
+fn types_are_known_by_name_and_base() {
+    let oracle = Oracle::start();
+    let names = ["int4[]", "very_positive", "labels", "labels[]", "known_place", "place[]", "mood", "text_range"];
+    let oids = oracle.oids(&names);
+    let types = oracle.load(&oids).unwrap();
+    assert_eq!(oids.iter().map(|&oid| &types.get(oid).name).collect::<Vec<_>>(), Vec::from_iter(&names));
+    let bases: Vec<u32> = oids.iter().map(|&oid| types.get(oid).base).collect();
+    let expected = oracle.oids(&["int4[]", "int4", "text[]", "labels[]", "place", "place[]", "mood", "text_range"]);
+    assert_eq!(bases, expected);
+
+    let nobody_has = u32::MAX;
+    let unknown = oracle.load(&[nobody_has]).unwrap();
+    assert_eq!((unknown.get(nobody_has).base, &*unknown.get(nobody_has).json), (0, &JsonType::Text));
+}
+
+#[test]
+fn types_that_nest_too_deep_are_refused() {
+    let oracle = Oracle::start();
+    let chain = (1..40).map(|level| format!("create type t{level} as (inner_value t{});", level - 1));
+    let statements = String::from_iter(std::iter::once("create type t0 as (a int);".to_owned()).chain(chain));
+    oracle.runtime.block_on(oracle.client.batch_execute(&statements)).unwrap();
+    assert!(oracle.load(&oracle.oids(&["t30"])).is_ok());
+    let error = oracle.load(&oracle.oids(&["t39"])).unwrap_err();
+    assert_eq!(error.to_string(), "a column's type nests more than 32 types");
 }
