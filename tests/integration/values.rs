@@ -7,12 +7,12 @@
 use keepstep::decode::types::{JsonType, Types};
 use keepstep::decode::value::write_json;
 use keepstep::sandbox::Postgres;
-use proptest::collection::vec;
 use proptest::prelude::*;
-use proptest::sample::select;
 use proptest::test_runner::{Config, RngSeed, TestError, TestRunner};
 use tokio::runtime::Runtime;
 use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
+
+mod sql;
 
 /// The settings of every session that reads values, and the types of every kind that a database can add.
 const SET_UP: &str = r#"
@@ -231,205 +231,17 @@ fn hand_picked_values_show_as_row_to_json_shows_them() {
     }
 }
 
-/// Columns of many types and SQL expressions for random values of each.
-fn columns(hstore: bool) -> Vec<(&'static str, BoxedStrategy<String>)> {
-    let text = || text().prop_map(|text| quote(&text)).boxed();
-    let int = || any::<i32>().prop_map(|number| number.to_string()).boxed();
-    let float = || any_float().prop_map(|number| quote(&float_literal(number))).boxed();
-    let timestamptz = || microseconds().prop_map(|us| format!("timestamptz '2000-01-01' + {us} * interval '1 us'"));
-    let timestamptz = || timestamptz().boxed();
-    let mood = || select(&["ok", "so \"so\"", "back\\slash", "{a,b}", "(c)", "NULL", " ", "ü"][..]).prop_map(quote);
-    let date = || (-2_451_500..100_000_000).prop_map(|days| format!("date '2000-01-01' + {days}")).boxed();
-    let json = || json().prop_map(|json| quote(&json)).boxed();
-    let tags = || array_of(text(), "text");
-    let place = || composite("place", vec![int(), float(), text()]);
-    let span = || {
-        let bounds = select(&["[]", "[)", "(]", "()"][..]);
-        (microseconds(), microseconds(), bounds).prop_map(|(one, other, bounds)| {
-            let at = |us| format!("timestamptz '2000-01-01' + {us} * interval '1 us'");
-            format!("tstzrange({}, {}, '{bounds}')", at(one.min(other)), at(one.max(other)))
-        })
-    };
-    let line = || {
-        let id = any::<i64>().prop_map(|id| id.to_string()).boxed();
-        let places = array_of(place(), "place");
-        let (docs, moods) = (array_of(json(), "jsonb"), array_of(mood().boxed(), "mood"));
-        let ok = any::<bool>().prop_map(|ok| ok.to_string()).boxed();
-        let (positive, moments) =
-            ((10..i32::MAX).prop_map(|n| n.to_string()).boxed(), array_of(timestamptz(), "moment"));
-        composite(
-            "order_line",
-            vec![
-                id,
-                timestamptz(),
-                date(),
-                tags(),
-                place(),
-                places,
-                json(),
-                docs,
-                ok,
-                mood().boxed(),
-                moods,
-                tags(),
-                positive,
-                moments,
-                span().boxed(),
-            ],
-        )
-    };
-    let bytes = vec(any::<u8>(), 0..20).prop_map(|bytes| {
-        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-        format!("'\\x{hex}'")
-    });
-    let interval = [any::<i16>(), any::<i16>(), any::<i16>(), any::<i16>()];
-    let interval = (interval, any::<i32>()).prop_map(|([years, months, days, hours], us)| {
-        format!("make_interval({years}, {months}, 0, {days}, {hours}, 0, {us} / 1000000.0)")
-    });
-    let mut columns = vec![
-        ("int4", int()),
-        ("float8", float()),
-        ("float4", any::<f32>().prop_map(|number| quote(&float_literal(number.into()))).boxed()),
-        ("numeric", "-?[0-9]{1,30}(\\.[0-9]{1,20})?(e-?[0-9]{1,2})?".prop_map(|digits| quote(&digits)).boxed()),
-        ("text", text()),
-        ("varchar(4)", text()),
-        ("char(4)", text()),
-        ("name", text()),
-        ("bytea", bytes.boxed()),
-        ("json", json()),
-        ("jsonb", json()),
-        ("raw_doc", json()),
-        ("date", date()),
-        ("timestamp", timestamptz()),
-        ("timestamptz", timestamptz()),
-        ("interval", interval.boxed()),
-        ("mood", mood().boxed()),
-        ("tstzrange", span().boxed()),
-        (
-            "text_range",
-            (text(), text())
-                .prop_map(|(a, b)| {
-                    format!("text_range(least({a} collate \"C\", {b}), greatest({a} collate \"C\", {b}), '[]')")
-                })
-                .boxed(),
-        ),
-        ("uuid", any::<u128>().prop_map(|bits| format!("'{bits:032x}'")).boxed()),
-        ("inet", (any::<std::net::IpAddr>(), 0..=32).prop_map(|(ip, bits)| format!("'{ip}/{bits}'")).boxed()),
-        ("varbit", "[01]{0,20}".prop_map(|bits| quote(&bits)).boxed()),
-        ("point", (any_float(), any_float()).prop_map(|(x, y)| format!("point('{x:e}', '{y:e}')")).boxed()),
-        ("tsvector", text().prop_map(|text| format!("to_tsvector('simple', {text})")).boxed()),
-        ("tsquery", text().prop_map(|text| format!("plainto_tsquery('simple', {text})")).boxed()),
-        ("place", place()),
-        ("known_place", place()),
-        ("order_line", line()),
-        ("alone", composite("alone", vec![text()])),
-        ("order_line[]", array_of(line(), "order_line")),
-        ("text[]", tags()),
-        ("labels[]", array_of(tags().prop_map(|tags| format!("{tags}::labels")).boxed(), "labels")),
-        ("float8[]", array_of(float(), "float8")),
-        ("json[]", array_of(json(), "json")),
-        ("timestamp[]", array_of(timestamptz(), "timestamp")),
-        ("timestamptz[]", array_of(timestamptz(), "timestamptz")),
-        ("text[]", matrix_of(text(), "text")),
-        ("place[]", matrix_of(place(), "place")),
-    ];
-    if hstore {
-        let pairs = || {
-            vec((text(), nullable(text())), 0..4)
-                .prop_map(|pairs| {
-                    let (keys, values): (Vec<String>, Vec<String>) = pairs.into_iter().unzip();
-                    format!("hstore(array[{}]::text[], array[{}]::text[])", keys.join(","), values.join(","))
-                })
-                .boxed()
-        };
-        columns.push(("hstore", pairs()));
-        columns.push(("hstore[]", array_of(pairs(), "hstore")));
-    }
-    columns
-}
-
-/// Any text that Postgres takes, mostly of the characters that some output function or JSON treats apart.
-fn text() -> impl Strategy<Value = String> {
-    let special: Vec<char> =
-        "\"\\{}()[],;:=> '\t\n\u{b}\u{c}\r\u{8}\u{1}\u{1f}\u{7f}\u{a0}\u{2028}/NULL".chars().collect();
-    let any_char = any::<char>().prop_filter("Postgres has no NUL in text", |&char| char != '\0');
-    vec(prop_oneof![3 => select(special), 1 => any_char, 1 => proptest::char::range('a', 'e')], 0..8)
-        .prop_map(String::from_iter)
-}
-
-fn json() -> impl Strategy<Value = String> {
-    let string = || text().prop_map(|text| serde_json::to_string(&text).unwrap());
-    let number = "-?(0|[1-9][0-9]{0,20})(\\.[0-9]{1,5})?([eE][+-]?[0-9]{1,2})?";
-    let leaf =
-        prop_oneof![string(), number, select(&["null", "true", "false", " [ ] ", "{}"][..]).prop_map(str::to_owned)];
-    leaf.prop_recursive(3, 12, 3, move |inner| {
-        let object = vec((string(), inner.clone()), 1..4).prop_map(|fields| {
-            let fields: Vec<String> = fields.iter().map(|(name, value)| format!("{name} :{value}")).collect();
-            format!("{{{}}}", fields.join(", "))
-        });
-        prop_oneof![vec(inner, 1..4).prop_map(|items| format!("[{}]", items.join(" ,"))), object]
-    })
-}
-
-fn any_float() -> impl Strategy<Value = f64> {
-    use proptest::num::f64::{ANY, SUBNORMAL};
-    prop_oneof![3 => ANY, 1 => SUBNORMAL, 3 => -1e6..1e6, 1 => (-1000..1000).prop_map(f64::from)]
-}
-
-fn float_literal(number: f64) -> String {
-    format!("{number:e}")
-}
-
-/// From the beginning to the end of what a timestamp can say, mostly near 2000-01-01.
-fn microseconds() -> impl Strategy<Value = i64> {
-    prop_oneof![
-        -210_000_000_000_000_000..9_000_000_000_000_000_000i64,
-        -1_000_000_000_000_000..1_000_000_000_000_000i64
-    ]
-}
-
-fn quote(text: impl AsRef<str>) -> String {
-    format!("'{}'", text.as_ref().replace('\'', "''"))
-}
-
-fn nullable(expression: BoxedStrategy<String>) -> impl Strategy<Value = String> {
-    prop_oneof![1 => Just("null".to_owned()), 5 => expression]
-}
-
-fn array_of(element: BoxedStrategy<String>, type_name: &'static str) -> BoxedStrategy<String> {
-    let items = vec(nullable(element), 0..4);
-    items.prop_map(move |items| format!("array[{}]::{type_name}[]", casts(&items, type_name))).boxed()
-}
-
-fn matrix_of(element: BoxedStrategy<String>, type_name: &'static str) -> BoxedStrategy<String> {
-    let rows = (1..4usize).prop_flat_map(move |width| vec(vec(nullable(element.clone()), width), 1..4));
-    rows.prop_map(move |rows| {
-        let rows: Vec<String> = rows.iter().map(|row| format!("[{}]", casts(row, type_name))).collect();
-        format!("array[{}]::{type_name}[]", rows.join(","))
-    })
-    .boxed()
-}
-
-fn casts(items: &[String], type_name: &str) -> String {
-    items.iter().map(|item| format!("({item})::{type_name}")).collect::<Vec<_>>().join(",")
-}
-
-fn composite(type_name: &'static str, attributes: Vec<BoxedStrategy<String>>) -> BoxedStrategy<String> {
-    let attributes: Vec<_> = attributes.into_iter().map(nullable).collect();
-    attributes.prop_map(move |values| format!("row({})::{type_name}", values.join(","))).boxed()
-}
-
 #[test]
 fn random_values_show_as_row_to_json_shows_them() {
     let oracle = Oracle::start();
-    let (names, values): (Vec<&str>, Vec<_>) =
-        columns(oracle.has("hstore", "create extension hstore")).into_iter().unzip();
+    let mut columns = [sql::scalars(), sql::containers()].concat();
+    if oracle.has("hstore", "create extension hstore") {
+        columns.extend(sql::hstores());
+    }
+    let (names, values): (Vec<&str>, Vec<_>) = columns.into_iter().unzip();
     let types = oracle.types(&names);
-    let row: Vec<_> = names
-        .into_iter()
-        .zip(values)
-        .map(|(name, value)| nullable(value.prop_map(move |value| format!("({value})::{name}")).boxed()))
-        .collect();
+    let row: Vec<_> =
+        std::iter::zip(names, values).map(|(name, value)| sql::nullable(sql::cast(value, name))).collect();
 
     let seed = match Config::default().rng_seed {
         RngSeed::Fixed(seed) => seed,
