@@ -40,10 +40,51 @@ pub fn write_json(out: &mut Vec<u8>, json: &JsonType, text: &[u8]) -> Result {
 
 /// Appends a JSON string with the escapes of Postgres's `escape_json`; on an error `out` is as it was.
 pub fn write_json_string(out: &mut Vec<u8>, text: &[u8]) -> Result {
-    let text = str::from_utf8(text).map_err(|_| ValueError::NotUtf8)?;
-    // serde_json writes the same escapes: \b \f \n \r \t \" \\ and lower-case \u00xx for other control characters.
-    serde_json::to_writer(out, text).expect("a vector takes every write");
+    str::from_utf8(text).map_err(|_| ValueError::NotUtf8)?;
+    out.push(b'"');
+    let mut rest = text;
+    loop {
+        let (plain, special) = rest.split_at(plain_length(rest));
+        out.extend_from_slice(plain);
+        let Some((&byte, behind)) = special.split_first() else { break };
+        write_escape(out, byte);
+        rest = behind;
+    }
+    out.push(b'"');
     Ok(())
+}
+
+fn needs_escape(byte: u8) -> bool {
+    byte < b' ' || byte == b'"' || byte == b'\\'
+}
+
+/// How many bytes stand before the first that needs an escape.
+fn plain_length(text: &[u8]) -> usize {
+    // Without a branch per byte the compiler makes vector instructions of it. serde_json, which writes the same
+    // escapes, looks at byte after byte and takes twice as long for a column of text.
+    const CHUNK: usize = 8;
+    let is_plain = |chunk: &&[u8]| !chunk.iter().fold(false, |any, &byte| any | needs_escape(byte));
+    let begin = text.chunks_exact(CHUNK).take_while(is_plain).count() * CHUNK;
+    let rest = &text[begin..];
+    begin + rest.iter().position(|&byte| needs_escape(byte)).unwrap_or(rest.len())
+}
+
+fn write_escape(out: &mut Vec<u8>, byte: u8) {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let short = match byte {
+        0x08 => b'b',
+        0x0c => b'f',
+        b'\n' => b'n',
+        b'\r' => b'r',
+        b'\t' => b't',
+        b'"' | b'\\' => byte,
+        _ => {
+            let digits = [HEX[usize::from(byte >> 4)], HEX[usize::from(byte & 0xf)]];
+            out.extend_from_slice(b"\\u00");
+            return out.extend_from_slice(&digits);
+        }
+    };
+    out.extend_from_slice(&[b'\\', short]);
 }
 
 fn write_value(out: &mut Vec<u8>, json: &JsonType, text: &[u8], depth: usize) -> Result {
