@@ -4,6 +4,8 @@
 //! The text form comes from the simple query protocol, which calls each type's output function as pgoutput does; a
 //! cast to text does not (`true::text` is `true`, its output is `t`).
 
+use std::path::Path;
+
 use keepstep::decode::types::{JsonType, Types};
 use keepstep::decode::value::write_json;
 use keepstep::sandbox::Postgres;
@@ -47,7 +49,7 @@ struct Oracle {
 
 impl Oracle {
     fn start() -> Self {
-        let server = Postgres::start("").unwrap();
+        let server = Postgres::start_copy(Path::new(env!("CARGO_TARGET_TMPDIR")), "").unwrap();
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let client = runtime.block_on(async {
             let (client, connection) = tokio_postgres::connect(&server.url("postgres"), NoTls).await.unwrap();
