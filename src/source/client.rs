@@ -8,8 +8,8 @@ use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
 use tokio_postgres::{Client, Connection};
 
-use super::conninfo::{self, ConnInfo};
 use super::connect::{self, Failure, Login, Startup, Stream};
+use super::conninfo::{self, ConnInfo};
 use super::login::VALUE_SETTINGS;
 use super::query_error;
 use super::server_error::ServerError;
@@ -49,12 +49,11 @@ impl Startup for QueryStartup {
     type Session = Session;
 
     async fn start(&self, stream: Stream, login: &Login<'_>) -> Result<Session, Failure> {
-        let (client, connection) = config(login).connect_raw(stream, Established).await.map_err(|error| {
-            match error.as_db_error() {
+        let (client, connection) =
+            config(login).connect_raw(stream, Established).await.map_err(|error| match error.as_db_error() {
                 Some(server) => login.refused(ServerError::from_client(server)),
                 None => query_error(&format!("cannot log in to Postgres at {}", login.host), error).into(),
-            }
-        })?;
+            })?;
         Ok(Session { client, connection })
     }
 

@@ -125,11 +125,7 @@ fn broken(host: &Host, error: io::Error) -> Failure {
 pub(super) trait Startup {
     type Session: Send;
 
-    fn start(
-        &self,
-        stream: Stream,
-        login: &Login<'_>,
-    ) -> impl Future<Output = Result<Self::Session, Failure>> + Send;
+    fn start(&self, stream: Stream, login: &Login<'_>) -> impl Future<Output = Result<Self::Session, Failure>> + Send;
 
     /// The value of a parameter that the server reported at start-up.
     fn reported<'a>(session: &'a Self::Session, parameter: &str) -> Option<&'a str>;
@@ -207,7 +203,11 @@ async fn open_host<S: Startup + Sync>(info: &ConnInfo, host: &Host, startup: &S)
     Err(refused.unwrap_or_else(|| Error::new(ErrorKind::PostgresAway, format!("no way to connect to {host}"))))
 }
 
-async fn open_attempt<S: Startup + Sync>(login: &Login<'_>, encrypted: bool, startup: &S) -> Result<S::Session, Failure> {
+async fn open_attempt<S: Startup + Sync>(
+    login: &Login<'_>,
+    encrypted: bool,
+    startup: &S,
+) -> Result<S::Session, Failure> {
     let Login { info, host, .. } = login;
     let stream = reach(host, info.connect_timeout).await?;
     let session = async {

@@ -253,9 +253,8 @@ impl Given {
         }
         let (authority, tail) = rest.split_at(rest.find(['/', '?']).unwrap_or(rest.len()));
         if tail.contains('@') {
-            return Err(malformed("an `@` stands behind the first `/` or `?` of the Postgres URL").hint(
-                "in user and password write `/` as %2F, `?` as %3F, `@` as %40; elsewhere write `@` as %40",
-            ));
+            return Err(malformed("an `@` stands behind the first `/` or `?` of the Postgres URL")
+                .hint("in user and password write `/` as %2F, `?` as %3F, `@` as %40; elsewhere write `@` as %40"));
         }
         let (credentials, hosts) = authority.rsplit_once('@').map_or((None, authority), |(c, h)| (Some(c), h));
         let (path, query) = tail.split_once('?').unwrap_or((tail, ""));

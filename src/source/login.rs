@@ -13,8 +13,8 @@ use postgres_protocol::authentication::md5_hash;
 use postgres_protocol::authentication::sasl::{self, SCRAM_SHA_256, SCRAM_SHA_256_PLUS, ScramSha256};
 use postgres_protocol::message::frontend;
 
-use super::conninfo::{Address, ChannelBinding, ConnInfo, Host};
 use super::connect::{Failure, Login, Startup, Stream};
+use super::conninfo::{Address, ChannelBinding, ConnInfo, Host};
 use super::server_error::ServerError;
 use super::wire::{Message, Wire, protocol, unexpected};
 use crate::config::Secret;
@@ -210,8 +210,11 @@ impl Handshake<'_> {
 }
 
 fn unsupported(what: &str) -> Error {
-    Error::new(ErrorKind::PostgresDenied, format!("Postgres asks for an authentication method that keepstep lacks: {what}"))
-        .hint("use scram-sha-256 or a client certificate in pg_hba.conf")
+    Error::new(
+        ErrorKind::PostgresDenied,
+        format!("Postgres asks for an authentication method that keepstep lacks: {what}"),
+    )
+    .hint("use scram-sha-256 or a client certificate in pg_hba.conf")
 }
 
 /// The server did not prove that it knows the password, or the exchange made no sense.

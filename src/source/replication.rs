@@ -5,8 +5,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use super::conninfo::ConnInfo;
 use super::connect;
+use super::conninfo::ConnInfo;
 use super::login::ReplicationStartup;
 use super::server_error::{NOT_IN_PREREQUISITE_STATE, OBJECT_IN_USE, ServerError, UNDEFINED_OBJECT};
 use super::wire::{Wire, protocol};
@@ -77,9 +77,7 @@ impl Walsender {
             plugin_options(publication)
         );
         match self.wire.copy_both(&command).await? {
-            Ok(()) => {
-                Ok(Replication { wire: self.wire, received: from, reply_owed: false })
-            }
+            Ok(()) => Ok(Replication { wire: self.wire, received: from, reply_owed: false }),
             Err(refusal) => Err(self.explain(refusal, slot).await),
         }
     }
@@ -106,7 +104,9 @@ impl Walsender {
     async fn explain(&mut self, refusal: ServerError, slot: &str) -> Error {
         let doing = format!("cannot stream slot `{slot}`");
         match refusal.sqlstate.as_str() {
-            OBJECT_IN_USE => refusal.into_error(&doing).hint("another daemon, or one that just ended, still streams it"),
+            OBJECT_IN_USE => {
+                refusal.into_error(&doing).hint("another daemon, or one that just ended, still streams it")
+            }
             UNDEFINED_OBJECT => Error::new(ErrorKind::Gap, format!("{doing}: it does not exist"))
                 .hint("it was dropped, or never made: `keepstep setup` makes it"),
             NOT_IN_PREREQUISITE_STATE => {
@@ -145,8 +145,9 @@ fn explain_state(doing: &str, refusal: ServerError, row: Option<&[Option<String>
     }
     if text(wal_status) == "lost" {
         let message = format!("{doing}: Postgres removed log that it had not sent yet");
-        return Error::new(ErrorKind::Gap, message)
-            .hint("raise max_slot_wal_keep_size (18: idle_replication_slot_timeout) to let the daemon be away for longer");
+        return Error::new(ErrorKind::Gap, message).hint(
+            "raise max_slot_wal_keep_size (18: idle_replication_slot_timeout) to let the daemon be away for longer",
+        );
     }
     refusal.into_error(doing).hint("logical decoding needs `wal_level = logical`, also on a standby's primary")
 }
@@ -252,7 +253,9 @@ impl Replication {
         self.send_status(flushed, false).await?;
         let ended = tokio::time::timeout(CLOSE_LIMIT, self.wire.close()).await;
         let ended = ended.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));
-        ended.map_err(|error| Error::new(ErrorKind::PostgresAway, "the replication connection did not end").because(error))
+        ended.map_err(|error| {
+            Error::new(ErrorKind::PostgresAway, "the replication connection did not end").because(error)
+        })
     }
 }
 

@@ -101,20 +101,24 @@ fn kind(sqlstate: &str) -> ErrorKind {
 /// What to do about it.
 fn hints(sqlstate: &str) -> &'static [&'static str] {
     match sqlstate {
-        "28P01" => &["check user and password of `url` in [postgres]; nothing else is looked at once the URL names them"],
+        "28P01" => {
+            &["check user and password of `url` in [postgres]; nothing else is looked at once the URL names them"]
+        }
         INVALID_AUTHORIZATION => &[
             "pg_hba.conf must let this role in, with a line such as \
              `hostssl DATABASE ROLE ADDRESS scram-sha-256` (logical replication is matched by the database's own name, \
              not by `replication`), followed by `SELECT pg_reload_conf();`",
             "the role must exist and have LOGIN",
         ],
-        INSUFFICIENT_PRIVILEGE => &[
-            "the role needs REPLICATION (`ALTER ROLE name REPLICATION;`; Amazon RDS and Aurora: \
-             `GRANT rds_replication TO name;`) and SELECT on the tables; sql/role.sql makes such a role",
-        ],
+        INSUFFICIENT_PRIVILEGE => {
+            &["the role needs REPLICATION (`ALTER ROLE name REPLICATION;`; Amazon RDS and Aurora: \
+             `GRANT rds_replication TO name;`) and SELECT on the tables; sql/role.sql makes such a role"]
+        }
         "3D000" => &["the URL's path must name the database that holds the tables"],
         "53300" => &["raise max_connections or max_wal_senders, or look for connections that nobody uses any more"],
-        "25006" => &["this is a standby or a read-only session; add `target_session_attrs=primary` and list every host"],
+        "25006" => {
+            &["this is a standby or a read-only session; add `target_session_attrs=primary` and list every host"]
+        }
         _ => &[],
     }
 }

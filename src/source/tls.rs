@@ -177,7 +177,13 @@ impl ServerCertVerifier for Verifier {
             } else {
                 let certificate = ParsedCertificate::try_from(end_entity)?;
                 let algorithms = self.algorithms.all;
-                verify_server_cert_signed_by_trust_anchor(&certificate, &anchors.store, intermediates, now, algorithms)?;
+                verify_server_cert_signed_by_trust_anchor(
+                    &certificate,
+                    &anchors.store,
+                    intermediates,
+                    now,
+                    algorithms,
+                )?;
             }
         }
         if self.check_name {

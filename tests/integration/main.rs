@@ -4,11 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod corpus;
 mod faults;
 mod gaps;
 mod harness;
-mod large;
-mod pgbench;
+mod source;
 mod steps;
-mod values;
