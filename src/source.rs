@@ -4,6 +4,7 @@
 
 pub mod client;
 pub mod conninfo;
+pub mod provision;
 pub mod replication;
 pub mod slot;
 

@@ -2,6 +2,7 @@
 
 use std::convert::Infallible;
 use std::future::{Ready, ready};
+use std::io;
 use std::time::Duration;
 
 use tokio_postgres::config::{SslMode, SslNegotiation};
@@ -13,7 +14,7 @@ use super::conninfo::{self, ConnInfo};
 use super::login::VALUE_SETTINGS;
 use super::query_error;
 use super::server_error::ServerError;
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 
 /// Connects for ordinary queries. The connection lives in a task of its own and ends when the client is dropped.
 ///
@@ -49,16 +50,32 @@ impl Startup for QueryStartup {
     type Session = Session;
 
     async fn start(&self, stream: Stream, login: &Login<'_>) -> Result<Session, Failure> {
-        let (client, connection) =
-            config(login).connect_raw(stream, Established).await.map_err(|error| match error.as_db_error() {
-                Some(server) => login.refused(ServerError::from_client(server)),
-                None => query_error(&format!("cannot log in to Postgres at {}", login.host), error).into(),
-            })?;
+        let connected = config(login).connect_raw(stream, Established).await;
+        let (client, connection) = connected.map_err(|error| failure(login, error))?;
         Ok(Session { client, connection })
     }
 
     fn reported<'a>(session: &'a Session, parameter: &str) -> Option<&'a str> {
         session.connection.parameter(parameter)
+    }
+}
+
+fn failure(login: &Login<'_>, error: tokio_postgres::Error) -> Failure {
+    if let Some(server) = error.as_db_error() {
+        return login.refused(ServerError::from_client(server));
+    }
+    if error.is_closed() {
+        return login.broken(io::ErrorKind::UnexpectedEof.into());
+    }
+    let cause = error.into_source().unwrap_or_else(|| "it answered with what the protocol does not allow".into());
+    let denied = format!("cannot log in to Postgres at {}", login.host);
+    match cause.downcast::<io::Error>() {
+        // postgres-protocol makes these of a SCRAM exchange that proves nothing; no socket does.
+        Ok(scram) if matches!(scram.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Other) => {
+            Error::new(ErrorKind::PostgresDenied, denied).because(scram).into()
+        }
+        Ok(socket) => login.broken(*socket),
+        Err(cause) => Error::new(ErrorKind::PostgresDenied, denied).because(cause).into(),
     }
 }
 

@@ -249,7 +249,7 @@ impl Replication {
     ///
     /// # Errors
     /// [`ErrorKind::PostgresAway`] when the connection breaks before, or the server does not end it in time.
-    pub async fn close(mut self, flushed: Lsn) -> Result<()> {
+    pub async fn close(&mut self, flushed: Lsn) -> Result<()> {
         self.send_status(flushed, false).await?;
         let ended = tokio::time::timeout(CLOSE_LIMIT, self.wire.close()).await;
         let ended = ended.unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()));

@@ -101,9 +101,7 @@ fn kind(sqlstate: &str) -> ErrorKind {
 /// What to do about it.
 fn hints(sqlstate: &str) -> &'static [&'static str] {
     match sqlstate {
-        "28P01" => {
-            &["check user and password of `url` in [postgres]; nothing else is looked at once the URL names them"]
-        }
+        "28P01" => &["check user and password of `url` in [postgres]"],
         INVALID_AUTHORIZATION => &[
             "pg_hba.conf must let this role in, with a line such as \
              `hostssl DATABASE ROLE ADDRESS scram-sha-256` (logical replication is matched by the database's own name, \

@@ -269,7 +269,7 @@ impl Wire {
 
     /// Sends what is unsent, says good-bye, and waits until the server has closed the connection too: then nothing of this
     /// session is held there any more.
-    pub(super) async fn close(mut self) -> io::Result<()> {
+    pub(super) async fn close(&mut self) -> io::Result<()> {
         let mut last = std::mem::take(&mut self.unsent);
         let mut terminate = BytesMut::new();
         frontend::terminate(&mut terminate);

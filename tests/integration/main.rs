@@ -7,5 +7,7 @@ mod support;
 mod faults;
 mod gaps;
 mod harness;
+mod provision;
 mod source;
+mod source_tls;
 mod steps;
