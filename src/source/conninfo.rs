@@ -317,12 +317,13 @@ impl Given {
     }
 
     fn resolve(self, environment: &dyn Fn(&str) -> Option<String>) -> Result<ConnInfo> {
+        let hosts = self.hosts()?;
         let home = environment("HOME").filter(|home| !home.is_empty()).map(PathBuf::from);
         let user = self.get("user").map(str::to_owned).or_else(|| environment("USER"));
         let user = user.filter(|user| !user.is_empty()).ok_or_else(|| malformed("the Postgres URL names no user"))?;
         let own = |name| self.get(name).map(str::to_owned);
         Ok(ConnInfo {
-            hosts: self.hosts()?,
+            hosts,
             password: self.get("password").map(Secret::new),
             password_file: own("passfile").map(PathBuf::from).or_else(|| Some(home.clone()?.join(".pgpass"))),
             database: own("dbname").unwrap_or_else(|| user.clone()),
@@ -462,4 +463,140 @@ fn decode(part: &str, text: &str) -> Result<String> {
         malformed(format!("the {part} in the Postgres URL is not percent-encoded UTF-8 text"))
             .hint("write a `%` that stands for itself as %25")
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse_in(url: &str, environment: &[(&str, &str)]) -> Result<ConnInfo> {
+        let value =
+            |name: &str| environment.iter().find(|(known, _)| *known == name).map(|(_, value)| (*value).to_owned());
+        ConnInfo::parse(url, &value)
+    }
+
+    fn parse(url: &str) -> ConnInfo {
+        parse_in(url, &[]).expect(url)
+    }
+
+    fn hosts(url: &str) -> Vec<String> {
+        parse(url).hosts.iter().map(Host::to_string).collect()
+    }
+
+    #[test]
+    fn urls_are_libpqs() {
+        let info =
+            parse("postgresql://app:p%40ss%2Fword@db.example.org:6432/shop?sslmode=verify-full&connect_timeout=3");
+        assert_eq!((info.user.as_str(), info.database.as_str()), ("app", "shop"));
+        assert_eq!(info.password, Some(Secret::new("p@ss/word")));
+        assert_eq!((info.tls.mode, info.connect_timeout), (SslMode::VerifyFull, Duration::from_secs(3)));
+        for (url, expected) in [
+            ("postgres://u@h", &["h:5432"][..]),
+            ("postgresql+asyncpg://u@h:1/d", &["h:1"]),
+            ("postgresql://u@a:1,b,[::1]:3/d", &["a:1", "b:5432", "[::1]:3"]),
+            ("postgresql://u@[::1]/d", &["[::1]:5432"]),
+            ("postgresql://u@a,b:7/d", &["a:5432", "b:7"]),
+            ("postgresql:///d?host=a,b&port=7&user=u", &["a:7", "b:7"]),
+            ("postgresql:///d?host=/run/pg&user=u", &["/run/pg/.s.PGSQL.5432"]),
+            ("postgresql://u@%2Frun%2Fpg:6432/d", &["/run/pg/.s.PGSQL.6432"]),
+            ("postgresql://u@/d", &["/var/run/postgresql/.s.PGSQL.5432"]),
+            ("postgresql://u@h?host=other", &["other:5432"]),
+        ] {
+            assert_eq!(hosts(url), expected, "{url}");
+        }
+        assert_eq!(parse("postgresql://u:a@b@h/d").password, Some(Secret::new("a@b")));
+        assert_eq!(parse("postgresql://u@h").database, "u");
+        assert_eq!(parse("postgresql://h/d?user=u&password=a:b").password, Some(Secret::new("a:b")));
+    }
+
+    #[test]
+    fn what_orms_and_poolers_add_is_dropped_and_reported() {
+        let info = parse("postgresql://u@h/d?schema=public&pgbouncer=true&connection_limit=5&application_name=a");
+        assert_eq!(info.dropped, ["schema", "pgbouncer", "connection_limit"]);
+        assert_eq!(info.application_name, "a");
+    }
+
+    #[test]
+    fn the_environment_fills_in_what_the_url_leaves_out() {
+        let environment =
+            [("PGPASSWORD", "secret"), ("PGHOST", "ignored"), ("PGSSLMODE", "require"), ("PGUSER", ""), ("USER", "me")];
+        let info = parse_in("postgresql://h/d", &environment).unwrap();
+        assert_eq!(info.hosts[0].to_string(), "h:5432");
+        assert_eq!((info.password, info.user.as_str()), (Some(Secret::new("secret")), "me"));
+        assert_eq!(info.tls.mode, SslMode::Require);
+    }
+
+    #[test]
+    fn certificates_have_libpqs_places() {
+        let at_home = parse_in("postgresql://u@h/d", &[("HOME", "/home/me")]).unwrap();
+        assert_eq!(at_home.tls.roots, Roots::FileIfPresent("/home/me/.postgresql/root.crt".into()));
+        assert_eq!(at_home.password_file, Some("/home/me/.pgpass".into()));
+        assert!(at_home.tls.client.is_some_and(|client| client.optional));
+        let given = parse("postgresql://u@h/d?sslcert=/a&sslkey=/b&sslrootcert=/c").tls;
+        assert_eq!(given.roots, Roots::File("/c".into()));
+        assert!(given.client.is_some_and(|client| !client.optional));
+        assert_eq!(parse("postgresql://u@h/d?sslrootcert=system").tls.mode, SslMode::VerifyFull);
+        assert_eq!(parse("postgresql://u@h/d?ssl=true").tls.mode, SslMode::Require);
+    }
+
+    #[test]
+    fn mistakes_are_named_without_the_password() {
+        for (url, word) in [
+            ("secret", "postgresql://"),
+            ("mysql://u:secret@h/d", "postgresql://"),
+            ("host=h password=secret", "postgresql://"),
+            ("postgresql://u:sec/ret@h/d", "%2F"),
+            ("postgresql://u:sec?secret@h/d", "%3F"),
+            ("postgresql://u:secret/x", "port"),
+            ("postgresql://u:%secret@h/d", "%25"),
+            ("postgresql://u:secret%00@h/d", "%25"),
+            ("postgresql://u:secret%ff@h/d", "%25"),
+            ("postgresql://u@h:0/d?password=secret", "port"),
+            ("postgresql://u@h:99999/d?password=secret", "port"),
+            ("postgresql://u@a:1,b:2/d?password=secret&host=c", "port"),
+            ("postgresql://u@[::1/d?password=secret", "]"),
+            ("postgresql://u@h/d?password=secret&secret", "="),
+            ("postgresql://h/d?password=secret", "user"),
+            ("postgresql://u:secret@h/d?sslmode=on", "verify-full"),
+            ("postgresql://u:secret@h/d?sslmode=require&sslrootcert=system", "verify-full"),
+            ("postgresql://u:secret@h/d?sslnegotiation=direct", "sslmode=require"),
+            ("postgresql://u:secret@h/d?sslcrl=/x", "sslcrl"),
+            ("postgresql://u:secret@h/d?gssencmode=require", "gssencmode"),
+            ("postgresql://u:secret@h/d?connect_timeout=soon", "connect_timeout"),
+        ] {
+            let error = parse_in(url, &[]).expect_err(url);
+            let text = format!("{error} {:?} {error:?}", error.hints());
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(text.contains(word), "{url}: {text}");
+            assert!(!text.contains("secret"), "{url}: {text}");
+        }
+        let info = parse("postgresql://u:secret@h/d");
+        assert!(!format!("{info:?}").contains("secret"));
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_gives_an_answer(text in ".*") {
+            let _ = parse_in(&text, &[]);
+        }
+
+        #[test]
+        fn anything_behind_the_scheme_gives_an_answer(rest in "[a-z0-9@:/?&=%,\\[\\]+#. ]*") {
+            if let Ok(info) = parse_in(&format!("postgresql://{rest}"), &[("USER", "u")]) {
+                prop_assert!(!info.hosts.is_empty());
+            }
+        }
+
+        #[test]
+        fn encoded_credentials_come_back(user in "[^\\x00]{1,20}", password in "[^\\x00]{1,20}") {
+            let encode = |text: &str| {
+                percent_encoding::utf8_percent_encode(text, percent_encoding::NON_ALPHANUMERIC).to_string()
+            };
+            let info = parse(&format!("postgresql://{}:{}@h/d", encode(&user), encode(&password)));
+            prop_assert_eq!(info.user, user);
+            prop_assert_eq!(info.password, Some(Secret::new(password)));
+        }
+    }
 }

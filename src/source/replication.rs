@@ -290,3 +290,47 @@ fn status(written: Lsn, flushed: Lsn, now: SystemTime, reply_requested: bool) ->
     message[33] = u8::from(reply_requested);
     message
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn frames_are_read() {
+        let data = [&b"w"[..], &7_u64.to_be_bytes(), &8_u64.to_be_bytes(), &[0; 8], b"body"].concat();
+        let frame = Frame::Data { wal_start: Lsn(7), wal_end: Lsn(8), body: b"body" };
+        assert_eq!(parse_frame(&data).unwrap(), frame);
+        let keepalive = [&b"k"[..], &9_u64.to_be_bytes(), &[0; 8], &[1]].concat();
+        assert_eq!(parse_frame(&keepalive).unwrap(), Frame::Keepalive { wal_end: Lsn(9), reply_requested: true });
+        for (frame, shortest) in [(data, 25), (keepalive, 18)] {
+            for end in 0..shortest {
+                assert_eq!(parse_frame(&frame[..end]).unwrap_err().kind(), ErrorKind::Protocol);
+            }
+        }
+    }
+
+    #[test]
+    fn a_status_update_says_when_it_was_sent() {
+        let now = SystemTime::UNIX_EPOCH + Duration::from_secs(POSTGRES_EPOCH_UNIX_S) + Duration::from_micros(5);
+        let message = status(Lsn(2), Lsn(1), now, true);
+        let expected = [&b"r"[..], &2_u64.to_be_bytes(), &1_u64.to_be_bytes(), &1_u64.to_be_bytes()].concat();
+        assert_eq!(message[..25], expected);
+        assert_eq!(message[25..], [0, 0, 0, 0, 0, 0, 0, 5, 1]);
+    }
+
+    #[test]
+    fn names_cannot_leave_their_quotes() {
+        assert_eq!(plugin_options("a\"b'c"), "proto_version '1', publication_names '\"a\"\"b''c\"', messages 'true'");
+    }
+
+    proptest! {
+        #[test]
+        fn any_payload_gives_an_answer(payload in proptest::collection::vec(any::<u8>(), 0..64)) {
+            let _ = parse_frame(&payload);
+        }
+    }
+}

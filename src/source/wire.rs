@@ -320,3 +320,148 @@ pub(super) fn protocol(what: impl std::fmt::Display) -> Error {
 pub(super) fn unexpected(tag: u8, place: &str) -> Error {
     protocol(format!("a message of type {tag:#04x} {place}"))
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use proptest::prelude::*;
+    use tokio::net::UnixStream;
+
+    use super::*;
+
+    fn message(tag: u8, body: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(body.len() + 4).unwrap();
+        [&[tag][..], &length.to_be_bytes(), body].concat()
+    }
+
+    fn pair() -> (Wire, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut wire = Wire::new(Stream::Unix(ours));
+        wire.established();
+        (wire, theirs)
+    }
+
+    async fn next(wire: &mut Wire) -> Vec<u8> {
+        loop {
+            if let Some(payload) = wire.next_copy_data().unwrap() {
+                return payload.to_vec();
+            }
+            wire.fill().await.unwrap();
+        }
+    }
+
+    /// The error of a connection on which these bytes arrive.
+    async fn error_of(bytes: &[u8]) -> Error {
+        let (mut wire, mut server) = pair();
+        server.write_all(bytes).await.unwrap();
+        wire.fill().await.unwrap();
+        wire.next_copy_data().unwrap_err()
+    }
+
+    #[tokio::test]
+    async fn messages_arrive_whole_however_they_are_cut() {
+        let bytes = [message(b'd', b"one"), message(b'N', b"a notice"), message(b'd', b""), message(b'd', b"three")];
+        let bytes = bytes.concat();
+        for cut in 0..bytes.len() {
+            let (mut wire, mut server) = pair();
+            for part in [&bytes[..cut], &bytes[cut..]] {
+                server.write_all(part).await.unwrap();
+                if !part.is_empty() {
+                    wire.fill().await.unwrap();
+                }
+            }
+            for expected in ["one", "", "three"] {
+                assert_eq!(next(&mut wire).await, expected.as_bytes(), "cut at {cut}");
+            }
+            assert!(wire.next_copy_data().unwrap().is_none());
+        }
+    }
+
+    #[tokio::test]
+    async fn a_huge_message_passes_and_its_memory_is_given_back() {
+        let (mut wire, mut server) = pair();
+        let sizes = [100, 5 << 20, 100, 300 << 10, 70 << 10, 0];
+        let sent = tokio::spawn(async move {
+            for size in sizes {
+                server.write_all(&message(b'd', &vec![b'x'; size])).await.unwrap();
+            }
+            server
+        });
+        for size in sizes {
+            assert_eq!(next(&mut wire).await.len(), size);
+        }
+        let mut server = sent.await.unwrap();
+        server.write_all(&message(b'd', b"last")).await.unwrap();
+        assert_eq!(next(&mut wire).await, b"last");
+        assert!(wire.received.capacity() <= 2 * BUFFER_BYTES, "{}", wire.received.capacity());
+    }
+
+    #[tokio::test]
+    async fn lengths_are_not_believed() {
+        for length in [0_u32, 3, (1 << 30) + 1, u32::MAX] {
+            let bytes = [&b"d"[..], &length.to_be_bytes()].concat();
+            assert_eq!(error_of(&bytes).await.kind(), ErrorKind::Protocol, "{length}");
+        }
+        let (mut wire, mut server) = pair();
+        wire.message_bytes_max = STARTUP_MESSAGE_BYTES_MAX;
+        server.write_all(b"HTTP/1.1 400 Bad Request\r\n").await.unwrap();
+        wire.fill().await.unwrap();
+        assert_eq!(wire.next_message().unwrap_err().kind(), ErrorKind::Protocol);
+        // A believable claim takes no memory before its bytes are there.
+        let (mut wire, mut server) = pair();
+        server.write_all(&[&b"d"[..], &(1_u32 << 30).to_be_bytes()].concat()).await.unwrap();
+        wire.fill().await.unwrap();
+        assert!(wire.next_copy_data().unwrap().is_none());
+        assert!(wire.received.capacity() <= BUFFER_BYTES);
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_stream_is_an_error_of_its_kind() {
+        let away = error_of(&message(b'E', b"C57P01\0Mshutting down\0\0")).await;
+        assert_eq!(away.kind(), ErrorKind::PostgresAway);
+        for end in [message(b'c', b""), message(b'C', b"COPY 0\0")] {
+            assert_eq!(error_of(&end).await.kind(), ErrorKind::PostgresAway);
+        }
+        assert_eq!(error_of(&message(b'E', b"C42501\0Mno\0\0")).await.kind(), ErrorKind::PostgresDenied);
+        assert_eq!(error_of(&message(b'D', b"")).await.kind(), ErrorKind::Protocol);
+        let (mut wire, server) = pair();
+        drop(server);
+        assert_eq!(wire.fill().await.unwrap_err().kind(), ErrorKind::PostgresAway);
+    }
+
+    #[tokio::test]
+    async fn sending_never_waits_and_what_was_taken_arrives_whole() {
+        let (mut wire, mut server) = pair();
+        let payload = vec![b'p'; 1000];
+        let mut taken = 0;
+        while wire.send_if_room(&payload).await.unwrap() {
+            taken += 1;
+        }
+        assert!(taken > 0 && wire.unsent.len() <= UNSENT_BYTES_MAX);
+        // The server reads again while we wait for it, and answers when it has everything.
+        let expected = message(b'd', &payload).repeat(taken);
+        let reading = tokio::spawn(async move {
+            let mut read = vec![0; expected.len()];
+            server.read_exact(&mut read).await.unwrap();
+            assert!(read == expected);
+            server.write_all(&message(b'd', b"got it")).await.unwrap();
+            server
+        });
+        assert_eq!(next(&mut wire).await, b"got it");
+        drop(reading.await.unwrap());
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_give_an_answer(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = row(&bytes);
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let (mut wire, _server) = pair();
+                wire.received.extend_from_slice(&bytes);
+                while let Ok(Some(_)) = wire.next_copy_data() {}
+            });
+        }
+    }
+}

@@ -235,3 +235,65 @@ async fn setup_waits_for_nobody_for_long_and_names_who_is_in_the_way() {
     writer.batch_execute("commit").await.unwrap();
     assert_eq!(set_up(&client, &wanted(&["items"])).await.statements.len(), 2);
 }
+
+/// A file of `sql/`, run with psql as its header says.
+fn sql_file(postgres: &Postgres, file: &str, variables: &[&str]) -> String {
+    let path = format!("{}/sql/{file}", env!("CARGO_MANIFEST_DIR"));
+    let variables = variables.iter().flat_map(|variable| ["-v", variable]);
+    let arguments: Vec<&str> = ["-d", "postgres"].into_iter().chain(variables).chain(["-f", &path]).collect();
+    psql(postgres, &arguments, "")
+}
+
+#[tokio::test]
+async fn the_sql_files_make_what_a_daemon_needs_and_take_it_away_again() {
+    let postgres = server("", TABLES, "").await;
+    let before = objects(&postgres);
+    let tables = "tables=public.items, public.parts";
+    for _ in 0..2 {
+        sql_file(&postgres, "role.sql", &[tables]);
+        sql_file(&postgres, "publication.sql", &[tables]);
+    }
+    sql_file(&postgres, "publication.sql", &["tables=public.\"Odd $keepstep$ 'name'\""]);
+    psql(&postgres, &[], "alter role keepstep password 'x'");
+
+    // What the files made is what setup would have made.
+    let (_, superuser) = as_superuser(&postgres).await;
+    let all = Wanted { publication: "keepstep".to_owned(), ..wanted(&["items", "parts", "Odd $keepstep$ 'name'"]) };
+    assert!(set_up(&superuser, &all).await.statements.is_empty());
+    let born = birth_note(&superuser, "keepstep", "keepstep").await.unwrap();
+    assert_eq!(born, slot_state(&superuser, "keepstep").await.unwrap().unwrap().confirmed_flush_lsn);
+
+    // And the role can do with it what the daemon does.
+    let role = info(&url(&postgres, "keepstep", ""));
+    let client = client::connect(&role, Duration::from_secs(10)).await.unwrap();
+    let mut replication = Walsender::connect(&role).await.unwrap().start("keepstep", "keepstep", Lsn(0)).await.unwrap();
+    superuser.batch_execute("insert into items values (1, 'seen by the role')").await.unwrap();
+    stream_until(&mut replication, b"seen by the role").await;
+    keepstep::source::slot::heartbeat(&client).await.unwrap();
+    client.query_one("select count(*) from items", &[]).await.unwrap();
+    let denied = client.batch_execute("insert into items values (2)").await.unwrap_err();
+    assert_eq!(denied.code(), Some(&tokio_postgres::error::SqlState::INSUFFICIENT_PRIVILEGE));
+    replication.close(Lsn(0)).await.unwrap();
+    drop(client);
+
+    sql_file(&postgres, "teardown.sql", &["role=keepstep"]);
+    sql_file(&postgres, "teardown.sql", &["role=keepstep"]);
+    assert_eq!(objects(&postgres), before);
+    assert_eq!(psql(&postgres, &[], "select count(*) from pg_roles where rolname = 'keepstep'").trim(), "0");
+}
+
+#[tokio::test]
+async fn the_sql_files_leave_alone_what_they_did_not_make() {
+    let made = "create publication mine for table items; select pg_create_logical_replication_slot('mine', 'pgoutput')";
+    let postgres = server("", &format!("{TABLES}; {made}"), "").await;
+    let before = objects(&postgres);
+    sql_file(&postgres, "teardown.sql", &["publication=mine", "slot=mine"]);
+    assert_eq!(objects(&postgres), before);
+}
+
+#[tokio::test]
+#[should_panic(expected = "no replica identity: bare")]
+async fn the_publication_file_refuses_a_table_without_replica_identity() {
+    let postgres = server("", "create table bare (id int)", "").await;
+    sql_file(&postgres, "publication.sql", &["tables=public.bare"]);
+}
