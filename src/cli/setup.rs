@@ -1,23 +1,106 @@
-//! interim
+//! `keepstep setup` and `keepstep teardown`: the publication and the slot that the rules need.
+
+use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
+
 use anyhow::Result;
+use tokio_postgres::Client;
+
+use crate::config::{Config, TableName};
+use crate::source::client;
+use crate::source::conninfo::ConnInfo;
+use crate::source::provision::{Executor, Plan, Wanted, execute, plan_setup, plan_teardown};
+
+use super::{block_on, load, report};
+
+/// Making a slot waits for transactions under way; only the waiting for locks is limited, by the plan itself.
+const STATEMENT_TIMEOUT: Duration = Duration::ZERO;
+
 #[derive(Debug, clap::Args)]
-pub(super) struct SetupArguments {}
+#[command(after_help = "\
+Examples:
+  keepstep setup                      make what is missing, as the role of the rules file's URL
+  keepstep setup --print | psql shop  have somebody with more privileges make it")]
+pub(super) struct SetupArguments {
+    /// Print the SQL for psql, and change nothing
+    #[arg(long)]
+    print: bool,
+    /// Make a slot that can be failed over to a standby (Postgres 17 and later)
+    #[arg(long)]
+    failover: bool,
+}
+
 #[derive(Debug, clap::Args)]
-pub(super) struct TeardownArguments {}
-pub(super) fn setup(config: &Path, _: &SetupArguments) -> Result<ExitCode> {
-    let config = super::load(config)?;
-    super::block_on(async {
-        let info = crate::source::conninfo::ConnInfo::from_config(&config.postgres)?;
-        let client = crate::source::client::connect(&info, std::time::Duration::from_secs(10)).await?;
-        let mut tables: Vec<String> = config.rules.iter().map(|r| crate::catalog::sql_table(&r.table.value)).collect();
-        tables.sort(); tables.dedup();
-        client.batch_execute(&format!("create publication {} for table {} with (publish_via_partition_root = true)", config.postgres.publication, tables.join(","))).await?;
-        let row = client.query_one("select lsn::text from pg_create_logical_replication_slot($1, 'pgoutput')", &[&config.postgres.slot]).await?;
-        let lsn: String = row.get(0);
-        client.batch_execute(&format!("comment on publication {} is 'keepstep: slot {} made at {}'", config.postgres.publication, config.postgres.slot, lsn)).await?;
-        Ok(ExitCode::SUCCESS)
+pub(super) struct TeardownArguments {
+    /// Print the SQL for psql, and change nothing
+    #[arg(long)]
+    print: bool,
+}
+
+pub(super) fn setup(config: &Path, arguments: &SetupArguments) -> Result<ExitCode> {
+    let config = load(config)?;
+    block_on(async {
+        let client = connect(&config).await?;
+        let executor = if arguments.print { Executor::Dba } else { Executor::Role };
+        match plan_setup(&client, &wanted(&config, arguments.failover), executor).await {
+            Ok(plan) => carry_out(&client, &plan, arguments.print).await,
+            Err(errors) => Ok(report_all(errors)),
+        }
     })?
 }
-pub(super) fn teardown(_: &Path, _: &TeardownArguments) -> Result<ExitCode> { Ok(ExitCode::SUCCESS) }
+
+pub(super) fn teardown(config: &Path, arguments: &TeardownArguments) -> Result<ExitCode> {
+    let config = load(config)?;
+    block_on(async {
+        let client = connect(&config).await?;
+        let plan = plan_teardown(&client, &wanted(&config, false)).await?;
+        carry_out(&client, &plan, arguments.print).await
+    })?
+}
+
+async fn connect(config: &Config) -> Result<Client> {
+    let info = ConnInfo::from_config(&config.postgres)?;
+    Ok(client::connect(&info, STATEMENT_TIMEOUT).await?)
+}
+
+fn wanted(config: &Config, failover: bool) -> Wanted {
+    let mut tables: Vec<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
+    tables.sort();
+    tables.dedup();
+    let (slot, publication) = (config.postgres.slot.clone(), config.postgres.publication.clone());
+    Wanted { slot, publication, tables, failover }
+}
+
+/// Prints the plan, or executes it and says so step by step.
+async fn carry_out(client: &Client, plan: &Plan, print: bool) -> Result<ExitCode> {
+    let mut out = std::io::stdout();
+    if print {
+        out.write_all(plan.script().as_bytes())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    for remark in &plan.remarks {
+        writeln!(out, "{remark}")?;
+    }
+    for statement in &plan.statements {
+        execute(client, statement).await?;
+        writeln!(out, "{}: done", statement.purpose)?;
+    }
+    if plan.statements.is_empty() {
+        writeln!(out, "nothing to do")?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Every error; the exit code is the last one's.
+fn report_all(errors: Vec<crate::error::Error>) -> ExitCode {
+    let mut code = ExitCode::FAILURE;
+    for (index, error) in errors.into_iter().enumerate() {
+        if index > 0 {
+            eprintln!();
+        }
+        code = report(&error.into());
+    }
+    code
+}
