@@ -11,3 +11,4 @@ mod provision;
 mod source;
 mod source_tls;
 mod steps;
+mod tidy;

@@ -1,0 +1,47 @@
+//! What files promise that no compiler reads: each example works, each name exists.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+/// Every file in a folder of the repository, by its extension.
+fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
+    let paths = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    let found: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|own| own == extension)).collect();
+    assert!(!found.is_empty(), "no .{extension} in it");
+    found
+}
+
+/// The names of metrics in a text, without the suffixes of a histogram's series.
+fn metrics(text: &str) -> BTreeSet<&str> {
+    let words = text.split(|c: char| !(c.is_ascii_lowercase() || c == '_'));
+    let names = words.filter(|word| word.starts_with("keepstep_"));
+    names
+        .map(|name| ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name))
+        .collect()
+}
+
+#[test]
+fn every_example_passes_check() {
+    for example in files("deploy/rules", "toml") {
+        let mut check = Command::new(env!("CARGO_BIN_EXE_keepstep"));
+        check.arg("check").arg("-c").arg(&example);
+        check.env("DATABASE_URL", "postgresql://localhost/app").env("REDIS_URL", "redis://localhost");
+        let output = check.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success() && !said.contains("warning"), "{}:\n{said}", example.display());
+    }
+}
+
+#[test]
+fn every_metric_of_the_alerts_exists() {
+    let existing = metrics(include_str!("../../src/metrics.rs"));
+    for file in files("deploy/prometheus", "yaml") {
+        let text = fs::read_to_string(file).unwrap();
+        let named = metrics(&text);
+        assert!(named.is_subset(&existing), "unknown: {:?}", named.difference(&existing));
+        assert!(named.len() > 3, "hardly a metric was recognised: {named:?}");
+    }
+}
