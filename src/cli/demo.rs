@@ -5,11 +5,12 @@
 
 use std::fmt;
 use std::io::{IsTerminal, Write, stdout};
-use std::process::Stdio;
+use std::process::{ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 
+use super::block_on;
 use crate::shutdown::Shutdown;
 
 mod observe;
@@ -18,9 +19,8 @@ mod stand;
 use observe::{Delays, Mirror, rows_in_step};
 use stand::Stand;
 
-/// Watch Redis keep in step with a throw-away Postgres
 #[derive(Clone, Debug, clap::Args)]
-pub(super) struct Demo {
+pub(super) struct Arguments {
     /// End after the show, as it does where standard output is no terminal
     #[arg(long)]
     once: bool,
@@ -64,7 +64,12 @@ const MIRRORS: [Mirror; 5] = [
 const ALONE: usize = 300;
 
 /// Runs the demo until its end or Ctrl-C. Everything it started ends with it.
-pub(super) async fn run(arguments: &Demo) -> Result<()> {
+pub(super) fn execute(arguments: &Arguments) -> Result<ExitCode> {
+    block_on(run(arguments))??;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn run(arguments: &Arguments) -> Result<()> {
     let mut shutdown = Shutdown::listen()?;
     tokio::select! {
         ended = show(arguments) => ended,
@@ -75,7 +80,7 @@ pub(super) async fn run(arguments: &Demo) -> Result<()> {
 }
 
 /// The whole demo.
-async fn show(arguments: &Demo) -> Result<()> {
+async fn show(arguments: &Arguments) -> Result<()> {
     say("Starting Postgres and Redis, loading a small shop and pgbench's tables ...")?;
     let began = Instant::now();
     let mut stand = Stand::start().await?;

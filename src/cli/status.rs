@@ -46,7 +46,7 @@ pub(super) fn execute(config: &Path, arguments: &Arguments) -> Result<ExitCode> 
 }
 
 /// GET /status. HTTP/1.0 keeps the answer in one piece, up to the end of the connection.
-async fn fetch(config: &AdminConfig) -> Result<String, Error> {
+pub(super) async fn fetch(config: &AdminConfig) -> Result<String, Error> {
     let off = || Error::new(ErrorKind::Config, "the admin endpoint is off").hint("set `[admin] listen` to an address");
     let address = config.listen.ok_or_else(off)?;
     let away = |error| {

@@ -1,6 +1,7 @@
 //! The demo's servers, its daemon, and its connections to the servers.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -8,11 +9,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use redis::AsyncCommands;
 use redis::aio::MultiplexedConnection;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 use tokio_postgres::{Client, NoTls};
 
+use super::super::status;
 use super::observe::{Mirror, rows_in_step};
+use crate::admin::{Phase, Status};
+use crate::config::AdminConfig;
 use crate::sandbox::{Keeper, Postgres, RedisServer, free_port};
 
 /// Stands before every key, as in the rules file.
@@ -33,7 +35,8 @@ pub(super) struct Stand {
     daemon: Daemon,
     pub(super) postgres: Postgres,
     redis: RedisServer,
-    admin: u16,
+    /// Of the daemon's admin endpoint.
+    address: SocketAddr,
     /// Holds the rules file and the daemon's log.
     folder: tempfile::TempDir,
 }
@@ -53,15 +56,15 @@ impl Stand {
         succeeded("pgbench", &pgbench)?;
 
         let folder = tempfile::Builder::new().prefix("keepstep-demo-").tempdir()?;
-        let admin = free_port()?;
+        let address = SocketAddr::from(([127, 0, 0, 1], free_port()?));
         let rules = RULES
             .replace("{postgres}", &postgres.url("postgres"))
             .replace("{redis}", &redis.url())
-            .replace("{admin}", &format!("127.0.0.1:{admin}"));
+            .replace("{admin}", &address.to_string());
         fs::write(folder.path().join("keepstep.toml"), rules)?;
         succeeded("keepstep setup", &keepstep("setup", &folder)?.output()?)?;
         let daemon = Daemon::start(&folder)?;
-        let mut stand = Stand { sql, cache, daemon, postgres, redis, admin, folder };
+        let mut stand = Stand { sql, cache, daemon, postgres, redis, address, folder };
         stand.ready().await?;
         Ok(stand)
     }
@@ -76,13 +79,13 @@ impl Stand {
 
     /// How to look at them by hand.
     pub(super) fn invitation(&self) -> String {
-        let (postgres, redis, admin) = (self.postgres.url("postgres"), self.redis.port, self.admin);
+        let (postgres, redis, admin) = (self.postgres.url("postgres"), self.redis.port, self.address);
         format!(
             "    psql {postgres} -c 'update products set price = 99 where id = 1'\n    \
              redis-cli -p {redis} get {PREFIX}product:1\n    \
              redis-cli -p {redis} monitor\n    \
-             curl http://127.0.0.1:{admin}/status\n    \
-             curl http://127.0.0.1:{admin}/metrics\n    \
+             curl http://{admin}/status\n    \
+             curl http://{admin}/metrics\n    \
              less {}\n",
             self.folder.path().join("keepstep.toml").display(),
         )
@@ -148,11 +151,15 @@ impl Stand {
     /// Waits until the daemon follows the stream.
     async fn ready(&mut self) -> Result<()> {
         let began = Instant::now();
-        while !answers_ok(self.admin).await {
+        let admin = AdminConfig { listen: Some(self.address), token: None };
+        loop {
+            let answer = status::fetch(&admin).await.unwrap_or_default();
+            if serde_json::from_str::<Status>(&answer).is_ok_and(|status| status.phase == Phase::Active) {
+                return Ok(());
+            }
             self.patience(began)?;
             tokio::time::sleep(POLL).await;
         }
-        Ok(())
     }
 
     /// Fails where the daemon has ended, or takes longer than any of this should.
@@ -206,16 +213,4 @@ fn keepstep(command: &str, folder: &tempfile::TempDir) -> Result<Command> {
 fn succeeded(command: &str, output: &Output) -> Result<()> {
     ensure!(output.status.success(), "{command} failed: {}", String::from_utf8_lossy(&output.stderr));
     Ok(())
-}
-
-/// Whether `/ready` answers 200.
-async fn answers_ok(admin: u16) -> bool {
-    let ask = async {
-        let mut stream = TcpStream::connect(("127.0.0.1", admin)).await?;
-        stream.write_all(b"GET /ready HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").await?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await?;
-        std::io::Result::Ok(answer.starts_with("HTTP/1.1 200"))
-    };
-    ask.await.unwrap_or(false)
 }
