@@ -26,6 +26,7 @@ fetch_postgres() {
 # Unpacks Valkey into $1, with sources and state of apt that are not the system's; the mirror is.
 fetch_valkey() {
     local mirror
+    # shellcheck disable=SC2016 # apt's own variable
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Origin: Debian' | sort -u | grep -vm 1 security) || return 1
     mkdir -p "$1/lists/partial" "$1/cache"
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $valkey main" >"$1/sources.list"
