@@ -7,6 +7,7 @@ set -eu
 missing=
 has() { command -v "$1" >/dev/null 2>&1 || ls /usr/lib/postgresql/*/bin/"$1" >/dev/null 2>&1; }
 if ! { has postgres && has pgbench && has psql; }; then missing="postgresql"; fi
+has cc || missing="$missing gcc libc6-dev"
 for program in redis-server openssl "$@"; do
     has "$program" || missing="$missing $program"
 done
