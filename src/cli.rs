@@ -75,7 +75,7 @@ enum Command {
     /// Describe every field of the rules file
     Reference(reference::Arguments),
     /// Start throw-away servers and show rows changing and their keys following
-    Demo(demo::Demo),
+    Demo(demo::Arguments),
     /// Print completions for a shell
     Completions {
         /// The shell
@@ -105,10 +105,7 @@ fn execute(arguments: Arguments) -> Result<ExitCode> {
         Command::Teardown(arguments) => setup::teardown(config, &arguments),
         Command::Status(arguments) => status::execute(config, &arguments),
         Command::Reference(arguments) => reference::execute(&arguments),
-        Command::Demo(arguments) => {
-            block_on(demo::run(&arguments))??;
-            Ok(ExitCode::SUCCESS)
-        }
+        Command::Demo(arguments) => demo::execute(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "keepstep", &mut std::io::stdout());
             Ok(ExitCode::SUCCESS)

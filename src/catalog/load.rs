@@ -44,7 +44,7 @@ select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.r
          limit 1) as through,
        exists (select from published l
                 where l.oid <> c.oid and l.oid in (select relid from pg_catalog.pg_partition_tree(c.oid))) as as_leaves
-  from pg_catalog.unnest($1::text[], $2::text[]) as wanted(schema, name)
+  from unnest($1::text[], $2::text[]) as wanted(schema, name)
   join pg_catalog.pg_namespace n on n.nspname = wanted.schema
   join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = wanted.name
   left join published p on p.oid = c.oid
@@ -59,11 +59,11 @@ with wanted as (
     from pg_catalog.pg_class c
    where c.oid = any ($1::oid[])
       or c.oid in (select t.relid
-                     from pg_catalog.unnest($1::oid[]) root(oid)
+                     from unnest($1::oid[]) root(oid)
                     cross join lateral pg_catalog.pg_partition_tree(root.oid) t
                     where t.isleaf)
 ), identity as (
-  select w.oid, pg_catalog.unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) as attnum
+  select w.oid, unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) as attnum
     from wanted w
     join pg_catalog.pg_index i on i.indrelid = w.oid
    where i.indisunique and i.indisvalid and i.indimmediate and i.indpred is null
@@ -87,7 +87,7 @@ select i.indrelid as oid, c.relname::text as name, k.columns, k.not_null
  cross join lateral (
     select pg_catalog.array_agg(a.attname::text order by k.position) as columns,
            pg_catalog.bool_and(a.attnotnull) as not_null
-      from pg_catalog.unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) with ordinality k(attnum, position)
+      from unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) with ordinality k(attnum, position)
       join pg_catalog.pg_attribute a on a.attrelid = i.indrelid and a.attnum = k.attnum
  ) k
  where i.indrelid = any ($1::oid[])
@@ -97,7 +97,7 @@ select i.indrelid as oid, c.relname::text as name, k.columns, k.not_null
 
 const LEAVES: &str = "
 select root.oid as root, c.oid, n.nspname::text as schema, c.relname::text as name, c.relreplident
-  from pg_catalog.unnest($1::oid[]) root(oid)
+  from unnest($1::oid[]) root(oid)
  cross join lateral pg_catalog.pg_partition_tree(root.oid) t
   join pg_catalog.pg_class c on c.oid = t.relid
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace

@@ -400,6 +400,13 @@ fn common_run(left: &Pattern, right: &Pattern, differ: impl Fn(usize, usize) -> 
     None
 }
 
+impl std::fmt::Display for Pattern {
+    /// As SCAN sees it.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&String::from_utf8_lossy(&self.scan_glob()))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

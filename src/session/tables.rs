@@ -3,7 +3,7 @@
 //! A rule that no longer fits its table does not stop the others. As far as its key can still be rendered, changes
 //! delete it (I9); the rule owes a repair from then on.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use tokio_postgres::Client;
 
@@ -17,19 +17,13 @@ use crate::model::Relation;
 use crate::plan::BoundTable;
 use crate::rules::bind::{BindProblem, BoundRule, Unbound, bind};
 
-/// What binding needs from session to session of the stream.
-#[derive(Debug)]
+/// What is remembered of one bind to the next.
+#[derive(Debug, Default)]
 pub struct Tables {
-    types: Types,
     owing: BTreeSet<String>,
 }
 
 impl Tables {
-    /// With the types known at the start.
-    pub fn new(types: Types) -> Self {
-        Tables { types, owing: BTreeSet::new() }
-    }
-
     /// The rules that deleted keys where they should have written them.
     pub fn owing(&self) -> &BTreeSet<String> {
         &self.owing
@@ -50,16 +44,23 @@ impl Tables {
             return Ok(BoundTable { relation, rules: Vec::new() });
         }
         let oids: Vec<u32> = relation.columns.iter().map(|column| column.type_oid).collect();
-        self.types.extend(client, &oids).await?;
+        // Read anew each time: altering a composite type or an enum sends no message of its own.
+        let types = Types::load(client, &oids).await?;
         let catalog = catalog::load(client, &config.postgres.publication, std::slice::from_ref(&name)).await?;
-        Ok(self.bind_with(relation, &name, &catalog, config, metrics, shared))
+        Ok(self.bind_with(relation, &name, &catalog, &types, config, metrics, shared))
     }
 
     /// Binds every table that the rules name and the catalog has, as it is now.
-    pub fn bind_all(&mut self, catalog: &Catalog, config: &Config, metrics: &Metrics, shared: &Shared) -> Vec<BoundTable> {
-        let tables: BTreeMap<_, _> = catalog.tables.iter().collect();
-        let bound = tables.into_iter().map(|(name, facts)| {
-            self.bind_with(facts.relation.clone(), name, catalog, config, metrics, shared)
+    pub fn bind_all(
+        &mut self,
+        catalog: &Catalog,
+        types: &Types,
+        config: &Config,
+        metrics: &Metrics,
+        shared: &Shared,
+    ) -> Vec<BoundTable> {
+        let bound = catalog.tables.iter().map(|(name, facts)| {
+            self.bind_with(facts.relation.clone(), name, catalog, types, config, metrics, shared)
         });
         bound.collect()
     }
@@ -69,6 +70,7 @@ impl Tables {
         relation: Relation,
         name: &TableName,
         catalog: &Catalog,
+        types: &Types,
         config: &Config,
         metrics: &Metrics,
         shared: &Shared,
@@ -76,7 +78,7 @@ impl Tables {
         let facts = catalog.tables.get(name).filter(|facts| facts.relation.oid == relation.oid);
         let mut rules = Vec::new();
         for (number, rule) in (0..).zip(&config.rules).filter(|(_, rule)| rule.table.value == *name) {
-            let (bound, problems) = split(bind(rule, number, &relation, facts, &self.types, &config.redis.prefix));
+            let (bound, problems) = split(bind(rule, number, &relation, facts, types, &config.redis.prefix));
             let rule_name = rule.name.value.as_str();
             let paused = problems.first().map(|problem| problem.diagnostic(rule).title);
             if let Some(why) = &paused {

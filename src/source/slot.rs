@@ -67,6 +67,18 @@ pub enum WalStatus {
     Lost,
 }
 
+impl WalStatus {
+    /// As Postgres writes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Reserved => "reserved",
+            Self::Extended => "extended",
+            Self::Unreserved => "unreserved",
+            Self::Lost => "lost",
+        }
+    }
+}
+
 impl SlotState {
     /// Whether it can never be streamed again.
     pub fn is_lost(&self) -> bool {

@@ -4,9 +4,15 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod corpus;
 mod faults;
 mod gaps;
 mod harness;
-mod load;
+mod large;
+mod pgbench;
+mod provision;
+mod source;
+mod source_tls;
 mod steps;
 mod tidy;
+mod values;
