@@ -3,6 +3,7 @@
 //! - [`checkpoint`]: how far the cache has come, kept in the cache itself.
 //! - [`commands`]: a batch as Redis commands; pure.
 //! - [`connection`]: one connection to a standalone server, and what its errors mean.
+//! - [`inspect`]: what the server says of itself, for `check --connect`.
 //! - [`writer`]: MULTI … EXEC, the fence, and going on after a lost connection.
 //! - [`record`]: commands as text, for `plan` and `run --dry-run`.
 //!
@@ -16,6 +17,7 @@ use checkpoint::Checkpoint;
 pub mod checkpoint;
 pub mod commands;
 pub mod connection;
+pub mod inspect;
 pub mod record;
 pub mod writer;
 

@@ -154,7 +154,9 @@ fn client(config: &RedisConfig) -> Result<Client> {
     };
     let info = url.into_connection_info().map_err(|error| invalid(&error))?;
     let tcp = info.tcp_settings().clone().set_nodelay(true);
-    let info = info.set_tcp_settings(tcp);
+    // Without CLIENT SETINFO there is one permission less to give.
+    let settings = info.redis_settings().clone().set_skip_set_lib_name();
+    let info = info.set_tcp_settings(tcp).set_redis_settings(settings);
     let tls = matches!(info.addr(), redis::ConnectionAddr::TcpTls { .. });
     if !tls {
         return Client::open(info).map_err(|error| invalid(&error));

@@ -101,27 +101,6 @@ impl Writer {
         }
     }
 
-    /// Whether any key but keepstep's own stands under the prefix.
-    pub async fn has_keys(&self) -> Result<bool> {
-        let look = async {
-            let mut connection = Connection::open(&self.config).await?;
-            let (prefix, own) = (self.config.prefix.as_bytes(), format!("{}{RESERVED}", self.config.prefix));
-            let foreign = |key: &Vec<u8>| key.starts_with(prefix) && !key.starts_with(own.as_bytes());
-            let mut cursor = 0;
-            loop {
-                let (next, keys) = scan(&mut connection, cursor, b"*").await?;
-                if keys.iter().any(foreign) {
-                    return Ok(true);
-                }
-                if next == 0 {
-                    return Ok(false);
-                }
-                cursor = next;
-            }
-        };
-        look.await.map_err(into_error)
-    }
-
     /// Makes this daemon the one that writes; only for whoever holds the slot. `expected` is the checkpoint that the
     /// session was prepared for: if Redis holds another one by now, the session has to begin anew.
     pub async fn claim(&mut self, expected: Option<Checkpoint>) -> Result<()> {
@@ -395,7 +374,7 @@ impl Cache for Writer {
 }
 
 /// One SCAN step: the next cursor, and keys that match the glob.
-async fn scan(connection: &mut Connection, cursor: u64, glob: &[u8]) -> Result<(u64, Vec<Vec<u8>>), Failure> {
+pub(super) async fn scan(connection: &mut Connection, cursor: u64, glob: &[u8]) -> Result<(u64, Vec<Vec<u8>>), Failure> {
     let mut scan = redis::cmd("SCAN");
     scan.arg(cursor).arg("MATCH").arg(glob).arg("COUNT").arg(SWEEP_STEP_KEYS);
     let reply = connection.send_one(scan).await?;
@@ -433,7 +412,7 @@ fn unexpected(command: &str, reply: &Value) -> Failure {
     Failure::Final(Error::new(ErrorKind::Protocol, format!("Redis answered {command} with {form}")))
 }
 
-fn into_error(failure: Failure) -> Error {
+pub(super) fn into_error(failure: Failure) -> Error {
     match failure {
         Failure::Away(error) | Failure::Final(error) => error,
         Failure::OutOfMemory => out_of_memory(),

@@ -8,7 +8,7 @@ use anyhow::Result;
 
 use crate::config::{Config, diagnostic};
 
-use super::{block_on, load};
+use super::{Output, block_on, load};
 
 mod connect;
 
@@ -21,12 +21,15 @@ pub(super) struct Arguments {
     /// Look at both servers too; changes nothing
     #[arg(long)]
     connect: bool,
+    /// How the answers of the servers look
+    #[arg(short, long, value_enum, default_value_t, requires = "connect")]
+    output: Output,
 }
 
 pub(super) fn execute(path: &Path, arguments: &Arguments) -> Result<ExitCode> {
     let config = load(path)?;
     if arguments.connect {
-        return block_on(connect::check(&config))?;
+        return block_on(connect::check(&config, arguments.output))?;
     }
     println!("{}: {} fine; `--connect` checks them against the servers", path.display(), count(&config));
     Ok(ExitCode::SUCCESS)

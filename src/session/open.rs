@@ -13,6 +13,7 @@ use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
 use crate::cache::checkpoint::{Checkpoint, Origin};
+use crate::cache::inspect;
 use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
 use crate::catalog;
@@ -55,7 +56,7 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
         born_at: slot::birth_note(&client, &config.postgres.publication, &origin.slot).await?,
         stored: stored.as_ref(),
         seen,
-        cache_has_keys: stored.is_none() && writer.has_keys().await?,
+        cache_has_keys: stored.is_none() && !inspect::keys(&config.redis, 1).await?.is_empty(),
     };
     let start = gap::examine(&situation, options.adopt)?;
     let confirmed = slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default();

@@ -1,5 +1,247 @@
-//! The servers' half of `keepstep check`.
+//! The servers' half of `keepstep check`: each question once, with an answer that names the fix.
+
+use std::collections::BTreeSet;
 use std::process::ExitCode;
+use std::time::Duration;
+
 use anyhow::Result;
-use crate::config::Config;
-pub(super) async fn check(_config: &Config) -> Result<ExitCode> { Ok(ExitCode::SUCCESS) }
+use serde::Serialize;
+use tokio_postgres::Client;
+
+use crate::cache::inspect;
+use crate::catalog::{self, Checked};
+use crate::config::diagnostic::Severity;
+use crate::config::{Config, TableName};
+use crate::decode::types::Types;
+use crate::error::{Error, ErrorKind};
+use crate::source::client;
+use crate::source::conninfo::ConnInfo;
+use crate::source::replication::Walsender;
+use crate::source::slot;
+
+use super::super::Output;
+use super::show;
+
+/// No query of a check may take longer.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(15);
+/// The oldest Postgres whose pgoutput has logical messages.
+const POSTGRES_MIN: u32 = 140_000;
+/// No more keys are looked at; a larger cache is judged by these.
+const KEYS_MAX: usize = 100_000;
+/// How many keys of a rule are shown.
+const SAMPLES: usize = 3;
+
+/// One answer.
+#[derive(Debug, Serialize)]
+struct Answer {
+    verdict: Verdict,
+    what: String,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    hints: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Verdict {
+    Ok,
+    Warning,
+    Failed,
+}
+
+impl Answer {
+    fn ok(what: impl Into<String>) -> Self {
+        Answer { verdict: Verdict::Ok, what: what.into(), hints: Vec::new() }
+    }
+
+    fn warning(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Answer { verdict: Verdict::Warning, what: what.into(), hints: vec![hint.into()] }
+    }
+
+    fn failed(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Answer { verdict: Verdict::Failed, what: what.into(), hints: vec![hint.into()] }
+    }
+
+    fn error(error: &Error) -> Self {
+        Answer { verdict: Verdict::Failed, what: error.to_string(), hints: error.hints().to_vec() }
+    }
+}
+
+/// Asks both servers everything, and prints the answers.
+pub(super) async fn check(config: &Config, output: Output) -> Result<ExitCode> {
+    let (mut answers, checked) = postgres(config).await;
+    answers.extend(redis(config, checked.as_ref()).await);
+    let problems = checked.map(|checked| checked.diagnostics).unwrap_or_default();
+    eprint!("{}", show(&problems, config));
+    print(&answers, output)?;
+    let unfit = problems.iter().any(|problem| problem.severity == Severity::Error);
+    let failed = answers.iter().any(|answer| answer.verdict == Verdict::Failed);
+    Ok(match (unfit, failed) {
+        (true, _) => ExitCode::from(ErrorKind::Config.exit_code()),
+        (false, true) => ExitCode::FAILURE,
+        (false, false) => ExitCode::SUCCESS,
+    })
+}
+
+fn print(answers: &[Answer], output: Output) -> Result<()> {
+    if output == Output::Json {
+        println!("{}", serde_json::to_string(answers)?);
+        return Ok(());
+    }
+    for Answer { verdict, what, hints } in answers {
+        let verdict = match verdict {
+            Verdict::Ok => "ok     ",
+            Verdict::Warning => "warning",
+            Verdict::Failed => "failed ",
+        };
+        println!("{verdict}  {what}");
+        hints.iter().for_each(|hint| println!("         hint: {hint}"));
+    }
+    Ok(())
+}
+
+/// Postgres, and the rules bound to its tables if it answers.
+async fn postgres(config: &Config) -> (Vec<Answer>, Option<Checked>) {
+    let mut answers = Vec::new();
+    match ask_postgres(config, &mut answers).await {
+        Ok(checked) => (answers, Some(checked)),
+        Err(error) => {
+            answers.push(Answer::error(&error));
+            (answers, None)
+        }
+    }
+}
+
+async fn ask_postgres(config: &Config, answers: &mut Vec<Answer>) -> Result<Checked, Error> {
+    let info = ConnInfo::from_config(&config.postgres)?;
+    if !info.dropped.is_empty() {
+        let dropped = format!("`[postgres] url` has parameters that mean nothing here: {}", info.dropped.join(", "));
+        answers.push(Answer::warning(dropped, "they are ignored"));
+    }
+    let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
+    let server = slot::server_state(&client).await?;
+    answers.push(version(server.version));
+    answers.push(match server.wal_level.as_str() {
+        "logical" => Answer::ok("wal_level is logical"),
+        other => Answer::failed(
+            format!("wal_level is {other}"),
+            "ALTER SYSTEM SET wal_level = logical; and restart (RDS: rds.logical_replication = 1; Cloud SQL: \
+             cloudsql.logical_decoding = on; Azure: wal_level = logical)",
+        ),
+    });
+    if server.in_recovery {
+        answers.push(Answer::warning("this server is a standby", "follow the primary, which has every change first"));
+    }
+    answers.push(streaming(&info).await);
+    answers.push(slot_answer(config, &client).await?);
+    let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
+    let names: Vec<TableName> = names.into_iter().collect();
+    let catalog = catalog::load(&client, &config.postgres.publication, &names).await?;
+    let types = Types::load(&client, &catalog.type_oids()).await?;
+    let checked = catalog::check_rules(config, &catalog, &types);
+    let (bound, rules) = (checked.rules.iter().flatten().count(), checked.rules.len());
+    answers.push(match bound == rules {
+        true => Answer::ok(format!("the tables fit: {bound} of {rules} rules")),
+        false => Answer::failed(format!("the tables fit: {bound} of {rules} rules"), "see the messages above"),
+    });
+    Ok(checked)
+}
+
+fn version(version: u32) -> Answer {
+    let shown = format!("Postgres {}.{}", version / 10_000, version % 10_000);
+    match version >= POSTGRES_MIN {
+        true => Answer::ok(shown),
+        false => Answer::failed(format!("{shown} is too old"), "Postgres 14 and later are supported"),
+    }
+}
+
+/// Whether a replication connection works: a role without REPLICATION, pg_hba.conf or a pooler can stand in the way.
+async fn streaming(info: &ConnInfo) -> Answer {
+    let identify = async { Walsender::connect(info).await?.identify_system().await };
+    match identify.await {
+        Ok(identity) => Answer::ok(format!("replication connections work; database {}", identity.database)),
+        Err(error) => {
+            let mut answer = Answer::error(&error);
+            answer.hints.push("poolers: PgBouncer passes replication connections from 1.23 on; else connect directly".into());
+            answer
+        }
+    }
+}
+
+async fn slot_answer(config: &Config, client: &Client) -> Result<Answer, Error> {
+    let name = &config.postgres.slot;
+    let Some(slot) = slot::slot_state(client, name).await? else {
+        return Ok(Answer::failed(format!("there is no replication slot `{name}`"), "`keepstep setup` makes it"));
+    };
+    if slot.is_lost() {
+        let hint = "`keepstep teardown` and `keepstep setup` make a new one";
+        return Ok(Answer::failed(format!("slot `{name}` was invalidated by the server"), hint));
+    }
+    let use_now = slot.active_pid.map_or_else(|| "not in use".to_owned(), |pid| format!("in use by PID {pid}"));
+    let retained = slot.retained_bytes.unwrap_or_default();
+    let shown = format!("slot `{name}` keeps {retained} bytes of WAL, {use_now}");
+    Ok(match retained > config.postgres.max_retained {
+        true => Answer::warning(shown, "more than `max_retained`: run keepstep, or drop the slot before the disk is full"),
+        false => Answer::ok(shown),
+    })
+}
+
+async fn redis(config: &Config, checked: Option<&Checked>) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    if let Err(error) = ask_redis(config, checked, &mut answers).await {
+        answers.push(Answer::error(&error));
+        answers.push(Answer::warning("the ACL that keepstep needs", inspect::acl_line(&config.redis)));
+    }
+    answers
+}
+
+async fn ask_redis(config: &Config, checked: Option<&Checked>, answers: &mut Vec<Answer>) -> Result<(), Error> {
+    let facts = inspect::facts(&config.redis).await?;
+    let shown = format!("{} {}", facts.product, facts.version);
+    answers.push(match facts.is_supported() {
+        true => Answer::ok(shown),
+        false => Answer::failed(format!("{shown} is too old"), "Redis 6.2, Valkey 7.2 and later are supported"),
+    });
+    if facts.is_cluster {
+        answers.push(Answer::failed("it is a node of a Cluster", "this version writes to a standalone server"));
+    }
+    if !facts.is_primary {
+        answers.push(Answer::failed("it is a replica", "name the primary in `[redis] url`"));
+    }
+    answers.push(match (facts.maxmemory, facts.eviction.as_str()) {
+        (0, _) => Answer::ok("no memory limit (maxmemory 0)"),
+        (_, policy) if policy.starts_with("allkeys") => Answer::warning(
+            format!("maxmemory-policy {policy} may evict any key, the checkpoint too, which then counts as a lost cache"),
+            "CONFIG SET maxmemory-policy volatile-lru, and give the rules a `ttl`",
+        ),
+        (_, policy) => Answer::ok(format!("maxmemory-policy {policy}")),
+    });
+    if !facts.append_only {
+        let hint = "appendonly yes keeps it over a restart; without it a restart of Redis is a gap";
+        answers.push(Answer::warning("Redis keeps no append-only file", hint));
+    }
+    inspect::try_commands(&config.redis).await?;
+    answers.push(Answer::ok("every command that keepstep sends is allowed"));
+    if let Some(checked) = checked {
+        let keys = inspect::keys(&config.redis, KEYS_MAX).await?;
+        answers.extend(claims(config, checked, &keys));
+    }
+    Ok(())
+}
+
+/// How many of the keys that are there each template claims, with samples: a template that claims an application's
+/// keys shows here.
+fn claims(config: &Config, checked: &Checked, keys: &[Vec<u8>]) -> Vec<Answer> {
+    let mut answers = Vec::new();
+    for bound in checked.rules.iter().flatten() {
+        let rule = &config.rules[usize::from(bound.rule)].name.value;
+        let templates = bound.write.iter().map(|write| &write.key).chain(&bound.delete);
+        for pattern in templates.map(|key| key.pattern()) {
+            let claimed: Vec<_> = keys.iter().filter(|key| pattern.matches(key)).collect();
+            let samples = claimed.iter().take(SAMPLES).map(|key| String::from_utf8_lossy(key).into_owned());
+            let samples = samples.collect::<Vec<_>>().join(", ");
+            let among = if samples.is_empty() { String::new() } else { format!(", as {samples}") };
+            answers.push(Answer::ok(format!("rule `{rule}` owns {} keys like {pattern}{among}", claimed.len())));
+        }
+    }
+    answers
+}
