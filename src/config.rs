@@ -17,7 +17,8 @@ mod document;
 pub mod fields;
 mod interpolate;
 mod mask;
-mod quantity;
+mod mistake;
+pub(crate) mod quantity;
 mod rule;
 mod section;
 mod server;
@@ -108,7 +109,7 @@ pub fn load(path: &Path, env: &Environment<'_>) -> Result<(Config, Vec<Diagnosti
         Ok(text) => parse(RulesFile { path: path.to_owned(), text }, env),
         Err(error) => {
             let problem = Diagnostic::error(format!("the rules file cannot be read: {error}"), 0..0, "")
-                .help("name it with --config, or write a first one: `keepstep reference` shows how");
+                .help("name another one, or write it: `keepstep reference` lists every field");
             let file = RulesFile { path: path.to_owned(), text: String::new() };
             Err(Problems { file, diagnostics: vec![problem] })
         }

@@ -2,7 +2,7 @@
 //!
 //! Reading the file and binding its rules to tables make the same [`Diagnostic`]s, and [`render`] is the only place
 //! that turns them into text. What it shows of the file is masked first ([`super::mask`]), so no password that
-//! somebody wrote into the file itself is ever printed.
+//! somebody wrote into the file itself is ever printed; titles and labels are too, which may repeat a name from it.
 
 use std::ops::Range;
 
@@ -87,12 +87,13 @@ fn groups<'a>(diagnostic: &'a Diagnostic, path: &'a str, source: &'a str) -> Vec
         Severity::Error => Level::ERROR,
         Severity::Warning => Level::WARNING,
     };
-    let title = Group::with_title(level.primary_title(diagnostic.title.as_str()));
+    let title = Group::with_title(level.primary_title(mask(&diagnostic.title)));
     let message = if source.is_empty() {
         title.element(Origin::path(path))
     } else {
         let context = diagnostic.context.iter().map(|label| annotation(AnnotationKind::Context, label));
-        let snippet = Snippet::source(source).path(path).annotation(annotation(AnnotationKind::Primary, &diagnostic.primary));
+        let snippet =
+            Snippet::source(source).path(path).annotation(annotation(AnnotationKind::Primary, &diagnostic.primary));
         title.element(snippet.annotations(context))
     };
     let help = diagnostic.help.iter().map(|help| Group::with_title(Level::HELP.secondary_title(help.as_str())));
@@ -100,6 +101,6 @@ fn groups<'a>(diagnostic: &'a Diagnostic, path: &'a str, source: &'a str) -> Vec
 }
 
 fn annotation(kind: AnnotationKind, label: &Label) -> Annotation<'_> {
-    let text = (!label.text.is_empty()).then_some(label.text.as_str());
+    let text = (!label.text.is_empty()).then(|| mask(&label.text));
     kind.span(label.span.clone()).label(text)
 }

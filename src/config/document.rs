@@ -7,9 +7,7 @@ use toml::de::{DeTable, DeValue};
 use super::diagnostic::Diagnostic;
 use super::fields::{LATER_AT_TOP, Table};
 use super::section::{Reader, Section, Value, homes, in_file_order, not_yet};
-use super::{
-    AdminConfig, Environment, PostgresConfig, RedisConfig, Rule, RulesFile, Spanned, rule, server, syntax,
-};
+use super::{AdminConfig, Environment, PostgresConfig, RedisConfig, Rule, RulesFile, Spanned, rule, server, syntax};
 use crate::suggest::nearest;
 
 /// How long a rule's name may be: it is a label of metrics.
@@ -63,7 +61,7 @@ fn required<'r, 'a>(reader: &'r mut Reader<'a>, root: &'a DeTable<'a>, table: Ta
     if !root.contains_key(table.key()) && !is_misspelt(root, table) {
         let variable = format!("{}_URL", if table == Table::Postgres { "DATABASE" } else { "REDIS" });
         let missing = Diagnostic::error(format!("the file has no {}", table.header()), 0..0, "");
-        reader.report_missing_anywhere(missing.help(format!("add  {}\nurl = \"${{{variable}}}\"", table.header())));
+        reader.report_missing_anywhere(missing.help(format!("add:\n{}\nurl = \"${{{variable}}}\"", table.header())));
     }
     section(reader, root, table)
 }
@@ -82,7 +80,7 @@ fn as_table<'a>(
         let label = if array_of_tables { "this header makes a list" } else { "" };
         let span = if array_of_tables { value.span() } else { key.clone() };
         let wrong = Diagnostic::error(format!("`{}` must be a table", table.key()), span, label);
-        reader.report(wrong.help(format!("write  {header}  and its fields below")));
+        reader.report(wrong.help(format!("write:  {header}  and its fields below")));
     }
     entries
 }
@@ -119,7 +117,7 @@ fn rules<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>, defaults: &rule::De
 fn nameless(name: &Spanned<String>) -> Diagnostic {
     let title = format!("`{}` belongs to no rule: a rule has a name", name.value);
     let label = if Table::Rule.field(&name.value).is_some() { "a field of [rule.NAME]" } else { "" };
-    Diagnostic::error(title, name.span.clone(), label).help("write  [rule.NAME]  with a name of your choice")
+    Diagnostic::error(title, name.span.clone(), label).help("write:  [rule.NAME]  with a name of your choice")
 }
 
 fn check_name(reader: &mut Reader<'_>, name: &Spanned<String>) {
@@ -170,10 +168,10 @@ fn is_misspelt(root: &DeTable<'_>, table: Table) -> bool {
 fn unknown_table(name: &str, table: &DeTable<'_>, span: Range<usize>) -> Diagnostic {
     let unknown = |label: String| Diagnostic::error(format!("unknown table `{name}`"), span, label);
     if table.contains_key("table") {
-        return unknown("this looks like a rule".to_owned()).help(format!("write  [rule.{name}]"));
+        return unknown("this looks like a rule".to_owned()).help(format!("write:  [rule.{name}]"));
     }
     match meant(name) {
-        Some(near) => unknown(format!("did you mean {}?", near.header())).help(format!("write  {}", near.header())),
+        Some(near) => unknown(format!("did you mean {}?", near.header())).help(format!("write:  {}", near.header())),
         None => {
             let headers = Table::ALL.map(Table::header).join(", ");
             unknown(String::new()).help(format!("the tables are {headers}"))

@@ -4,17 +4,21 @@
 //! `$${` is a literal `${`, and a `$` before anything else stands for itself. What was filled in is never repeated
 //! in a message.
 
+use std::borrow::Cow;
 use std::io::{self, Read};
 use std::ops::Range;
 
 use super::Environment;
-use super::quantity::Mistake;
+use super::mistake::Mistake;
 
 /// How large a `${file:…}` may be: secrets are short, and a wrong path must not fill the memory.
 const SECRET_FILE_BYTES_MAX: u64 = 64 * 1024;
 
 /// The text with everything filled in, or every mistake in it.
-pub(super) fn fill(text: &str, env: &Environment<'_>) -> Result<String, Vec<Mistake>> {
+pub(super) fn fill<'t>(text: &'t str, env: &Environment<'_>) -> Result<Cow<'t, str>, Vec<Mistake>> {
+    if !text.contains("${") {
+        return Ok(Cow::Borrowed(text));
+    }
     let mut filled = String::with_capacity(text.len());
     let mut mistakes = Vec::new();
     let mut at = 0;
@@ -39,7 +43,7 @@ pub(super) fn fill(text: &str, env: &Environment<'_>) -> Result<String, Vec<Mist
         }
     }
     filled.push_str(&text[at..]);
-    if mistakes.is_empty() { Ok(filled) } else { Err(mistakes) }
+    if mistakes.is_empty() { Ok(Cow::Owned(filled)) } else { Err(mistakes) }
 }
 
 /// The value of what stands between `${` and `}`; `range` is where.
@@ -76,7 +80,7 @@ fn mistake(range: Range<usize>, problem: impl Into<String>) -> Mistake {
 }
 
 /// Whether a shell would take `name` for a variable's.
-pub(super) fn is_variable(name: &str) -> bool {
+fn is_variable(name: &str) -> bool {
     let ordinary = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
     !name.is_empty() && name.bytes().all(ordinary) && !name.starts_with(|c: char| c.is_ascii_digit())
 }
@@ -90,6 +94,24 @@ fn read_secret(path: &str) -> io::Result<String> {
     }
     let line = text.strip_suffix('\n').unwrap_or(&text);
     Ok(line.strip_suffix('\r').unwrap_or(line).to_owned())
+}
+
+/// A `${…}` where none is filled in.
+pub(super) fn reference_out_of_place(text: &str) -> Option<Mistake> {
+    let start = text.find("${")?;
+    let end = start + text[start..].find('}')? + 1;
+    let body = &text[start + 2..end - 1];
+    let name = body.split(":-").next().unwrap_or_default();
+    let environment = is_variable(name) && !name.contains(|c: char| c.is_ascii_lowercase());
+    if !environment && !body.starts_with("file:") && !body.contains(":-") {
+        let help = format!("a template names a column without the `$`: {{{body}}}");
+        let mistake = Mistake::whole(text, "has a `$` in front of a placeholder").help(help);
+        return Some(Mistake { range: start..end, ..mistake });
+    }
+    let mistake = Mistake::whole(text, "has a `${…}`, which nothing fills in here").label("taken literally");
+    let help = "only [postgres], [redis] and [admin] take values from the environment; what differs between \
+                deployments of one rules file belongs in `prefix` of [redis]";
+    Some(Mistake { range: start..end, ..mistake.help(help) })
 }
 
 #[cfg(test)]

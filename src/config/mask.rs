@@ -36,8 +36,8 @@ fn hide_password(text: &mut [u8], start: usize) {
 /// Whether the last name in `before`, which stands before an `=`, is one of a secret.
 fn names_secret(before: &str) -> bool {
     let before = before.trim_end_matches([' ', '\t', '"', '\'']);
-    let start = before.rfind(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == '-')).map_or(0, |at| at + 1);
-    let name = before.get(start..).unwrap_or_default().to_ascii_lowercase();
+    let name = before.rsplit(|c: char| !(c.is_alphanumeric() || c == '_' || c == '-')).next().unwrap_or_default();
+    let name = name.to_ascii_lowercase();
     SECRET_NAMES.iter().any(|secret| name.contains(secret))
 }
 
@@ -95,7 +95,10 @@ mod tests {
             (r#"url = "postgres://shop:s3cr:t/@x@db/shop""#, r#"url = "postgres://shop:*********@db/shop""#),
             (r#"url = "redis://:${REDIS_PW}@h:6379""#, r#"url = "redis://:${REDIS_PW}@h:6379""#),
             (r#"url = "redis://:${PW:-abc}@h:6379""#, r#"url = "redis://:**********@h:6379""#),
-            (r#"url = "postgres://db/x?user=a&password=b#c&x=1""#, r#"url = "postgres://db/x?user=a&password=***&x=1""#),
+            (
+                r#"url = "postgres://db/x?user=a&password=b#c&x=1""#,
+                r#"url = "postgres://db/x?user=a&password=***&x=1""#,
+            ),
             (r#"url = "host=db password=abc dbname=x""#, r#"url = "host=db password=*** dbname=x""#),
             (r#"token = "abc" # of ops"#, r#"token = "***" # of ops"#),
             ("token = '''a\nbc''' # x", "token = '''*\n**''' # x"),
@@ -104,6 +107,8 @@ mod tests {
             ("token = \"abc\nlisten = \"off\"", "token = \"***\nlisten = \"off\""),
             ("key = \"a://{id}\"\nother = \"b@c\"", "key = \"a://{id}\"\nother = \"b@c\""),
             ("pass=", "pass="),
+            ("étoken = abc", "étoken = ***"),
+            ("é}token = abc", "é}token = ***"),
         ];
         for (text, masked) in cases {
             assert_eq!(mask(text), masked);

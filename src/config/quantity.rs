@@ -7,54 +7,26 @@ use std::time::Duration;
 
 use humantime::DurationError;
 
-/// What is wrong with a text, and where; the field's name stands before `problem`.
-///
-/// It never repeats the text: that may be a secret from the environment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Mistake {
-    /// The wrong bytes of the text.
-    pub(super) range: Range<usize>,
-    /// Goes on after the name: `has no unit`.
-    pub(super) problem: String,
-    /// What to say at the place; may be empty.
-    pub(super) label: String,
-    /// What to do.
-    pub(super) help: Vec<String>,
-}
+use super::mistake::Mistake;
 
-impl Mistake {
-    /// A mistake of the whole `text`.
-    pub(super) fn whole(text: &str, problem: impl Into<String>) -> Self {
-        Mistake { range: 0..text.len(), problem: problem.into(), label: String::new(), help: Vec::new() }
-    }
-
-    /// Says something at the place.
-    pub(super) fn label(mut self, label: impl Into<String>) -> Self {
-        self.label = label.into();
-        self
-    }
-
-    /// Adds what to do about it.
-    pub(super) fn help(mut self, help: impl Into<String>) -> Self {
-        self.help.push(help.into());
-        self
-    }
-}
-
-/// A duration such as `12h`, `1d`, `100ms` or `1h 30m`; at least a millisecond unless it is zero.
+/// A duration such as `12h`, `1d`, `100ms` or `1h 30m`, in whole milliseconds; zero needs no unit.
 pub(super) fn duration(text: &str) -> Result<Duration, Mistake> {
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
     if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
         let mistake = Mistake::whole(text, "has no unit").label("of what?");
         return Err(match text.parse() {
-            Ok(0) => mistake.help("write \"0s\""),
             Ok(seconds) => mistake.help(format!("for seconds write {}", seconds_written(seconds))),
             Err(_) => mistake,
         });
     }
     let fail = |range: Range<usize>, label: &str| {
         let mistake = Mistake::whole(text, "is not a duration").label(label);
-        let range = if text.is_char_boundary(range.start) && text.is_char_boundary(range.end) { range } else { 0..text.len() };
-        Err(Mistake { range, ..mistake }.help("durations are like \"100ms\", \"30s\", \"5m\", \"12h\", \"1d\", \"1h 30m\""))
+        let range =
+            if text.is_char_boundary(range.start) && text.is_char_boundary(range.end) { range } else { 0..text.len() };
+        Err(Mistake { range, ..mistake }
+            .help("durations are like \"100ms\", \"30s\", \"5m\", \"12h\", \"1d\", \"1h 30m\""))
     };
     let all = 0..text.len();
     match humantime::parse_duration(text) {
@@ -78,7 +50,7 @@ pub(super) fn seconds_written(seconds: u64) -> String {
 }
 
 /// A duration in the largest unit that divides it: `12h`.
-pub(super) fn duration_written(duration: Duration) -> String {
+pub(crate) fn duration_written(duration: Duration) -> String {
     let units = [(86_400_000, "d"), (3_600_000, "h"), (60_000, "m"), (1_000, "s"), (1, "ms")];
     written(duration.as_millis(), units).unwrap_or_else(|| "0s".to_owned())
 }
@@ -132,14 +104,14 @@ pub(super) fn share(text: &str) -> Result<f64, Mistake> {
 }
 
 /// Bytes in the largest unit that divides them: `4MiB`.
-pub(super) fn size_written(bytes: u64) -> String {
+pub(crate) fn size_written(bytes: u64) -> String {
     let units = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B")];
     written(u128::from(bytes), units).unwrap_or_else(|| "0B".to_owned())
 }
 
 /// The amount in the first unit that divides it; `None` for nothing at all.
 fn written(amount: u128, units: [(u128, &str); 5]) -> Option<String> {
-    let (length, unit) = units.into_iter().find(|(length, _)| amount >= *length && amount % length == 0)?;
+    let (length, unit) = units.into_iter().find(|(length, _)| amount >= *length && amount.is_multiple_of(*length))?;
     Some(format!("{}{unit}", amount / length))
 }
 
@@ -155,6 +127,7 @@ mod tests {
         assert_eq!(duration("1h 30m").unwrap(), Duration::from_secs(5_400));
         assert_eq!(duration("100ms").unwrap(), Duration::from_millis(100));
         assert_eq!(duration("0s").unwrap(), Duration::ZERO);
+        assert_eq!(duration("0").unwrap(), Duration::ZERO);
         assert_eq!(size("8GiB").unwrap(), 8 << 30);
         assert_eq!(size("512 mb").unwrap(), 512_000_000);
         assert_eq!(size("0B").unwrap(), 0);
@@ -164,7 +137,7 @@ mod tests {
 
     #[test]
     fn mistakes_are_named_at_their_place() {
-        let durations = ["", "300", "0", "12x", "h", "-5s", "1us", "99999999999999999999d", "12 µ"];
+        let durations = ["", "300", "12x", "h", "-5s", "1us", "99999999999999999999d", "12 µ"];
         let shown = |text: &str, mistake: Mistake| {
             let wrong = &text[mistake.range.clone()];
             format!("{text:?} {} at {wrong:?} ({}); {}", mistake.problem, mistake.label, mistake.help.join("; "))

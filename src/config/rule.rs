@@ -6,13 +6,12 @@ use std::time::Duration;
 use sha2::{Digest, Sha256};
 
 use super::diagnostic::Diagnostic;
-use super::quantity::{self, Mistake};
+use super::fields::Table;
+use super::mistake::Mistake;
+use super::quantity;
 use super::section::{Section, template};
 use super::{ColumnSelection, Operations, Rule, Spanned, TableName, ValueKind, WriteAction};
 use crate::rules::template::Template;
-
-/// Fields that say how a key is written and mean nothing without one.
-const OF_KEY: [&str; 8] = ["value", "columns", "rename", "strings", "ttl", "jitter", "write", "on_delete"];
 
 /// `[defaults]`, and the same fields of a rule: `None` is not given.
 #[derive(Clone, Debug, Default)]
@@ -60,9 +59,9 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
     let vars = section.pairs("vars", |text| template(text, Template::parse_free));
     let key = section.parsed("key", |text| template(text, Template::parse));
     let write = write_action(&mut section, key, defaults);
-    let delete = section.list("delete", |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value);
+    let delete =
+        section.list("delete", |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value);
     let changed = section.columns("changed").map(|columns| columns.value);
-    section.require("table", "\"schema.table\"");
     check_purpose(&mut section);
     check_changed(&mut section, operations);
     let on_given = section.given("on").is_some();
@@ -70,8 +69,17 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
         check_vars(&mut section, &vars, write.as_ref(), &delete);
     }
     section.finish();
-    let mut rule =
-        Rule { name, table: table?, on: operations, on_given, vars, write, delete, changed, fingerprint: String::new() };
+    let mut rule = Rule {
+        name,
+        table: table?,
+        on: operations,
+        on_given,
+        vars,
+        write,
+        delete,
+        changed,
+        fingerprint: String::new(),
+    };
     rule.fingerprint = fingerprint(&rule);
     Some(rule)
 }
@@ -84,19 +92,21 @@ fn operations(section: &mut Section<'_, '_>) -> Operations {
 
 /// `schema.table`; a part that holds a dot stands in double quotes, in which `""` is one.
 fn table_name(text: &str) -> Result<TableName, Mistake> {
-    const HELP: &str = "write  table = \"schema.table\", exactly as in the catalog";
+    const HELP: &str = "write:  table = \"schema.table\", exactly as in the catalog";
     let mistake = |problem: &str| Mistake::whole(text, problem);
     let Some(parts) = name_parts(text) else {
         return Err(mistake("is not a table's name").help(HELP));
     };
     if text.contains('*') || text.contains('{') {
-        return Err(mistake("is a pattern, which is not available in this version yet").help("write one rule for each table"));
+        return Err(
+            mistake("is a pattern, which is not available in this version yet").help("write one rule for each table")
+        );
     }
     match parts.as_slice() {
-        [name] => Err(mistake("names no schema").help(format!("for example  table = \"public.{name}\""))),
+        [name] => Err(mistake("names no schema").help(format!("for example:  table = \"public.{name}\""))),
         [schema, name] => Ok(TableName { schema: schema.clone(), name: name.clone() }),
         [_, schema, name] => {
-            let help = format!("the database stands in `url` of [postgres]; write  table = \"{schema}.{name}\"");
+            let help = format!("the database stands in `url` of [postgres]; write:  table = \"{schema}.{name}\"");
             Err(mistake("has three parts").help(help))
         }
         _ => Err(mistake("is not a table's name").help(HELP)),
@@ -150,11 +160,7 @@ fn write_action(
     });
     let strings = section.columns("strings").map_or_else(Vec::new, |columns| columns.value);
     let own = Defaults::read(section);
-    if section.given("key").is_none() {
-        return None;
-    }
-    section.require("value", "\"json\"");
-    section.require("columns", "[\"*\"]");
+    section.given("key")?;
     check_jitter(section, &own, defaults);
     let settings = own.or(defaults);
     check_lifetime(section, &settings);
@@ -186,7 +192,7 @@ fn columns(section: &mut Section<'_, '_>) -> Option<Spanned<ColumnSelection>> {
         Some(star) if names.len() > 1 => {
             let problem = section
                 .error("`columns` names `*` beside other columns", star.span.clone(), "every column already")
-                .help("write  columns = [\"*\"], or name the columns");
+                .help("write:  columns = [\"*\"], or name the columns");
             section.report(problem);
             ColumnSelection::All
         }
@@ -195,19 +201,10 @@ fn columns(section: &mut Section<'_, '_>) -> Option<Spanned<ColumnSelection>> {
     Some(Spanned { value: selection, span })
 }
 
-/// A rule writes a key or deletes keys, and fields of a key need one.
+/// A rule writes a key or deletes keys. One that has only fields of a key is told that they need it.
 fn check_purpose(section: &mut Section<'_, '_>) {
-    if section.given("key").is_some() {
-        return;
-    }
-    let orphans: Vec<_> = OF_KEY.into_iter().filter_map(|name| Some((name, section.given(name)?))).collect();
-    for (name, span) in &orphans {
-        let problem = section
-            .error(format_args!("`{name}` needs `key`"), span.clone(), "this rule writes no key")
-            .help(format!("add  key = \"…:{{id}}\", or leave `{name}` out"));
-        section.reader.report_missing(section.header.start, problem);
-    }
-    if orphans.is_empty() && section.given("delete").is_none() {
+    let of_key = Table::Rule.fields().filter(|field| field.needs.contains(&"key")).map(|field| field.name);
+    if of_key.chain(["key", "delete"]).all(|name| section.given(name).is_none()) {
         let problem = section
             .error("the rule does nothing", section.header.clone(), "neither `key` nor `delete`")
             .help("to write rows through:  key = \"product:{id}\", value = \"json\", columns = [\"*\"]")
@@ -220,7 +217,9 @@ fn check_changed(section: &mut Section<'_, '_>, operations: Operations) {
     if let (Some(span), false) = (section.given("changed"), operations.update) {
         let problem = section.error("`changed` has no effect without updates", span, "looks at UPDATE only");
         let on = section.given("on").unwrap_or_else(|| section.header.clone());
-        section.report(problem.context(on, "leaves \"update\" out").help("add \"update\" to `on`, or leave `changed` out"));
+        section.report(
+            problem.context(on, "leaves \"update\" out").help("add \"update\" to `on`, or leave `changed` out"),
+        );
     }
 }
 
@@ -232,7 +231,7 @@ fn check_jitter(section: &mut Section<'_, '_>, own: &Defaults, defaults: &Defaul
     {
         let problem = section
             .error("`jitter` needs a `ttl`", jitter.span.clone(), "there is no TTL to shorten")
-            .help("add  ttl = \"1d\", or leave `jitter` out");
+            .help("add:  ttl = \"1d\", or leave `jitter` out");
         section.report(problem);
     }
 }
@@ -244,7 +243,7 @@ fn check_lifetime(section: &mut Section<'_, '_>, settings: &Defaults) {
         (None, Some(keep)) if keep.value => {
             let title = format!("{}: keys of deleted rows stay for ever", section.title);
             let warning = Diagnostic::warning(title, keep.span.clone(), "and there is no `ttl`");
-            section.report(warning.help("add  ttl = \"1d\", or leave `on_delete` out"));
+            section.report(warning.help("add:  ttl = \"1d\", or leave `on_delete` out"));
         }
         (Some(ttl), _) if !settings.present_only.unwrap_or(false) => {
             let title = "keys of rows that do not change go when their TTL is over, and are not written again";

@@ -12,9 +12,10 @@ use std::time::Duration;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::{Diagnostic, Severity};
-use super::fields::{Field, Kind, Table, later, later_choices};
-use super::interpolate::{fill, is_variable};
-use super::quantity::{self, Mistake, duration_written, seconds_written, size_written};
+use super::fields::{Fallback, Field, Kind, Table, later, later_choices};
+use super::interpolate::{fill, reference_out_of_place};
+use super::mistake::Mistake;
+use super::quantity::{self, duration_written, seconds_written, size_written};
 use super::{Environment, RulesFile, Spanned};
 use crate::rules::template::{Template, TemplateError, place};
 use crate::suggest::nearest;
@@ -121,15 +122,6 @@ impl<'r, 'a> Section<'r, 'a> {
         self.reader.report(diagnostic);
     }
 
-    /// Adds that the field is missing, if it was not given at all.
-    pub(super) fn require(&mut self, name: &'static str, example: &str) {
-        if self.given(name).is_none() {
-            let missing = self.error(format_args!("`{name}` is missing"), self.header.clone(), "");
-            let missing = missing.help(format!("add  {name} = {example}"));
-            self.reader.report_missing(self.header.start, missing);
-        }
-    }
-
     /// Adds a mistake inside the string of a field.
     fn mistaken(&mut self, name: &str, mistake: Mistake, span: Range<usize>) {
         let diagnostic = self.error(format_args!("`{name}` {}", mistake.problem), span, mistake.label);
@@ -140,10 +132,13 @@ impl<'r, 'a> Section<'r, 'a> {
     fn wrong_type(&mut self, field: &Field, value: &Value<'_>) {
         let source = self.reader.file.text.get(value.span()).unwrap_or_default();
         let title = format_args!("`{}` must be {}", field.name, wanted(field.kind)).to_string();
-        let label = format!("this is {}", type_name(value.get_ref()));
+        let label = match (field.kind, value.get_ref()) {
+            (Kind::Duration { .. } | Kind::Size { .. }, DeValue::Integer(_)) => "a number of what?".to_owned(),
+            (_, value) => format!("this is {}", type_name(value)),
+        };
         let help = match rewritten(field.kind, value.get_ref(), source) {
-            Some(rewritten) => format!("write  {} = {rewritten}", field.name),
-            None => format!("for example  {} = {}", field.name, field.example),
+            Some(rewritten) => format!("write:  {} = {rewritten}", field.name),
+            None => format!("for example:  {} = {}", field.name, field.example),
         };
         let diagnostic = self.error(title, value.span(), label).help(help);
         self.report(diagnostic);
@@ -160,25 +155,18 @@ impl<'r, 'a> Section<'r, 'a> {
             self.wrong_type(field, value);
             return None;
         };
+        let filled = if self.table.interpolates() {
+            fill(text, self.reader.env)
+        } else {
+            reference_out_of_place(text).map_or(Ok(Cow::Borrowed(text.as_ref())), |mistake| Err(vec![mistake]))
+        };
         let span = value.span();
-        if !self.table.interpolates() {
-            let mistake = reference_out_of_place(text);
-            let found = mistake.is_some();
-            if let Some(mistake) = mistake {
-                let span = place(&span, text, &mistake.range);
-                self.mistaken(field.name, mistake, span);
-            }
-            return (!found).then_some(Spanned { value: Cow::Borrowed(text), span });
-        }
-        if !text.contains("${") {
-            return Some(Spanned { value: Cow::Borrowed(text), span });
-        }
-        match fill(text, self.reader.env) {
-            Ok(filled) => Some(Spanned { value: Cow::Owned(filled), span }),
+        match filled {
+            Ok(filled) => Some(Spanned { value: filled, span }),
             Err(mistakes) => {
                 for mistake in mistakes {
-                    let span = place(&span, text, &mistake.range);
-                    self.mistaken(field.name, mistake, span);
+                    let wrong = place(&span, text, &mistake.range);
+                    self.mistaken(field.name, mistake, wrong);
                 }
                 None
             }
@@ -279,7 +267,7 @@ impl<'r, 'a> Section<'r, 'a> {
         };
         let span = entry.value.span();
         if array.is_empty() {
-            let help = format!("for example  {name} = {}; or leave it out", entry.field.example);
+            let help = format!("for example:  {name} = {}; or leave it out", entry.field.example);
             let empty = self.error(format_args!("`{name}` is empty"), span.clone(), "").help(help);
             self.report(empty);
             return None;
@@ -366,18 +354,47 @@ impl<'r, 'a> Section<'r, 'a> {
             let wrong = self
                 .error(title, key.span(), format!("TOML reads this as `{name}.{field}`"))
                 .context(entry.value.span(), "because it stands below this header")
-                .help(format!("move it above {header}, or write  {name} = {{ … }}  in one line"));
+                .help(format!("move it above {header}, or write:  {name} = {{ … }}  in one line"));
             self.report(wrong);
         }
         lost.is_some()
     }
 
-    /// Reports every field that nobody asked for.
+    /// Reports every field that nobody asked for, and what the others need.
     pub(super) fn finish(mut self) {
+        self.check_required();
+        self.check_needs();
         for (key, _) in in_file_order(self.entries) {
             if !self.read.contains(&key.get_ref().as_ref()) {
                 let unknown = self.unknown(key.get_ref(), key.span());
                 self.report(unknown);
+            }
+        }
+    }
+
+    /// Reports fields that must be given and are not.
+    fn check_required(&mut self) {
+        for field in self.table.fields().filter(|field| field.default == Fallback::Required) {
+            if self.given(field.name).is_none() {
+                let missing = self.error(format_args!("`{}` is missing", field.name), self.header.clone(), "");
+                let missing = missing.help(format!("add:  {} = {}", field.name, field.example));
+                self.reader.report_missing(self.header.start, missing);
+            }
+        }
+    }
+
+    /// Reports fields that stand without another one that they need.
+    fn check_needs(&mut self) {
+        for field in self.table.fields() {
+            let Some(span) = self.given(field.name) else { continue };
+            for need in field.needs.iter().filter_map(|need| self.table.field(need)) {
+                if self.given(need.name).is_none() {
+                    let problem = self
+                        .error(format_args!("`{}` needs `{}`", field.name, need.name), span.clone(), "")
+                        .help(format!("add:  {} = {}", need.name, need.example))
+                        .help(format!("or leave `{}` out", field.name));
+                    self.reader.report_missing(self.header.start, problem);
+                }
             }
         }
     }
@@ -393,7 +410,7 @@ impl<'r, 'a> Section<'r, 'a> {
         }
         let names = self.table.fields().map(|field| field.name);
         match nearest(name, names.clone()) {
-            Some(near) => unknown(format!("did you mean `{near}`?")).help(format!("write  {near} = …")),
+            Some(near) => unknown(format!("did you mean `{near}`?")).help(format!("write:  {near} = …")),
             None => {
                 let names: Vec<_> = names.map(|name| format!("`{name}`")).collect();
                 unknown(String::new()).help(format!("{} has {}", self.table.header(), names.join(", ")))
@@ -422,10 +439,7 @@ pub(super) fn not_yet(what: &str, span: Range<usize>) -> Diagnostic {
 }
 
 /// The template that `text` is, through one of [`Template`]'s parsers.
-pub(super) fn template(
-    text: &str,
-    parse: fn(&str) -> Result<Template, TemplateError>,
-) -> Result<Template, Mistake> {
+pub(super) fn template(text: &str, parse: fn(&str) -> Result<Template, TemplateError>) -> Result<Template, Mistake> {
     parse(text).map_err(|error| Mistake {
         range: error.range,
         problem: "is not a usable template".to_owned(),
@@ -442,10 +456,10 @@ fn chosen(field: &str, text: &str, choices: &[&'static str]) -> Result<&'static 
     if later_choices(field).contains(&text) {
         let quoted = choices.iter().map(|choice| format!("{field} = \"{choice}\"")).collect::<Vec<_>>().join(" or ");
         let problem = format!("= \"{text}\" is not available in this version yet");
-        return Err(Mistake::whole(text, problem).help(format!("write  {quoted}")));
+        return Err(Mistake::whole(text, problem).help(format!("write:  {quoted}")));
     }
-    let list = choices.iter().map(|choice| format!("\"{choice}\"")).collect::<Vec<_>>().join(", ");
-    let mistake = Mistake::whole(text, format!("is none of {list}"));
+    let list = choices.iter().map(|choice| format!("\"{choice}\"")).collect::<Vec<_>>().join(" or ");
+    let mistake = Mistake::whole(text, format!("can only be {list}"));
     if text.eq_ignore_ascii_case("truncate") {
         return Err(mistake.help("TRUNCATE counts where \"delete\" does"));
     }
@@ -466,24 +480,6 @@ fn within<T: PartialOrd, B: Display>(
         return Ok(value);
     }
     Err(Mistake::whole(text, format!("must be from {} to {}", bounds.0, bounds.1)))
-}
-
-/// A `${…}` where none is filled in.
-fn reference_out_of_place(text: &str) -> Option<Mistake> {
-    let start = text.find("${")?;
-    let end = start + text[start..].find('}')? + 1;
-    let body = &text[start + 2..end - 1];
-    let name = body.split(":-").next().unwrap_or_default();
-    let environment = is_variable(name) && !name.contains(|c: char| c.is_ascii_lowercase());
-    if !environment && !body.starts_with("file:") && !body.contains(":-") {
-        let help = format!("a template names a column without the `$`: {{{body}}}");
-        let mistake = Mistake::whole(text, "has a `$` in front of a placeholder").help(help);
-        return Some(Mistake { range: start..end, ..mistake });
-    }
-    let mistake = Mistake::whole(text, "has a `${…}`, which nothing fills in here").label("taken literally");
-    let help = "only [postgres], [redis] and [admin] take values from the environment; what differs between \
-                deployments of one rules file belongs in `prefix` of [redis]";
-    Some(Mistake { range: start..end, ..mistake.help(help) })
 }
 
 /// What a field takes, for messages.

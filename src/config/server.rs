@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::diagnostic::Diagnostic;
-use super::quantity::Mistake;
+use super::mistake::Mistake;
 use super::section::Section;
 use super::{AdminConfig, OnGap, PostgresConfig, RedisConfig, Secret, Spanned};
 
@@ -23,7 +23,6 @@ const IDENTIFIER_BYTES_MAX: usize = 63;
 
 /// Reads `[postgres]`; `None` if its URL is missing or wrong.
 pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
-    section.require("url", "\"${DATABASE_URL}\"");
     let url = section.parsed("url", postgres_url);
     section.choice("source");
     let slot = section.parsed("slot", slot_name);
@@ -51,13 +50,13 @@ pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
 
 /// Reads `[redis]`; `None` if its URL is missing or wrong.
 pub(super) fn redis(mut section: Section<'_, '_>) -> Option<RedisConfig> {
-    section.require("url", "\"${REDIS_URL}\"");
     let url = section.parsed("url", redis_url);
     let prefix = section.text("prefix").map(|prefix| prefix.value.into_owned());
     let timeout = section.duration("timeout");
     let wait_replicas = section.count("wait_replicas").and_then(|count| u32::try_from(count).ok());
     let ca_file = section.parsed("ca_file", path);
-    let client_certificate = client_certificate(&mut section);
+    let certificate = section.parsed("client_cert", path);
+    let key = section.parsed("client_key", path);
     let batch_ops = section.count("batch_ops").unwrap_or(BATCH_OPS);
     let batch_bytes = section.size("batch_bytes").unwrap_or(BATCH_BYTES);
     if let Some(url) = &url {
@@ -70,27 +69,10 @@ pub(super) fn redis(mut section: Section<'_, '_>) -> Option<RedisConfig> {
         timeout: timeout.unwrap_or(REDIS_TIMEOUT),
         wait_replicas: wait_replicas.unwrap_or(0),
         ca_file: ca_file.map(|file| file.value),
-        client_certificate,
+        client_certificate: certificate.map(|file| file.value).zip(key.map(|file| file.value)),
         batch_ops: usize::try_from(batch_ops).ok()?,
         batch_bytes: usize::try_from(batch_bytes).ok()?,
     })
-}
-
-/// `client_cert` and `client_key`, which need each other.
-fn client_certificate(section: &mut Section<'_, '_>) -> Option<(PathBuf, PathBuf)> {
-    let certificate = section.parsed("client_cert", path);
-    let key = section.parsed("client_key", path);
-    let alone = match (section.given("client_cert"), section.given("client_key")) {
-        (Some(span), None) => Some((span, "client_cert", "client_key")),
-        (None, Some(span)) => Some((span, "client_key", "client_cert")),
-        _ => None,
-    };
-    if let Some((span, given, missing)) = alone {
-        let help = format!("add  {missing} = \"/path/to/file.pem\"");
-        let problem = section.error(format_args!("`{given}` needs `{missing}`"), span, "").help(help);
-        section.report(problem);
-    }
-    Some((certificate?.value, key?.value))
 }
 
 /// Certificates do nothing on a connection without TLS, and somebody believes that they do.
@@ -133,7 +115,7 @@ fn split_scheme(url: &str) -> Option<(&str, &str)> {
 
 /// A URL whose scheme names Postgres, without the driver that SQLAlchemy and others write behind it.
 fn postgres_url(text: &str) -> Result<Secret, Mistake> {
-    const HELP: &str = "write it like  postgresql://user:password@host:5432/database";
+    const HELP: &str = "write it like:  postgresql://user:password@host:5432/database";
     let Some((scheme, rest)) = split_scheme(text) else {
         return Err(not_a_url(text, HELP));
     };
@@ -145,7 +127,7 @@ fn postgres_url(text: &str) -> Result<Secret, Mistake> {
 
 /// A URL whose scheme names a Redis that this version can talk to.
 fn redis_url(text: &str) -> Result<Secret, Mistake> {
-    const HELP: &str = "write it like  redis://host:6379/0, rediss://user:password@host:6379/0 (with TLS) or \
+    const HELP: &str = "write it like:  redis://host:6379/0, rediss://user:password@host:6379/0 (with TLS) or \
                         redis+unix:///run/redis/redis.sock";
     let Some((scheme, rest)) = split_scheme(text) else {
         return Err(not_a_url(text, HELP));
@@ -210,7 +192,7 @@ fn address(text: &str) -> Result<Option<SocketAddr>, Mistake> {
     text.parse().map(Some).map_err(|_| {
         let port = text.rsplit(':').next().and_then(|port| port.parse::<u16>().ok()).unwrap_or(LISTEN.port());
         Mistake::whole(text, "is not an IP address with a port")
-            .help(format!("write  listen = \"127.0.0.1:{port}\"  for this machine alone"))
-            .help(format!("or  listen = \"0.0.0.0:{port}\"  for every address, or \"off\""))
+            .help(format!("write:  listen = \"127.0.0.1:{port}\"  for this machine alone"))
+            .help(format!("or:  listen = \"0.0.0.0:{port}\"  for every address, or \"off\""))
     })
 }

@@ -10,6 +10,7 @@ use std::ops::Range;
 use toml::de::{DeTable, DeValue};
 
 use super::diagnostic::Diagnostic;
+use super::mask::mask;
 
 /// After so many unreadable places the rest of the file is not looked at.
 const UNREADABLE_MAX: usize = 50;
@@ -30,14 +31,16 @@ pub(super) fn recover(file: &str) -> Recovered {
     let mut recovered = Recovered { text: file.to_owned(), gaps: Vec::new(), diagnostics: Vec::new() };
     loop {
         let (tree, errors) = DeTable::parse_recoverable(&recovered.text);
-        let mistakes: Vec<_> = errors.iter().map(|error| Mistake::new(error, &recovered.text)).collect();
-        let Some(worst) = mistakes.iter().find(|mistake| !mistake.harmless) else {
-            recovered.diagnostics.extend(mistakes.iter().map(|mistake| mistake.diagnostic(file)));
+        let stumbles: Vec<_> = errors.iter().map(|error| Stumble::new(error, &recovered.text)).collect();
+        let Some(worst) = stumbles.iter().find(|stumble| !stumble.harmless) else {
+            recovered.diagnostics.extend(stumbles.iter().map(|stumble| stumble.diagnostic(file)));
             return recovered;
         };
         let at = worst.span.start;
         let (gap, diagnostic) = match enclosing(tree.get_ref(), &recovered.text, at) {
-            Some(value) if mistakes.iter().any(|mistake| mistake.leaves_open(&value)) => never_closed(file, value.start),
+            Some(value) if stumbles.iter().any(|stumble| stumble.leaves_open(&value)) => {
+                never_closed(file, value.start)
+            }
             Some(value) => {
                 let lines = line_of(file, value.start).start..line_of(file, value.end).end;
                 (lines, worst.diagnostic(file))
@@ -54,16 +57,16 @@ pub(super) fn recover(file: &str) -> Recovered {
     }
 }
 
-/// What the parser says.
+/// A place where the parser stumbled.
 #[derive(Debug)]
-struct Mistake {
+struct Stumble {
     span: Range<usize>,
     message: String,
     /// Whether the parser loses nothing by it.
     harmless: bool,
 }
 
-impl Mistake {
+impl Stumble {
     fn new(error: &toml::de::Error, text: &str) -> Self {
         let span = error.span().unwrap_or(0..0);
         let message = error.message().to_owned();
@@ -76,7 +79,7 @@ impl Mistake {
             }
             other => other.starts_with("invalid basic string") || other.starts_with("invalid literal string"),
         };
-        Mistake { span, message, harmless }
+        Stumble { span, message, harmless }
     }
 
     /// Whether it says that this value has no end.
@@ -92,11 +95,14 @@ impl Mistake {
             return Diagnostic::error(title, span, "the second one").help("remove one of them, or rename it");
         }
         if let Some(value) = unquoted(file, &line_of(file, span.start)) {
-            let text = &file[value.clone()];
-            return Diagnostic::error("this is not TOML", value, "not in quotes").help(format!("write  \"{text}\""));
+            // It may be a password, which only its surroundings show.
+            let help = format!("write:  \"{}\"", &mask(file)[value.clone()]);
+            return Diagnostic::error("this is not TOML", value, "not in quotes").help(help);
         }
         let label = match self.message.as_str() {
-            "invalid basic string, expected `\"`" | "invalid literal string, expected `'`" => "the closing quote is missing",
+            "invalid basic string, expected `\"`" | "invalid literal string, expected `'`" => {
+                "the closing quote is missing"
+            }
             other => other,
         };
         Diagnostic::error("this is not TOML", span, label)
