@@ -1,7 +1,7 @@
 //! From the rules file to [`Config`]: every problem found in one pass, each with its span.
 //!
-//! Three steps: text that is not TOML is blanked out and reported ([`syntax`]); the rest is read table by table
-//! ([`section`], by the table of fields in [`fields`]); what must agree with each other is compared ([`rule`]). A
+//! Three steps: text that is not TOML is blanked out and reported (`syntax`); the rest is read table by table
+//! (`section`, by the table of fields in [`fields`]); what must agree with each other is compared (`rule`). A
 //! mistake never stops the reading: the field counts as absent and the next one is looked at. What only the database
 //! can tell (columns, types, replica identity) is found when rules are bound.
 
@@ -149,7 +149,8 @@ pub struct PostgresConfig {
     pub publication: String,
     /// What a gap does. Default `reconcile`.
     pub on_gap: OnGap,
-    /// Acknowledgements trail what the cache holds by this, so that a cache that lost its last seconds is replayed. Default 30 s.
+    /// Acknowledgements trail what the cache holds by this, so that a cache that lost its last seconds is replayed.
+    /// Default 30 s.
     pub replay_window: Duration,
     /// How often an idle slot is moved forward by a logical message; `None` is never. Default 60 s.
     pub heartbeat: Option<Duration>,

@@ -1,7 +1,7 @@
 //! A problem in the rules file, shown as rustc shows one: the line, the characters, the fix.
 //!
 //! Reading the file and binding its rules to tables make the same [`Diagnostic`]s, and [`render`] is the only place
-//! that turns them into text. What it shows of the file is masked first ([`super::mask`]), so no password that
+//! that turns them into text. What it shows of the file is masked first (`config::mask`), so no password that
 //! somebody wrote into the file itself is ever printed; titles and labels are too, which may repeat a name from it.
 
 use std::ops::Range;
