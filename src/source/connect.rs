@@ -1,8 +1,8 @@
 //! From a [`ConnInfo`] to a session: which host, encrypted or not, and who takes over when one attempt fails.
 //!
-//! libpq's rules (`PQconnectPoll` in `src/interfaces/libpq/fe-connect.c`): hosts in their order, of a name every address;
-//! a server that cannot be reached or is not of the wanted kind makes room for the next one, a server that refuses does
-//! not. `prefer` and `allow` try the other way once where encryption seems to be what was refused.
+//! libpq's rules (`PQconnectPoll` in `src/interfaces/libpq/fe-connect.c`): hosts in their order, of a name every
+//! address; a server that cannot be reached or is not of the wanted kind makes room for the next one, a server that
+//! refuses does not. `prefer` and `allow` try the other way once where encryption seems to be what was refused.
 
 use std::future::Future;
 use std::io;

@@ -467,6 +467,8 @@ fn decode(part: &str, text: &str) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
     use proptest::prelude::*;
 
     use super::*;

@@ -1,8 +1,8 @@
 //! Start-up and authentication of the replication connection (the manual's "Message Flow", "SASL Authentication"), and
 //! where passwords come from.
 //!
-//! The session's settings go out with start-up, after the URL's own `options`, so that neither the server's defaults nor
-//! the URL decides how values are written (`process_startup_options` in `src/backend/utils/init/postinit.c`).
+//! The session's settings go out with start-up, after the URL's own `options`, so that neither the server's defaults
+//! nor the URL decides how values are written (`process_startup_options` in `src/backend/utils/init/postinit.c`).
 
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -173,7 +173,7 @@ impl Handshake<'_> {
         self.login.password.as_ref().ok_or_else(|| {
             let message = format!("Postgres at {} asks for a password, and there is none", self.login.host);
             Error::new(ErrorKind::PostgresDenied, message)
-                .hint("put it into `url` in [postgres] (`postgresql://USER:${file:/run/secrets/pg_password}@HOST/DATABASE`)")
+                .hint("put it into `url` in [postgres]: postgresql://USER:${file:/run/secrets/pg_password}@HOST/DATABASE")
                 .hint("PGPASSWORD and a password file (PGPASSFILE, ~/.pgpass) are looked at too")
         })
     }
@@ -222,7 +222,8 @@ fn unproven(error: io::Error) -> Error {
     Error::new(ErrorKind::PostgresDenied, "SCRAM authentication failed").because(error)
 }
 
-/// The password for `host`: from the URL or the environment, else from the password file (the manual's "The Password File").
+/// The password for `host`: from the URL or the environment, else from the password file (the manual's "The Password
+/// File").
 pub(super) async fn password(info: &ConnInfo, host: &Host) -> Option<Secret> {
     if info.password.is_some() {
         return info.password.clone();
@@ -240,7 +241,7 @@ pub(super) async fn password(info: &ConnInfo, host: &Host) -> Option<Secret> {
 async fn read_password_file(path: &Path) -> Option<String> {
     let mode = tokio::fs::metadata(path).await.ok()?.permissions().mode();
     if mode & PASSWORD_FILE_FORBIDDEN_MODE != 0 {
-        tracing::warn!(file = %path.display(), "the password file is ignored: others may read it (chmod 0600 makes it right)");
+        tracing::warn!(file = %path.display(), "the password file is ignored, because others may read it: chmod 0600");
         return None;
     }
     let read = tokio::fs::read_to_string(path).await;

@@ -1,7 +1,9 @@
-//! What keepstep needs in the database, a publication and a slot: what is there, what is in the way, and the SQL for the rest.
+//! What keepstep needs in the database, a publication and a slot: what is there, what is in the way, and the SQL for
+//! the rest.
 //!
-//! Facts are read once; the plan made of them is pure, so that `--print` shows exactly what would be executed. What setup
-//! makes it notes, a line each, in the comment of the publication; teardown drops what is noted and nothing else:
+//! Facts are read once; the plan made of them is pure, so that `--print` shows exactly what would be executed. What
+//! setup makes it notes, a line each, in the comment of the publication; teardown drops what is noted and nothing
+//! else:
 //!
 //! ```text
 //! keepstep: publication made by setup
@@ -9,8 +11,8 @@
 //! keepstep: slot keepstep made at 0/15D4F28
 //! ```
 //!
-//! The publication comes before the slot: pgoutput looks it up as it was at each change, and a slot that is older than its
-//! publication can never be decoded.
+//! The publication comes before the slot: pgoutput looks it up as it was at each change, and a slot that is older
+//! than its publication can never be decoded.
 
 use tokio_postgres::Client;
 
@@ -171,8 +173,8 @@ fn add_tables(publication: &str, tables: &[&Table]) -> Statement {
     }
 }
 
-/// One transaction makes the slot and notes where: the position is the one that the function returns, so a daemon that begins
-/// to stream at once cannot have moved it.
+/// One transaction makes the slot and notes where: the position is the one that the function returns, so a daemon
+/// that begins to stream at once cannot have moved it.
 fn make_slot(wanted: &Wanted) -> Statement {
     let Wanted { slot, publication, failover, .. } = wanted;
     let note = slot_note(slot);
@@ -188,8 +190,8 @@ fn make_slot(wanted: &Wanted) -> Statement {
     }
 }
 
-/// Commands of a DO block that rewrite the publication's comment: lines that begin with one of `removed` go, `added` (SQL
-/// expressions) come. Foreign lines stay.
+/// Commands of a DO block that rewrite the publication's comment: lines that begin with one of `removed` go, `added`
+/// (SQL expressions) come. Foreign lines stay.
 fn annotate(publication: &str, removed: &[String], added: &str) -> String {
     let name = literal(publication);
     let stays = |prefix: &String| format!("\n      AND NOT starts_with(line, {})", literal(prefix));

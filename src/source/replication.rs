@@ -64,11 +64,12 @@ impl Walsender {
         })
     }
 
-    /// Streams the slot from `from` on. Postgres silently begins at the slot's confirmed LSN if that is later: compare first.
+    /// Streams the slot from `from` on. Postgres silently begins at the slot's confirmed LSN if that is later:
+    /// compare first.
     ///
     /// # Errors
-    /// [`ErrorKind::PostgresAway`] while another walsender holds the slot; [`ErrorKind::Gap`] if the slot does not exist or
-    /// lost its log; [`ErrorKind::Identity`] if it belongs to another database or plugin;
+    /// [`ErrorKind::PostgresAway`] while another walsender holds the slot; [`ErrorKind::Gap`] if the slot does not
+    /// exist or lost its log; [`ErrorKind::Identity`] if it belongs to another database or plugin;
     /// [`ErrorKind::PostgresDenied`] if the server does not do logical decoding.
     pub async fn start(mut self, slot: &str, publication: &str, from: Lsn) -> Result<Replication> {
         let command = format!(
@@ -225,9 +226,9 @@ impl Replication {
         Ok(Some(frame))
     }
 
-    /// Tells the server that everything before `flushed` may be forgotten (0/0 says nothing about it), and asks for an answer
-    /// if `reply_requested`. Never waits: where the server takes nothing just now the update is left out, and the next
-    /// one says as much.
+    /// Tells the server that everything before `flushed` may be forgotten (0/0 says nothing about it), and asks for
+    /// an answer if `reply_requested`. Never waits: where the server takes nothing just now the update is left out,
+    /// and the next one says as much.
     ///
     /// # Errors
     /// [`ErrorKind::PostgresAway`] when the connection breaks.
@@ -235,8 +236,8 @@ impl Replication {
         let now = SystemTime::now();
         let received = self.received.max(flushed);
         let mut sent = self.wire.send_if_room(&status(received, flushed, now, reply_requested)).await?;
-        // A server that shuts down asks for replies until all it sent is flushed here, for ever if acknowledgements trail.
-        // Where no flush position stands it is content with what was received (`WalSndDone` in
+        // A server that shuts down asks for replies until all it sent is flushed here, for ever if acknowledgements
+        // trail. Where no flush position stands it is content with what was received (`WalSndDone` in
         // src/backend/replication/walsender.c), and without one the slot does not move.
         if self.reply_owed && flushed < received {
             sent &= self.wire.send_if_room(&status(received, Lsn(0), now, false)).await?;

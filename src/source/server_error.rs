@@ -30,8 +30,8 @@ pub(super) struct ServerError {
 }
 
 impl ServerError {
-    /// From the body of an ErrorResponse ("Error and Notice Message Fields" in the protocol's chapter). Never fails: what
-    /// is missing stays empty.
+    /// From the body of an ErrorResponse ("Error and Notice Message Fields" in the protocol's chapter). Never fails:
+    /// what is missing stays empty.
     pub(super) fn parse(body: &[u8]) -> Self {
         let mut error = ServerError::default();
         for field in body.split(|&byte| byte == 0) {

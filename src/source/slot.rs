@@ -1,8 +1,8 @@
 //! What Postgres says about the slot, and the note of where it was made.
 //!
-//! **Birth note.** A slot that stands past the cache's checkpoint is a gap; but a cache without any checkpoint has nothing to
-//! compare with. So whoever makes the slot writes down, in the comment of the publication, where it was made: a slot that
-//! still stands there has lost nothing, one that moved on without a checkpoint has.
+//! **Birth note.** A slot that stands past the cache's checkpoint is a gap; but a cache without any checkpoint has
+//! nothing to compare with. So whoever makes the slot writes down, in the comment of the publication, where it was
+//! made: a slot that still stands there has lost nothing, one that moved on without a checkpoint has.
 
 use tokio_postgres::types::Type;
 use tokio_postgres::{Client, Row};
@@ -13,21 +13,6 @@ use crate::model::Lsn;
 
 /// The prefix of every logical message that keepstep emits.
 pub const MESSAGE_PREFIX: &str = "keepstep";
-
-/// The server behind a query connection.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ServerState {
-    /// `server_version_num`, as in 150004.
-    pub version: u32,
-    /// Whether it is a standby.
-    pub in_recovery: bool,
-    /// Up to where its log is flushed (a standby: replayed).
-    pub flush_lsn: Lsn,
-    /// `pg_postmaster_start_time()`, microseconds since 1970-01-01 UTC.
-    pub started_unix_us: i64,
-    /// `wal_level`
-    pub wal_level: String,
-}
 
 /// A row of `pg_replication_slots`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +53,8 @@ pub enum WalStatus {
 }
 
 impl WalStatus {
+    const ALL: [WalStatus; 4] = [Self::Reserved, Self::Extended, Self::Unreserved, Self::Lost];
+
     /// As Postgres writes it.
     pub fn name(self) -> &'static str {
         match self {
@@ -84,24 +71,6 @@ impl SlotState {
     pub fn is_lost(&self) -> bool {
         self.wal_status == Some(WalStatus::Lost) || self.invalidation_reason.is_some()
     }
-}
-
-/// Asks for the server's state.
-///
-/// # Errors
-/// [`ErrorKind::PostgresAway`] when the connection breaks.
-pub async fn server_state(client: &Client) -> Result<ServerState> {
-    let doing = "cannot read the server's state";
-    let sql = "select current_setting('server_version_num')::int4, pg_is_in_recovery(),
-          (case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_flush_lsn() end)::text,
-          (extract(epoch from pg_postmaster_start_time()) * 1000000)::int8, current_setting('wal_level')";
-    let row = client.query_typed_one(sql, &[]).await.map_err(|error| query_error(doing, error))?;
-    let read = || -> Result<_, tokio_postgres::Error> {
-        Ok((row.try_get::<_, i32>(0)?, row.try_get(1)?, row.try_get(3)?, row.try_get(4)?))
-    };
-    let (version, in_recovery, started_unix_us, wal_level) = read().map_err(|error| query_error(doing, error))?;
-    let flush_lsn = lsn(&row, 2, doing)?.unwrap_or_default();
-    Ok(ServerState { version: version.unsigned_abs(), in_recovery, flush_lsn, started_unix_us, wal_level })
 }
 
 /// Asks for the state of a slot; `None` if there is no such slot.
@@ -130,13 +99,7 @@ fn read_slot(row: &Row, doing: &str) -> Result<SlotState> {
         active_pid: get(row, 3, doing)?,
         restart_lsn: lsn(row, 4, doing)?,
         confirmed_flush_lsn: lsn(row, 5, doing)?,
-        wal_status: wal_status.as_deref().and_then(|status| match status {
-            "reserved" => Some(WalStatus::Reserved),
-            "extended" => Some(WalStatus::Extended),
-            "unreserved" => Some(WalStatus::Unreserved),
-            "lost" => Some(WalStatus::Lost),
-            _ => None,
-        }),
+        wal_status: wal_status.and_then(|name| WalStatus::ALL.into_iter().find(|status| status.name() == name)),
         safe_wal_size: get(row, 7, doing)?,
         retained_bytes: get::<Option<i64>>(row, 8, doing)?.map(|bytes| u64::try_from(bytes).unwrap_or(0)),
         invalidation_reason: get(row, 9, doing)?,

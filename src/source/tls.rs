@@ -64,8 +64,9 @@ pub(super) fn server_name(host: &str, mode: SslMode) -> Result<ServerName<'stati
     }
 }
 
-/// What `SCRAM-SHA-256-PLUS` is bound to: `tls-server-end-point` (RFC 5929 §4.1), the hash of the server's certificate by
-/// the hash algorithm of its signature, SHA-256 for MD5 and SHA-1. `None` where the signature has no such hash (Ed25519).
+/// What `SCRAM-SHA-256-PLUS` is bound to: `tls-server-end-point` (RFC 5929 §4.1), the hash of the server's
+/// certificate by the hash algorithm of its signature, SHA-256 for MD5 and SHA-1. `None` where the signature has no
+/// such hash (Ed25519).
 pub(super) fn end_point_binding(certificate: &CertificateDer<'_>) -> Option<Vec<u8>> {
     use rfc5912::*;
     let signature = parse(certificate).ok()?.signature_algorithm.oid;
@@ -81,7 +82,8 @@ pub(super) fn end_point_binding(certificate: &CertificateDer<'_>) -> Option<Vec<
     }
 }
 
-/// The failure of a handshake, or of the first read after it (where TLS 1.3 says that it refuses the client's certificate).
+/// The failure of a handshake, or of the first read after it (where TLS 1.3 says that it refuses the client's
+/// certificate).
 pub(super) fn handshake_error(host: &str, error: &io::Error) -> Option<Error> {
     let cause = error.get_ref()?.downcast_ref::<rustls::Error>()?.clone();
     let hint = match &cause {

@@ -1,9 +1,9 @@
 //! The bytes of a replication connection: messages out of one growing buffer, without a copy.
 //!
-//! The published `tokio-postgres` has no CopyBoth, so this stands on `postgres-protocol` for what is sent and reads what
-//! is received by itself (the manual's "Message Formats"). Reading is split in two, because whoever drives it selects over
-//! many things: [`Wire::fill`] waits for bytes and may be dropped at any time, [`Wire::next_copy_data`] never waits and
-//! lends a slice of the buffer. What was consumed is only moved away when room is needed.
+//! The published `tokio-postgres` has no CopyBoth, so this stands on `postgres-protocol` for what is sent and reads
+//! what is received by itself (the manual's "Message Formats"). Reading is split in two, because whoever drives it
+//! selects over many things: [`Wire::fill`] waits for bytes and may be dropped at any time, [`Wire::next_copy_data`]
+//! never waits and lends a slice of the buffer. What was consumed is only moved away when room is needed.
 //!
 //! Sending never waits either once streaming has begun: [`Wire::send_if_room`] keeps what the socket does not take in a
 //! small buffer and drops what does not fit. Two peers that both wait until the other one reads would wait for ever.
@@ -267,8 +267,8 @@ impl Wire {
         Poll::Ready(Ok(()))
     }
 
-    /// Sends what is unsent, says good-bye, and waits until the server has closed the connection too: then nothing of this
-    /// session is held there any more.
+    /// Sends what is unsent, says good-bye, and waits until the server has closed the connection too: then nothing of
+    /// this session is held there any more.
     pub(super) async fn close(&mut self) -> io::Result<()> {
         let mut last = std::mem::take(&mut self.unsent);
         let mut terminate = BytesMut::new();

@@ -16,6 +16,7 @@ use keepstep::source::client;
 use tokio_postgres::Client;
 
 use crate::source::{info, server, stream_until, url};
+use crate::support::Stage;
 
 fn wanted(tables: &[&str]) -> Wanted {
     let table = |name: &&str| TableName { schema: "public".to_owned(), name: (*name).to_owned() };
@@ -159,6 +160,25 @@ async fn the_printed_script_does_the_same_in_psql() {
     psql(&postgres, &[], &plan_teardown(&client, &wanted).await.unwrap().script());
     assert_eq!(objects(&postgres), before);
     insta::assert_snapshot!(plan.script());
+}
+
+#[tokio::test]
+async fn the_commands_make_it_say_so_and_take_it_away() {
+    let stage = Stage::set();
+    stage.execute("create table items (id int primary key, name text)").await;
+    stage.rules("[rule.item]\ntable = \"public.items\"\nkey = \"item:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n");
+    let before = objects(&stage.postgres);
+    let script = stage.keepstep(&["setup", "--print"]);
+    assert!(script.contains("CREATE PUBLICATION \"keepstep\" FOR TABLE public.items"), "{script}");
+    assert_eq!(objects(&stage.postgres), before, "printing made something");
+    let made = stage.keepstep(&["setup"]);
+    for line in ["make publication `keepstep`: done", "make slot `keepstep`: done"] {
+        assert!(made.contains(line), "{made}");
+    }
+    assert!(stage.keepstep(&["setup"]).contains("nothing to do"));
+    stage.keepstep(&["teardown"]);
+    assert_eq!(objects(&stage.postgres), before);
+    assert!(stage.keepstep(&["teardown"]).contains("nothing to do"));
 }
 
 async fn obstacles(client: &Client, wanted: &Wanted) -> String {

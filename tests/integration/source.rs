@@ -88,6 +88,11 @@ pub(crate) async fn stream_until(replication: &mut Replication, wanted: &[u8]) -
     bodies
 }
 
+async fn flush_lsn(client: &tokio_postgres::Client) -> Lsn {
+    let row = client.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.unwrap();
+    row.get::<_, &str>(0).parse().unwrap()
+}
+
 const SLOT: &str = "create table t (id int primary key, v text);
      create publication p for table t;
      select pg_create_logical_replication_slot('s', 'pgoutput')";
@@ -195,9 +200,7 @@ async fn an_insert_arrives_and_is_acknowledged() {
     let info = info(&url(&postgres, "postgres", ""));
     let client = client::connect(&info, Duration::ZERO).await.unwrap();
     let identity = Walsender::connect(&info).await.unwrap().identify_system().await.unwrap();
-    let server = slot::server_state(&client).await.unwrap();
-    assert!(identity.flush_lsn <= server.flush_lsn && identity.timeline == 1 && !server.in_recovery);
-    assert_eq!(server.version / 10_000, postgres.install.major);
+    assert!(identity.flush_lsn <= flush_lsn(&client).await && identity.timeline == 1 && identity.system.len() > 10);
 
     let mut replication = Walsender::connect(&info).await.unwrap().start("s", "p", Lsn(0)).await.unwrap();
     client.batch_execute("insert into t values (1, 'first')").await.unwrap();
@@ -209,7 +212,7 @@ async fn an_insert_arrives_and_is_acknowledged() {
     assert!(before.active_pid.is_some() && !before.is_lost() && before.retained_bytes.unwrap() > 0);
     assert_eq!((before.plugin.as_deref(), before.database.as_deref()), (Some("pgoutput"), Some("postgres")));
     slot::heartbeat(&client).await.unwrap();
-    let flushed = slot::server_state(&client).await.unwrap().flush_lsn;
+    let flushed = flush_lsn(&client).await;
     replication.close(flushed).await.unwrap();
     let after = slot::slot_state(&client, "s").await.unwrap().unwrap();
     assert_eq!((after.confirmed_flush_lsn, after.active_pid), (Some(flushed), None));
@@ -351,7 +354,7 @@ async fn a_temporary_slot_leaves_nothing_behind() {
     let mut replication = Walsender::connect(&info).await.unwrap().start_temporary("p").await.unwrap();
     client.batch_execute("insert into t values (1, 'seen')").await.unwrap();
     stream_until(&mut replication, b"seen").await;
-    let flushed = slot::server_state(&client).await.unwrap().flush_lsn;
+    let flushed = flush_lsn(&client).await;
     replication.close(flushed).await.unwrap();
     let count = client.query_one("select count(*) from pg_replication_slots", &[]).await.unwrap();
     assert_eq!(count.get::<_, i64>(0), 1);

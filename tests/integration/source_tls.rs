@@ -9,7 +9,8 @@ use keepstep::source::replication::Walsender;
 
 use crate::source::{connect, execute, info, refused, server, stream_until};
 
-/// Makes two authorities and what they sign. X.509 version 1 is what openssl before 3.2 makes where no extension is given.
+/// Makes two authorities and what they sign. X.509 version 1 is what openssl before 3.2 makes where no extension is
+/// given.
 const CERTIFICATES: &str = r#"
     set -e
     ec="-newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes"

@@ -143,7 +143,8 @@ async fn publication(client: &Client, name: &str) -> Result<Option<Publication>>
 async fn tables(client: &Client, wanted: &Wanted) -> Result<Vec<Table>> {
     let sql = "
         with wanted as (
-            select place, format('%I.%I', schema, name) as name, c.oid, c.relkind, c.relpersistence, c.relowner, c.relhassubclass
+            select place, format('%I.%I', schema, name) as name, c.oid, c.relkind, c.relpersistence, c.relowner,
+                   c.relhassubclass
             from unnest($1::text[], $2::text[]) with ordinality as given(schema, name, place)
             left join pg_namespace n on n.nspname = given.schema
             left join pg_class c on c.relnamespace = n.oid and c.relname = given.name
@@ -170,11 +171,14 @@ async fn tables(client: &Client, wanted: &Wanted) -> Result<Vec<Table>> {
                 else false end
         ), published as (
             select relid from pg_publication p, pg_get_publication_tables(p.pubname) where p.pubname = $3::text
-            union select prrelid from pg_publication p join pg_publication_rel on prpubid = p.oid where p.pubname = $3::text
+            union
+            select prrelid from pg_publication p join pg_publication_rel on prpubid = p.oid where p.pubname = $3::text
         )
-        select w.name, w.relkind::text, coalesce(w.relpersistence <> 'p', false), coalesce(pg_has_role(w.relowner, 'usage'), true),
+        select w.name, w.relkind::text, coalesce(w.relpersistence <> 'p', false),
+               coalesce(pg_has_role(w.relowner, 'usage'), true),
                coalesce(w.relhassubclass and w.relkind = 'r', false),
-               exists (select from published where relid = w.oid or relid in (select l.oid from leaf l where l.place = w.place)),
+               exists (select from published
+                       where relid = w.oid or relid in (select l.oid from leaf l where l.place = w.place)),
                array(select u.name from unidentified u where u.place = w.place order by u.name),
                array(select u.remedy from unidentified u where u.place = w.place order by u.name)
         from wanted w order by place";

@@ -107,7 +107,7 @@ fn table_obstacles(table: &Table) -> Vec<Error> {
 
 fn identity_obstacle(Unidentified { name, remedy }: &Unidentified) -> Error {
     let message = format!(
-        "table {name} has no replica identity: once it is published, the application's own UPDATEs and DELETEs on it fail"
+        "table {name} has no replica identity: once it is published, the application's own UPDATEs and DELETEs fail"
     );
     let identity = |what: &str| format!("ALTER TABLE {name} REPLICA IDENTITY {what};");
     let error = match remedy {
