@@ -173,7 +173,9 @@ impl Handshake<'_> {
         self.login.password.as_ref().ok_or_else(|| {
             let message = format!("Postgres at {} asks for a password, and there is none", self.login.host);
             Error::new(ErrorKind::PostgresDenied, message)
-                .hint("put it into `url` in [postgres]: postgresql://USER:${file:/run/secrets/pg_password}@HOST/DATABASE")
+                .hint(
+                    "put it into `url` in [postgres]: postgresql://USER:${file:/run/secrets/pg_password}@HOST/DATABASE",
+                )
                 .hint("PGPASSWORD and a password file (PGPASSFILE, ~/.pgpass) are looked at too")
         })
     }
