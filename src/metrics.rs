@@ -4,13 +4,13 @@
 
 use prometheus::core::Collector;
 use prometheus::{
-    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
 };
 
 /// From a tenth of a millisecond to a minute.
-const DELAY_BUCKETS_S: [f64; 17] = [
-    0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0,
-];
+const DELAY_BUCKETS_S: [f64; 17] =
+    [0.0001, 0.00025, 0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 15.0, 60.0];
 /// From one cell to more than a batch can hold.
 const BATCH_BUCKETS_CELLS: [f64; 9] = [1.0, 2.0, 5.0, 10.0, 50.0, 100.0, 500.0, 1000.0, 5000.0];
 
@@ -65,21 +65,35 @@ impl Metrics {
             changes_total: counters("keepstep_changes_total", "Row changes received", &["table", "op"]),
             cache_ops_total: counters("keepstep_cache_ops_total", "Keys set or deleted in Redis", &["rule", "op"]),
             batch_cells: register(&registry, Histogram::with_opts(cells.buckets(BATCH_BUCKETS_CELLS.to_vec()))),
-            slot_retained_bytes: gauge("keepstep_slot_retained_bytes", "Bytes of WAL that the slot makes Postgres keep"),
+            slot_retained_bytes: gauge(
+                "keepstep_slot_retained_bytes",
+                "Bytes of WAL that the slot makes Postgres keep",
+            ),
             slot_status: gauges(
                 "keepstep_slot_status",
                 "1 for the slot's wal_status: reserved, extended, unreserved or lost",
                 &["status"],
             ),
             circuit_open: gauge("keepstep_circuit_open", "1 while Redis is away and changes wait"),
-            epoch: gauge("keepstep_epoch", "When the unbroken history of slot and cache began, in microseconds since 1970"),
-            rule_paused: gauges("keepstep_rule_paused", "1 while a rule does not fit its table and only invalidates", &["rule"]),
+            epoch: gauge(
+                "keepstep_epoch",
+                "When the unbroken history of slot and cache began, in microseconds since 1970",
+            ),
+            rule_paused: gauges(
+                "keepstep_rule_paused",
+                "1 while a rule does not fit its table and only invalidates",
+                &["rule"],
+            ),
             unrendered_total: counters(
                 "keepstep_unrendered_total",
                 "Rows whose key was deleted because their value could not be rendered, by reason",
                 &["rule", "reason"],
             ),
-            keyless_total: counters("keepstep_keyless_total", "Row images without a key, because a column in it was NULL", &["rule"]),
+            keyless_total: counters(
+                "keepstep_keyless_total",
+                "Row images without a key, because a column in it was NULL",
+                &["rule"],
+            ),
             rules_owing: gauge("keepstep_rules_owing", "Rules that deleted keys where they should have written them"),
             out_of_memory_batches: counter(
                 "keepstep_out_of_memory_batches_total",

@@ -155,7 +155,8 @@ pub(crate) mod tests {
     #[test]
     fn changed_and_removed_rules_are_told_apart() {
         let of = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, hash)| ((*name).into(), (*hash).into())).collect();
-        let now = RuleSet { names: vec![], fingerprints: of(&[("a", "1"), ("b", "2"), ("c", "3")]), digest: String::new() };
+        let now =
+            RuleSet { names: vec![], fingerprints: of(&[("a", "1"), ("b", "2"), ("c", "3")]), digest: String::new() };
         let (changed, removed) = now.difference(&of(&[("a", "1"), ("b", "0"), ("d", "4")]));
         assert_eq!((changed, removed), (vec!["b".to_owned(), "c".to_owned()], vec!["d".to_owned()]));
     }

@@ -123,10 +123,10 @@ fn connect_failure(error: &redis::RedisError) -> Failure {
     use redis::{ErrorKind as Kind, ServerErrorKind};
     let refused = matches!(error.kind(), Kind::AuthenticationFailed)
         || matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "NOPERM"));
-    let not_ready = matches!(
-        error.kind(),
-        Kind::Io | Kind::Server(ServerErrorKind::BusyLoading | ServerErrorKind::MasterDown)
-    ) || error.is_timeout() || error.is_connection_dropped();
+    let not_ready =
+        matches!(error.kind(), Kind::Io | Kind::Server(ServerErrorKind::BusyLoading | ServerErrorKind::MasterDown))
+            || error.is_timeout()
+            || error.is_connection_dropped();
     match (refused, not_ready) {
         (true, _) => Failure::Final(
             Error::new(ErrorKind::RedisDenied, "Redis refuses the user or password")
@@ -149,8 +149,9 @@ fn denied(what: &str, error: &redis::RedisError) -> Error {
 fn client(config: &RedisConfig) -> Result<Client> {
     let url = config.url.expose();
     let invalid = |error: &redis::RedisError| {
-        Error::new(ErrorKind::Config, format!("`[redis] url` is not usable: {}", error.category()))
-            .hint("use redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://… for TLS, or redis+unix:///PATH/TO/SOCKET?db=0")
+        Error::new(ErrorKind::Config, format!("`[redis] url` is not usable: {}", error.category())).hint(
+            "use redis://[USER:PASSWORD@]HOST[:PORT][/DB], rediss://… for TLS, or redis+unix:///PATH/TO/SOCKET?db=0",
+        )
     };
     let info = url.into_connection_info().map_err(|error| invalid(&error))?;
     let tcp = info.tcp_settings().clone().set_nodelay(true);

@@ -12,9 +12,8 @@ use super::connection::{Connection, Failure};
 use super::writer::{into_error, scan};
 
 /// Every command that keepstep sends, as an ACL names it; AUTH needs no permission.
-const COMMANDS: [&str; 13] = [
-    "select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec", "watch", "unwatch", "eval", "wait",
-];
+const COMMANDS: [&str; 13] =
+    ["select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec", "watch", "unwatch", "eval", "wait"];
 
 /// What INFO says, as far as it matters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,7 +131,9 @@ mod tests {
 
     #[test]
     fn info_of_either_product() {
-        let redis = RedisFacts::parse("# Server\r\nredis_version:7.0.15\r\nrole:master\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n");
+        let redis = RedisFacts::parse(
+            "# Server\r\nredis_version:7.0.15\r\nrole:master\r\nmaxmemory:0\r\nmaxmemory_policy:noeviction\r\n",
+        );
         assert_eq!((redis.product, redis.version.as_str(), redis.is_primary), ("Redis", "7.0.15", true));
         assert!(redis.is_supported());
         let valkey = RedisFacts::parse("redis_version:7.2.4\r\nvalkey_version:8.0.1\r\nrole:slave\r\n");

@@ -276,7 +276,11 @@ impl Writer {
             match connection.send_one(wait).await? {
                 Value::Int(reached) if reached >= i64::from(self.config.wait_replicas) => return Ok(()),
                 Value::Int(reached) => {
-                    tracing::warn!(reached, wanted = self.config.wait_replicas, "too few Redis replicas have the batch");
+                    tracing::warn!(
+                        reached,
+                        wanted = self.config.wait_replicas,
+                        "too few Redis replicas have the batch"
+                    );
                 }
                 other => return Err(unexpected("WAIT", &other)),
             }
@@ -374,7 +378,11 @@ impl Cache for Writer {
 }
 
 /// One SCAN step: the next cursor, and keys that match the glob.
-pub(super) async fn scan(connection: &mut Connection, cursor: u64, glob: &[u8]) -> Result<(u64, Vec<Vec<u8>>), Failure> {
+pub(super) async fn scan(
+    connection: &mut Connection,
+    cursor: u64,
+    glob: &[u8],
+) -> Result<(u64, Vec<Vec<u8>>), Failure> {
     let mut scan = redis::cmd("SCAN");
     scan.arg(cursor).arg("MATCH").arg(glob).arg("COUNT").arg(SWEEP_STEP_KEYS);
     let reply = connection.send_one(scan).await?;

@@ -158,7 +158,9 @@ fn operation(input: &Input<'_>) -> Result<Operation> {
         (Some(Operation::Update), _, Some(_)) | (None, Some(_), Some(_)) => Operation::Update,
         (Some(Operation::Insert) | None, None, Some(_)) => Operation::Insert,
         (Some(Operation::Delete) | None, Some(_), None) => Operation::Delete,
-        _ => bail!("`op`, `old` and `new` do not go together: an INSERT has `new`, a DELETE `old`, an UPDATE `new` and perhaps `old`"),
+        _ => bail!(
+            "`op`, `old` and `new` do not go together: an INSERT has `new`, a DELETE `old`, an UPDATE `new` and perhaps `old`"
+        ),
     })
 }
 

@@ -65,7 +65,8 @@ async fn connect(config: &Config) -> Result<Client> {
     Ok(client::connect(&info, STATEMENT_TIMEOUT).await?)
 }
 
-fn wanted(config: &Config, failover: bool) -> Wanted {
+/// What the rules need.
+pub(super) fn wanted(config: &Config, failover: bool) -> Wanted {
     let mut tables: Vec<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     tables.sort();
     tables.dedup();

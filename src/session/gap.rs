@@ -78,7 +78,8 @@ fn usable_slot<'s>(situation: &'s Situation<'_>) -> Result<&'s SlotFacts<'s>> {
             ),
         });
     };
-    let other = |what: String| Err(Error::new(ErrorKind::Identity, what).hint("choose another name in `[postgres] slot`"));
+    let other =
+        |what: String| Err(Error::new(ErrorKind::Identity, what).hint("choose another name in `[postgres] slot`"));
     if let Some(why) = slot.lost {
         return Err(gap(format!("the replication slot `{name}` was invalidated by the server: {why}"), situation));
     }
@@ -86,9 +87,14 @@ fn usable_slot<'s>(situation: &'s Situation<'_>) -> Result<&'s SlotFacts<'s>> {
         (Some("pgoutput"), Some(database)) if database == situation.origin.database => Ok(slot),
         (Some("pgoutput"), database) => {
             let theirs = database.unwrap_or("no database");
-            other(format!("slot `{name}` belongs to {theirs}, and keepstep is connected to {}", situation.origin.database))
+            other(format!(
+                "slot `{name}` belongs to {theirs}, and keepstep is connected to {}",
+                situation.origin.database
+            ))
         }
-        (Some(plugin), _) => other(format!("slot `{name}` uses the output plugin {plugin}, and keepstep needs pgoutput")),
+        (Some(plugin), _) => {
+            other(format!("slot `{name}` uses the output plugin {plugin}, and keepstep needs pgoutput"))
+        }
         (None, _) => other(format!("slot `{name}` is physical, and keepstep needs a logical one")),
     }
 }
@@ -98,15 +104,24 @@ fn fits(situation: &Situation<'_>, slot: &SlotFacts<'_>) -> Result<Start> {
     same_origin(&stored.origin, situation.origin)?;
     if stored.origin.timeline != situation.origin.timeline {
         let (was, is) = (stored.origin.timeline, situation.origin.timeline);
-        return Err(gap(format!("the server was promoted (timeline {was} became {is}): the two histories differ"), situation));
+        return Err(gap(
+            format!("the server was promoted (timeline {was} became {is}): the two histories differ"),
+            situation,
+        ));
     }
     if situation.flush_lsn < stored.applied.lsn {
         let (applied, flushed) = (stored.applied, situation.flush_lsn);
-        return Err(gap(format!("the cache is at {applied}, and the server's log ends at {flushed}: it lost changes"), situation));
+        return Err(gap(
+            format!("the cache is at {applied}, and the server's log ends at {flushed}: it lost changes"),
+            situation,
+        ));
     }
     if slot.confirmed > stored.low {
         let (low, confirmed) = (stored.low, slot.confirmed);
-        return Err(gap(format!("the slot sends nothing before {confirmed}, and the cache has nothing after {low}"), situation));
+        return Err(gap(
+            format!("the slot sends nothing before {confirmed}, and the cache has nothing after {low}"),
+            situation,
+        ));
     }
     let went_back = |seen: &Checkpoint| (stored.epoch, stored.applied) < (seen.epoch, seen.applied);
     Ok(Start::Resume { new_epoch: situation.seen.is_some_and(went_back) })
@@ -117,7 +132,9 @@ fn without_checkpoint(situation: &Situation<'_>, slot: &SlotFacts<'_>) -> Result
     let confirmed = slot.confirmed;
     let lost = |what: String| Err(gap(what, situation));
     match (situation.seen, situation.born_at) {
-        (Some(seen), _) => lost(format!("Redis has lost the checkpoint, which was at {}, and with it the cache", seen.applied)),
+        (Some(seen), _) => {
+            lost(format!("Redis has lost the checkpoint, which was at {}, and with it the cache", seen.applied))
+        }
         (None, Some(born)) if confirmed > born => {
             lost(format!("Redis holds no checkpoint, but the slot was read up to {confirmed}: the cache was lost"))
         }
@@ -136,7 +153,8 @@ fn same_origin(cache: &Origin, server: &Origin) -> Result<()> {
     ];
     for (what, theirs, ours) in pairs {
         if theirs != ours {
-            let message = format!("this cache was made from another source: its {what} is {theirs}, and here it is {ours}");
+            let message =
+                format!("this cache was made from another source: its {what} is {theirs}, and here it is {ours}");
             return Err(Error::new(ErrorKind::Identity, message)
                 .hint("check `[postgres] url`, `slot` and `[redis] prefix`")
                 .hint("if the change is intended, `keepstep run --adopt` begins a new epoch here"));
@@ -222,8 +240,14 @@ mod tests {
     #[test]
     fn each_gap_is_named() {
         fails(|s| s.slot = None, "Gap: the replication slot `keepstep` is gone: what changed after 0/C8 is lost");
-        fails(|s| s.slot = Some(SlotFacts { lost: Some("wal_removed"), ..confirmed(150) }), "Gap: the replication slot `keepstep` was inv");
-        fails(|s| s.slot = Some(confirmed(201)), "Gap: the slot sends nothing before 0/C9, and the cache has nothing after 0/C8");
+        fails(
+            |s| s.slot = Some(SlotFacts { lost: Some("wal_removed"), ..confirmed(150) }),
+            "Gap: the replication slot `keepstep` was inv",
+        );
+        fails(
+            |s| s.slot = Some(confirmed(201)),
+            "Gap: the slot sends nothing before 0/C9, and the cache has nothing after 0/C8",
+        );
         fails(|s| s.flush_lsn = Lsn(199), "Gap: the cache is at 0/C8, and the server's log ends at 0/C7");
         fails(|s| s.stored = None, "Gap: Redis holds no checkpoint, but the slot was read up to 0/96");
         fails(|s| (s.stored, s.born_at) = (None, None), "Gap: Redis holds keys under the prefix but no checkpoint");
@@ -254,10 +278,19 @@ mod tests {
     fn a_mistake_is_not_a_gap() {
         let other = Origin { system: "8".into(), ..checkpoint(1).origin };
         let error = examine_with(&other).expect_err("a mistake");
-        assert!(error.contains("Identity: this cache was made from another source: its system identifier is 7"), "{error}");
-        fails(|s| s.slot = Some(SlotFacts { plugin: Some("wal2json"), ..confirmed(150) }), "Identity: slot `keepstep` uses");
+        assert!(
+            error.contains("Identity: this cache was made from another source: its system identifier is 7"),
+            "{error}"
+        );
+        fails(
+            |s| s.slot = Some(SlotFacts { plugin: Some("wal2json"), ..confirmed(150) }),
+            "Identity: slot `keepstep` uses",
+        );
         fails(|s| s.slot = Some(SlotFacts { plugin: None, ..confirmed(150) }), "Identity: slot `keepstep` is physical");
-        fails(|s| s.slot = Some(SlotFacts { database: Some("x"), ..confirmed(150) }), "Identity: slot `keepstep` belongs to x");
+        fails(
+            |s| s.slot = Some(SlotFacts { database: Some("x"), ..confirmed(150) }),
+            "Identity: slot `keepstep` belongs to x",
+        );
         fails(|s| (s.slot, s.stored) = (None, None), "Config: there is no replication slot");
     }
 

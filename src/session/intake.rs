@@ -116,7 +116,8 @@ impl Intake {
 
     fn change(&mut self, relation: u32, change: Change<'_>, batch: &mut Batch) -> Result<()> {
         let Some((position, transaction)) = self.next_position()? else { return Ok(()) };
-        let table = self.tables.get(&relation).ok_or_else(|| protocol("a change of a relation that was not described"))?;
+        let table =
+            self.tables.get(&relation).ok_or_else(|| protocol("a change of a relation that was not described"))?;
         match change {
             Change::Insert { .. } => table.inserts.inc(),
             Change::Update { .. } => table.updates.inc(),
@@ -133,7 +134,8 @@ impl Intake {
     fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
         let Some((position, transaction)) = self.next_position()? else { return Ok(()) };
         for relation in relations {
-            let table = self.tables.get(relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
+            let table =
+                self.tables.get(relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
             table.truncates.inc();
             plan::truncate(&table.bound, transaction, batch);
         }

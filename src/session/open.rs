@@ -41,7 +41,8 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
     // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
     let slot = slot::slot_state(&client, &config.postgres.slot).await?;
     if let Some(pid) = slot.as_ref().and_then(|slot| slot.active_pid) {
-        let taken = format!("another daemon, or one that just ended, streams slot `{}` (PID {pid})", config.postgres.slot);
+        let taken =
+            format!("another daemon, or one that just ended, streams slot `{}` (PID {pid})", config.postgres.slot);
         return Err(Error::new(ErrorKind::Fenced, taken));
     }
     let mut writer = Writer::new(config.redis.clone(), Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics))?;

@@ -59,9 +59,10 @@ impl Tables {
         metrics: &Metrics,
         shared: &Shared,
     ) -> Vec<BoundTable> {
-        let bound = catalog.tables.iter().map(|(name, facts)| {
-            self.bind_with(facts.relation.clone(), name, catalog, types, config, metrics, shared)
-        });
+        let bound = catalog
+            .tables
+            .iter()
+            .map(|(name, facts)| self.bind_with(facts.relation.clone(), name, catalog, types, config, metrics, shared));
         bound.collect()
     }
 

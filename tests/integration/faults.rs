@@ -113,11 +113,14 @@ async fn both_servers_are_killed_and_come_back() {
     let reader = Reader::follow(&stage, "row:0");
     for _ in 0..2 {
         let changes = daemon.metric("keepstep_changes_total").await.unwrap_or_default();
-        wait_for("changes", async || (daemon.metric("keepstep_changes_total").await? > changes + 50.0).then_some(())).await;
+        wait_for("changes", async || (daemon.metric("keepstep_changes_total").await? > changes + 50.0).then_some(()))
+            .await;
         stage.redis.stop("KILL").unwrap();
-        wait_for("the circuit to open", async || (daemon.metric("keepstep_circuit_open").await? == 1.0).then_some(())).await;
+        wait_for("the circuit to open", async || (daemon.metric("keepstep_circuit_open").await? == 1.0).then_some(()))
+            .await;
         stage.redis.resume().unwrap();
-        wait_for("the circuit to close", async || (daemon.metric("keepstep_circuit_open").await? == 0.0).then_some(())).await;
+        wait_for("the circuit to close", async || (daemon.metric("keepstep_circuit_open").await? == 0.0).then_some(()))
+            .await;
         stage.postgres.stop("QUIT").unwrap();
         stage.postgres.resume().unwrap();
         wait_for("the stream", async || (daemon.get("/ready").await?.0 == 200).then_some(())).await;
@@ -161,13 +164,15 @@ async fn cut_and_stalled_links_on_either_side() {
     let reader = Reader::follow(&stage, "row:0");
     for round in 0..30 {
         let changes = daemon.metric("keepstep_changes_total").await.unwrap_or_default();
-        wait_for("changes", async || (daemon.metric("keepstep_changes_total").await? > changes + 20.0).then_some(())).await;
+        wait_for("changes", async || (daemon.metric("keepstep_changes_total").await? > changes + 20.0).then_some(()))
+            .await;
         match round % 3 {
             0 => to_redis.cut(),
             1 => to_postgres.cut(),
             _ => {
                 to_redis.refuse();
-                wait_for("trouble", async || (daemon.metric("keepstep_circuit_open").await? == 1.0).then_some(())).await;
+                wait_for("trouble", async || (daemon.metric("keepstep_circuit_open").await? == 1.0).then_some(()))
+                    .await;
                 to_redis.resume();
             }
         }
@@ -223,7 +228,10 @@ async fn two_daemons_take_turns() {
     let second = Daemon::spawn(&stage, &without_admin(&rules), &[]);
     let load = Load::begin(&stage).await;
     let reader = Reader::follow(&stage, "row:0");
-    wait_for("the second to find the slot taken", async || second.log().contains("another daemon, or one that just ended").then_some(())).await;
+    wait_for("the second to find the slot taken", async || {
+        second.log().contains("another daemon, or one that just ended").then_some(())
+    })
+    .await;
     first.kill();
     let version = load.finish().await;
     wait_for("the second to take over", async || {

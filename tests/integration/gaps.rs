@@ -171,5 +171,6 @@ async fn another_database_answers_under_the_same_name() {
     let url = stage.postgres.url("other");
     let text = std::fs::read_to_string(&rules).unwrap().replace(&stage.postgres.url("postgres"), &url);
     std::fs::write(&rules, text).unwrap();
-    ends(Daemon::spawn(&stage, &rules, &[]), "slot `keepstep` belongs to postgres, and keepstep is connected to other").await;
+    ends(Daemon::spawn(&stage, &rules, &[]), "slot `keepstep` belongs to postgres, and keepstep is connected to other")
+        .await;
 }

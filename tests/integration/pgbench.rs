@@ -97,7 +97,8 @@ async fn every_key_equals_its_row_after_kills_and_restarts_under_pgbench() {
     let script = format!("{}@1", script.display());
     let reader = Reader::follow(&stage, "clock:t");
     let began = Instant::now();
-    let (run, pause) = (Duration::from_secs(size.seconds), Duration::from_millis(1000 * size.seconds / (size.kills + 1)));
+    let (run, pause) =
+        (Duration::from_secs(size.seconds), Duration::from_millis(1000 * size.seconds / (size.kills + 1)));
     let seconds = size.seconds.to_string();
     let load = ["-n", "-c", "4", "-j", "2", "-T", &seconds, "-b", "tpcb-like@9", "-f", &script];
     let mut clients = pgbench(&stage, &load);

@@ -8,11 +8,11 @@ use keepstep::config::TableName;
 use keepstep::error::{Error, ErrorKind, Result};
 use keepstep::model::Lsn;
 use keepstep::sandbox::Postgres;
+use keepstep::source::client;
 use keepstep::source::conninfo::ConnInfo;
 use keepstep::source::provision::{Executor, Plan, Wanted, execute, plan_setup, plan_teardown};
 use keepstep::source::replication::Walsender;
 use keepstep::source::slot::{birth_note, slot_state};
-use keepstep::source::client;
 use tokio_postgres::Client;
 
 use crate::source::{info, server, stream_until, url};

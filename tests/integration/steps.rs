@@ -298,7 +298,8 @@ columns = ["*"]
 #[tokio::test]
 async fn odd_names_are_quoted_where_they_must_be() {
     let stage = Stage::set();
-    let tables = r#"create schema "Odd.Schema"; create table "Odd.Schema"."a ""table""" ("Id;" int primary key, "ü name" text)"#;
+    let tables =
+        r#"create schema "Odd.Schema"; create table "Odd.Schema"."a ""table""" ("Id;" int primary key, "ü name" text)"#;
     let rules = r#"
 [rule.odd]
 table   = '"Odd.Schema"."a ""table"""'

@@ -16,18 +16,21 @@ use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind};
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
+use crate::source::provision::{Executor, plan_setup};
+use crate::source::query_error;
 use crate::source::replication::Walsender;
 use crate::source::slot;
 
 use super::super::Output;
+use super::super::setup::wanted;
 use super::show;
 
 /// No query of a check may take longer.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(15);
-/// The oldest Postgres whose pgoutput has logical messages.
-const POSTGRES_MIN: u32 = 140_000;
 /// No more keys are looked at; a larger cache is judged by these.
 const KEYS_MAX: usize = 100_000;
+/// The oldest Postgres whose pgoutput has logical messages.
+const POSTGRES_MIN: i32 = 140_000;
 /// How many keys of a rule are shown.
 const SAMPLES: usize = 3;
 
@@ -118,21 +121,10 @@ async fn ask_postgres(config: &Config, answers: &mut Vec<Answer>) -> Result<Chec
         answers.push(Answer::warning(dropped, "they are ignored"));
     }
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
-    let server = slot::server_state(&client).await?;
-    answers.push(version(server.version));
-    answers.push(match server.wal_level.as_str() {
-        "logical" => Answer::ok("wal_level is logical"),
-        other => Answer::failed(
-            format!("wal_level is {other}"),
-            "ALTER SYSTEM SET wal_level = logical; and restart (RDS: rds.logical_replication = 1; Cloud SQL: \
-             cloudsql.logical_decoding = on; Azure: wal_level = logical)",
-        ),
-    });
-    if server.in_recovery {
-        answers.push(Answer::warning("this server is a standby", "follow the primary, which has every change first"));
-    }
+    answers.push(version(&client).await?);
+    answers.extend(provisioned(config, &client).await);
     answers.push(streaming(&info).await);
-    answers.push(slot_answer(config, &client).await?);
+    answers.extend(slot_answer(config, &client).await?);
     let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     let names: Vec<TableName> = names.into_iter().collect();
     let catalog = catalog::load(&client, &config.postgres.publication, &names).await?;
@@ -146,11 +138,25 @@ async fn ask_postgres(config: &Config, answers: &mut Vec<Answer>) -> Result<Chec
     Ok(checked)
 }
 
-fn version(version: u32) -> Answer {
-    let shown = format!("Postgres {}.{}", version / 10_000, version % 10_000);
-    match version >= POSTGRES_MIN {
+async fn version(client: &Client) -> Result<Answer, Error> {
+    let sql = "select current_setting('server_version'), current_setting('server_version_num')::int";
+    let row = client.query_one(sql, &[]).await.map_err(|error| query_error("cannot ask for the version", error))?;
+    let shown = format!("Postgres {}", row.get::<_, String>(0));
+    Ok(match row.get::<_, i32>(1) >= POSTGRES_MIN {
         true => Answer::ok(shown),
         false => Answer::failed(format!("{shown} is too old"), "Postgres 14 and later are supported"),
+    })
+}
+
+/// What setup would still have to do, or what would keep it from that.
+async fn provisioned(config: &Config, client: &Client) -> Vec<Answer> {
+    match plan_setup(client, &wanted(config, false), Executor::Role).await {
+        Ok(plan) if plan.statements.is_empty() => vec![Answer::ok("publication and slot are there")],
+        Ok(plan) => {
+            let steps = plan.statements.iter().map(|step| step.purpose.as_str()).collect::<Vec<_>>().join("; ");
+            vec![Answer::failed(format!("not set up yet: {steps}"), "`keepstep setup` does it; with --print, the SQL")]
+        }
+        Err(obstacles) => obstacles.iter().map(Answer::error).collect(),
     }
 }
 
@@ -161,28 +167,26 @@ async fn streaming(info: &ConnInfo) -> Answer {
         Ok(identity) => Answer::ok(format!("replication connections work; database {}", identity.database)),
         Err(error) => {
             let mut answer = Answer::error(&error);
-            answer.hints.push("poolers: PgBouncer passes replication connections from 1.23 on; else connect directly".into());
+            answer
+                .hints
+                .push("poolers: PgBouncer passes replication connections from 1.23 on; else connect directly".into());
             answer
         }
     }
 }
 
-async fn slot_answer(config: &Config, client: &Client) -> Result<Answer, Error> {
-    let name = &config.postgres.slot;
-    let Some(slot) = slot::slot_state(client, name).await? else {
-        return Ok(Answer::failed(format!("there is no replication slot `{name}`"), "`keepstep setup` makes it"));
-    };
-    if slot.is_lost() {
-        let hint = "`keepstep teardown` and `keepstep setup` make a new one";
-        return Ok(Answer::failed(format!("slot `{name}` was invalidated by the server"), hint));
-    }
+/// How much the slot holds back, if there is one.
+async fn slot_answer(config: &Config, client: &Client) -> Result<Option<Answer>, Error> {
+    let Some(slot) = slot::slot_state(client, &config.postgres.slot).await? else { return Ok(None) };
     let use_now = slot.active_pid.map_or_else(|| "not in use".to_owned(), |pid| format!("in use by PID {pid}"));
     let retained = slot.retained_bytes.unwrap_or_default();
-    let shown = format!("slot `{name}` keeps {retained} bytes of WAL, {use_now}");
-    Ok(match retained > config.postgres.max_retained {
-        true => Answer::warning(shown, "more than `max_retained`: run keepstep, or drop the slot before the disk is full"),
+    let shown = format!("slot `{}` keeps {retained} bytes of WAL, {use_now}", slot.name);
+    Ok(Some(match retained > config.postgres.max_retained {
+        true => {
+            Answer::warning(shown, "more than `max_retained`: run keepstep, or drop the slot before the disk is full")
+        }
         false => Answer::ok(shown),
-    })
+    }))
 }
 
 async fn redis(config: &Config, checked: Option<&Checked>) -> Vec<Answer> {
@@ -210,7 +214,9 @@ async fn ask_redis(config: &Config, checked: Option<&Checked>, answers: &mut Vec
     answers.push(match (facts.maxmemory, facts.eviction.as_str()) {
         (0, _) => Answer::ok("no memory limit (maxmemory 0)"),
         (_, policy) if policy.starts_with("allkeys") => Answer::warning(
-            format!("maxmemory-policy {policy} may evict any key, the checkpoint too, which then counts as a lost cache"),
+            format!(
+                "maxmemory-policy {policy} may evict any key, the checkpoint too, which then counts as a lost cache"
+            ),
             "CONFIG SET maxmemory-policy volatile-lru, and give the rules a `ttl`",
         ),
         (_, policy) => Answer::ok(format!("maxmemory-policy {policy}")),
