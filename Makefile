@@ -13,6 +13,15 @@ test: servers ## Run every test, those against real servers too
 test-matrix: servers ## The tests against Postgres 14 to 18 and Valkey 8, fetched into .matrix/
 	tests/matrix.sh
 
+bench: servers ## What keepstep costs, next to what Postgres's own tools cost in the same run
+	cargo bench --bench bench
+
+fuzz: ## Fuzz every parser of outside bytes, a minute each (needs cargo-fuzz and a nightly compiler)
+	for target in pgoutput value; do cargo +nightly fuzz run --fuzz-dir tests/fuzz $$target -- -max_total_time=60; done
+
+soak: servers ## The long tests in full: pgbench at scale 10 with twenty kills, a transaction of two million rows
+	KEEPSTEP_SOAK=1 cargo test --release --test integration -- pgbench:: large::
+
 lint: ## Formatting, clippy, the documentation build, dependencies
 	cargo fmt --check
 	cargo clippy --all-targets -- -D warnings
@@ -22,4 +31,4 @@ lint: ## Formatting, clippy, the documentation build, dependencies
 servers: ## Install Postgres and Redis where they are missing (Debian, Ubuntu)
 	@tests/install.sh
 
-.PHONY: help demo test test-matrix lint servers
+.PHONY: help demo test test-matrix bench fuzz soak lint servers

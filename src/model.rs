@@ -207,6 +207,17 @@ pub enum Change<'a> {
     },
 }
 
+impl<'a> Change<'a> {
+    /// The new image and the old one, as far as the change carries them.
+    pub fn images(self) -> (Option<Tuple<'a>>, Option<OldTuple<'a>>) {
+        match self {
+            Change::Insert { new } => (Some(new), None),
+            Change::Update { old, new } => (Some(new), old),
+            Change::Delete { old } => (None, Some(old)),
+        }
+    }
+}
+
 /// What the stream says next, in commit order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event<'a> {

@@ -111,28 +111,18 @@ pub fn change(
 ) {
     let mut new = recycled(std::mem::take(&mut scratch.new));
     let mut old = recycled(std::mem::take(&mut scratch.old));
-    let (has_new, old_tuple) = match change {
-        Change::Insert { new: tuple } => (tuple.read_into(&mut new), None),
-        Change::Update { old, new: tuple } => (tuple.read_into(&mut new), old),
-        Change::Delete { old } => ((), Some(old)),
-    };
-    let () = has_new;
-    let old_is_full = match old_tuple {
-        Some(OldTuple::Full(tuple)) => {
-            tuple.read_into(&mut old);
-            true
-        }
-        Some(OldTuple::Key(tuple)) => {
-            tuple.read_into(&mut old);
-            false
-        }
-        None => false,
-    };
+    let (new_tuple, old_tuple) = change.images();
+    if let Some(tuple) = new_tuple {
+        tuple.read_into(&mut new);
+    }
+    if let Some(OldTuple::Full(tuple) | OldTuple::Key(tuple)) = old_tuple {
+        tuple.read_into(&mut old);
+    }
     complete(&mut new, &old);
     let images = Images {
-        new: (!matches!(change, Change::Delete { .. })).then_some(&new),
+        new: new_tuple.is_some().then_some(&new),
         old: old_tuple.is_some().then_some(&old),
-        old_is_full,
+        old_is_full: matches!(old_tuple, Some(OldTuple::Full(_))),
     };
     for rule in &table.rules {
         if counts(rule, &change, &images, &table.relation) {
@@ -293,4 +283,181 @@ fn jittered(ttl_ms: u128, jitter: f64, random: &mut u64) -> u64 {
 fn recycled<'a>(mut row: Vec<Datum<'_>>) -> Vec<Datum<'a>> {
     row.clear();
     row.into_iter().map(|_| Datum::Null).collect()
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::batch::{CacheOp, Limits};
+    use crate::config::{self, RulesFile};
+    use crate::decode::types::Types;
+    use crate::model::{Column, ReplicaIdentity, Tuple};
+    use crate::rules::bind::bind;
+
+    /// One rule, named `row`, on `public.rows` with these text columns; all in the replica identity.
+    pub(crate) fn bound(rule: &str, columns: &[&str]) -> BoundTable {
+        bound_with(rule, columns, columns)
+    }
+
+    fn bound_with(rule: &str, columns: &[&str], identity: &[&str]) -> BoundTable {
+        const TEXT: u32 = 25;
+        let text = format!(
+            "[postgres]\nurl = \"postgresql://db\"\n[redis]\nurl = \"redis://cache\"\nprefix = \"p:\"\n\
+             [rule.row]\ntable = \"public.rows\"\n{rule}\n"
+        );
+        let file = RulesFile { path: "test.toml".into(), text };
+        let (config, _) = config::parse(file, &|_| None).expect("a rules file");
+        let column = |name: &&str| Column {
+            name: (*name).to_owned(),
+            type_oid: TEXT,
+            type_modifier: -1,
+            identity: identity.contains(name),
+        };
+        let full = identity.len() == columns.len();
+        let relation = Relation {
+            oid: 1,
+            schema: "public".into(),
+            name: "rows".into(),
+            identity: if full { ReplicaIdentity::Full } else { ReplicaIdentity::Default },
+            columns: columns.iter().map(column).collect(),
+        };
+        let rule = bind(&config.rules[0], 0, &relation, None, &Types::builtin(), "p:").expect("the rule fits");
+        BoundTable { relation, rules: vec![rule] }
+    }
+
+    /// TupleData of text columns; `None` is NULL, `"~"` an unchanged TOASTed value.
+    pub(crate) fn text_tuple(columns: &[Option<&str>]) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for column in columns {
+            match column {
+                None => bytes.push(b'n'),
+                Some("~") => bytes.push(b'u'),
+                Some(text) => {
+                    bytes.push(b't');
+                    bytes.extend_from_slice(&(text.len() as u32).to_be_bytes());
+                    bytes.extend_from_slice(text.as_bytes());
+                }
+            }
+        }
+        bytes
+    }
+
+    /// Old and new image, as words: `-` is NULL, `~` unchanged TOAST. `old` may begin with `key:` for a key tuple.
+    fn check(table: &BoundTable, old: Option<&str>, new: Option<&str>, expected: &str) {
+        let encode = |row: &str| {
+            let words: Vec<_> = row.split(' ').map(|word| Some(word).filter(|word| *word != "-")).collect();
+            text_tuple(&words)
+        };
+        let key_only = old.is_some_and(|old| old.starts_with("key:"));
+        let (old_bytes, new_bytes) = (old.map(|old| encode(old.trim_start_matches("key:"))), new.map(encode));
+        let tuple = |bytes| Tuple { columns: table.relation.columns.len() as u16, bytes };
+        let old_tuple = old_bytes.as_deref().map(|bytes| match key_only {
+            true => OldTuple::Key(tuple(bytes)),
+            false => OldTuple::Full(tuple(bytes)),
+        });
+        let change = match (old_tuple, new_bytes.as_deref()) {
+            (Some(old), None) => Change::Delete { old },
+            (None, Some(new)) if expected.starts_with("update ") => Change::Update { old: None, new: tuple(new) },
+            (None, Some(new)) => Change::Insert { new: tuple(new) },
+            (old, Some(new)) => Change::Update { old, new: tuple(new) },
+            (None, None) => unreachable!("a change has an image"),
+        };
+        let mut batch = Batch::new(Limits { ops: 100, bytes: 10_000 }, 1);
+        let mut notes = Vec::new();
+        let transaction = Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0) };
+        super::change(table, change, transaction, &mut Scratch::default(), &mut batch, &mut notes);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let ops = batch.ops().map(|(_, op)| match op {
+            CacheOp::Set { key, value, .. } => format!("{}={}", text(key), text(value)),
+            CacheOp::Delete { key } => format!("-{}", text(key)),
+        });
+        let notes = notes.iter().map(|note| match &note.what {
+            Noted::Keyless => "keyless".to_owned(),
+            Noted::Unrendered(why) => why.label().to_owned(),
+        });
+        let shown = ops.chain(notes).collect::<Vec<_>>().join(" ");
+        assert_eq!(shown, expected.trim_start_matches("update "), "{old:?} → {new:?}");
+    }
+
+    #[test]
+    fn a_row_is_a_key() {
+        let table = bound_with("key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"id\", \"v\"]", &["id", "v"], &["id"]);
+        check(&table, None, Some("1 a"), r#"p:r:1={"id":"1","v":"a"}"#);
+        check(&table, None, Some("1 -"), r#"p:r:1={"id":"1","v":null}"#);
+        check(&table, None, Some("1 b"), r#"update p:r:1={"id":"1","v":"b"}"#);
+        check(&table, Some("key:1 -"), Some("2 b"), r#"-p:r:1 p:r:2={"id":"2","v":"b"}"#);
+        check(&table, Some("key:1 -"), None, "-p:r:1");
+    }
+
+    #[test]
+    fn an_unchanged_toasted_value_comes_from_the_full_old_row_or_deletes_the_key() {
+        let rule = "key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"id\", \"v\"]";
+        let narrow = bound_with(rule, &["id", "v"], &["id"]);
+        check(&narrow, None, Some("1 ~"), "update -p:r:1 unchanged_toast");
+        check(&narrow, Some("key:1 -"), Some("2 ~"), "-p:r:1 -p:r:2 unchanged_toast");
+        let full = bound(rule, &["id", "v"]);
+        check(&full, Some("1 long"), Some("1 ~"), r#"p:r:1={"id":"1","v":"long"}"#);
+        check(&full, Some("1 long"), Some("2 ~"), r#"-p:r:1 p:r:2={"id":"2","v":"long"}"#);
+        let other = bound_with("key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]", &["id", "v"], &["id"]);
+        check(&other, None, Some("1 ~"), r#"update p:r:1={"id":"1"}"#);
+    }
+
+    #[test]
+    fn a_null_in_the_key_is_no_key() {
+        let rule = "key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"v\"]";
+        let table = bound(rule, &["id", "v"]);
+        check(&table, None, Some("- a"), "keyless");
+        check(&table, Some("1 a"), Some("- a"), "-p:r:1 keyless");
+        check(&table, Some("- a"), Some("1 a"), r#"p:r:1={"v":"a"} keyless"#);
+        let default = bound(&rule.replace("{id}", "{id?none}"), &["id", "v"]);
+        check(&default, None, Some("- a"), r#"p:r:none={"v":"a"}"#);
+    }
+
+    #[test]
+    fn delete_rules_name_the_keys_of_both_images() {
+        let table = bound("delete = [\"list:{c}\", \"feed\"]", &["id", "c"]);
+        check(&table, None, Some("1 a"), "-p:list:a -p:feed");
+        check(&table, Some("1 a"), Some("1 b"), "-p:list:a -p:list:b -p:feed");
+        check(&table, Some("1 a"), None, "-p:list:a -p:feed");
+    }
+
+    #[test]
+    fn changed_skips_an_update_only_if_it_certainly_changed_nothing_that_counts() {
+        let rule = "delete = [\"list:{c}\"]\nchanged = [\"v\"]";
+        let full = bound(rule, &["id", "c", "v"]);
+        check(&full, Some("1 a x"), Some("2 a x"), "");
+        check(&full, Some("1 a x"), Some("1 a y"), "-p:list:a");
+        check(&full, Some("1 a x"), Some("1 b x"), "-p:list:a -p:list:b");
+        check(&full, Some("1 a x"), Some("1 a ~"), "");
+        let narrow = bound_with(rule, &["id", "c", "v"], &["id", "c"]);
+        check(&narrow, None, Some("1 a x"), "update -p:list:a");
+        check(&narrow, None, Some("1 a ~"), "update ");
+        check(&narrow, None, Some("1 a x"), "-p:list:a");
+    }
+
+    #[test]
+    fn operations_that_do_not_count_do_nothing() {
+        let table = bound("key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\non = [\"insert\"]", &["id"]);
+        check(&table, None, Some("1"), r#"p:r:1={"id":"1"}"#);
+        check(&table, Some("1"), Some("2"), "");
+        check(&table, Some("1"), None, "");
+    }
+
+    #[test]
+    fn a_kept_key_outlives_its_row_but_not_its_name() {
+        let rule = "key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\nttl = \"1h\"\non_delete = \"keep\"";
+        let table = bound(rule, &["id"]);
+        check(&table, Some("1"), None, "");
+        check(&table, Some("1"), Some("2"), r#"-p:r:1 p:r:2={"id":"2"}"#);
+    }
+
+    #[test]
+    fn jitter_only_shortens() {
+        let mut random = 7;
+        for _ in 0..1000 {
+            assert!((50_001..=100_000).contains(&jittered(100_000, 0.5, &mut random)));
+        }
+        assert_eq!(jittered(100_000, 0.0, &mut random), 100_000);
+        assert_eq!(jittered(0, 0.5, &mut random), 1, "Redis refuses a TTL of 0");
+    }
 }

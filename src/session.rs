@@ -101,6 +101,9 @@ pub async fn run(daemon: &Daemon, mut options: Options, mut shutdown: Shutdown) 
             Err(error) => error,
         };
         daemon.metrics.up.set(0);
+        if error.kind() == ErrorKind::RedisAway {
+            daemon.metrics.circuit_open.set(1);
+        }
         daemon.shared.update(|status| {
             status.phase = Phase::Connecting;
             status.caught_up = false;

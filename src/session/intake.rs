@@ -9,7 +9,7 @@ use crate::batch::Batch;
 use crate::cache::checkpoint::{Checkpoint, RuleSet};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
-use crate::model::{Change, Event, Lsn, Position, Relation};
+use crate::model::{Change, Event, Lsn, OldTuple, Position, Relation};
 use crate::plan::{self, BoundTable, Note, Noted, Scratch, Transaction};
 
 /// A table and the counters of its changes.
@@ -118,6 +118,9 @@ impl Intake {
         let Some((position, transaction)) = self.next_position()? else { return Ok(()) };
         let table =
             self.tables.get(&relation).ok_or_else(|| protocol("a change of a relation that was not described"))?;
+        if !fits(&change, table.bound.relation.columns.len()) {
+            return Err(protocol("a row with more or fewer columns than its relation"));
+        }
         match change {
             Change::Insert { .. } => table.inserts.inc(),
             Change::Update { .. } => table.updates.inc(),
@@ -180,6 +183,163 @@ impl Intake {
     }
 }
 
+/// Whether each image has a value for each column.
+fn fits(change: &Change<'_>, columns: usize) -> bool {
+    let (new, old) = change.images();
+    let old = old.map(|(OldTuple::Full(old) | OldTuple::Key(old))| old);
+    new.into_iter().chain(old).all(|tuple| usize::from(tuple.columns) == columns)
+}
+
 fn protocol(what: &str) -> Error {
     Error::new(ErrorKind::Protocol, format!("Postgres's replication stream does not make sense: {what}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{CacheOp, Limits};
+    use crate::cache::checkpoint::tests::checkpoint;
+    use crate::model::{Timestamp, Tuple, Xid};
+    use crate::plan::tests::{bound, text_tuple};
+
+    const RULE: &str = "key = \"row:{id}\"\nvalue = \"json\"\ncolumns = [\"id\", \"version\"]";
+
+    struct Stream {
+        intake: Intake,
+        batch: Batch,
+    }
+
+    impl Stream {
+        /// Goes on from a checkpoint; batches are full at two cells.
+        fn from(good: Position, applied: Position) -> Self {
+            let checkpoint = Checkpoint { good, applied, ..checkpoint(100) };
+            let rules = RuleSet { names: vec!["row".into()], fingerprints: Default::default(), digest: String::new() };
+            let mut intake = Intake::new(&checkpoint, Arc::new(rules), Arc::new(Metrics::new()));
+            intake.bind(bound(RULE, &["id", "version"]));
+            Stream { intake, batch: Batch::new(Limits { ops: 2, bytes: 1000 }, 1) }
+        }
+
+        fn take(&mut self, event: Event<'_>) -> Result<Option<Relation>> {
+            self.intake.take(event, &mut self.batch)
+        }
+
+        fn begin(&mut self, commit_lsn: u64) {
+            let event = Event::Begin { commit_lsn: Lsn(commit_lsn), commit_time: Timestamp(0), xid: Xid(1) };
+            self.take(event).expect("a begin");
+        }
+
+        fn insert(&mut self, id: &str, version: &str) {
+            let bytes = text_tuple(&[Some(id), Some(version)]);
+            let new = Tuple { columns: 2, bytes: &bytes };
+            self.take(Event::Change { relation: 1, change: Change::Insert { new } }).expect("a change");
+        }
+
+        fn commit(&mut self, commit_lsn: u64) {
+            let event = Event::Commit { commit_lsn: Lsn(commit_lsn), end_lsn: Lsn(commit_lsn + 10) };
+            self.take(event).expect("a commit");
+        }
+
+        /// What the batch would write, and whether it may go out now.
+        fn state(&self) -> (Vec<String>, bool) {
+            let ops = self.batch.ops().map(|(_, op)| match op {
+                CacheOp::Set { value, .. } => String::from_utf8_lossy(value).into_owned(),
+                CacheOp::Delete { key } => format!("-{}", String::from_utf8_lossy(key)),
+            });
+            let ready = self.intake.at_boundary() || self.batch.is_full() && !self.intake.replaying();
+            (ops.collect(), ready)
+        }
+    }
+
+    fn at(lsn: u64, ordinal: u64) -> Position {
+        Position { lsn: Lsn(lsn), ordinal }
+    }
+
+    #[test]
+    fn positions_follow_the_stream() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        stream.begin(200);
+        assert_eq!(stream.batch.applied, None);
+        stream.insert("1", "1");
+        assert_eq!(
+            (stream.batch.applied, stream.batch.low),
+            (Some(at(200, 1)), Lsn(200)),
+            "the transaction is not done"
+        );
+        assert!(!stream.intake.at_boundary());
+        stream.commit(200);
+        assert_eq!((stream.batch.applied, stream.batch.low), (Some(at(210, 0)), Lsn(210)));
+        assert!(stream.intake.at_boundary());
+    }
+
+    #[test]
+    fn what_is_good_is_skipped_and_what_may_be_there_goes_out_together() {
+        // The first run applied (200, 1..=4) in one batch after (200, 1) was good; readers may have seen version 4.
+        let mut stream = Stream::from(at(200, 1), at(200, 4));
+        stream.begin(150);
+        stream.insert("9", "9");
+        stream.commit(150);
+        stream.begin(200);
+        for version in ["1", "2", "3"] {
+            stream.insert("1", version);
+        }
+        stream.insert("2", "1");
+        assert_eq!(stream.state().0.len(), 2, "more than the limit, held together");
+        let (ops, ready) = stream.state();
+        assert!(ready, "the stream is past what was applied");
+        assert_eq!(ops, [r#"{"id":"1","version":"3"}"#, r#"{"id":"2","version":"1"}"#]);
+    }
+
+    #[test]
+    fn a_replay_is_held_although_it_is_full_or_at_a_commit() {
+        let mut stream = Stream::from(at(100, 0), at(300, 1));
+        stream.begin(200);
+        stream.insert("1", "1");
+        stream.insert("2", "1");
+        assert!(!stream.state().1, "full");
+        stream.commit(200);
+        assert!(!stream.state().1, "at a commit");
+        stream.begin(300);
+        stream.insert("1", "2");
+        let (ops, ready) = stream.state();
+        assert!(ready);
+        assert_eq!(ops, [r#"{"id":"1","version":"2"}"#, r#"{"id":"2","version":"1"}"#]);
+    }
+
+    #[test]
+    fn idle_progress_counts_only_between_transactions_and_forwards() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        stream.intake.idle(Lsn(90), &mut stream.batch);
+        assert_eq!(stream.batch.applied, None);
+        stream.begin(200);
+        stream.intake.idle(Lsn(250), &mut stream.batch);
+        assert_eq!(stream.batch.applied, None);
+        stream.commit(200);
+        stream.intake.idle(Lsn(250), &mut stream.batch);
+        assert_eq!(stream.batch.applied, Some(at(250, 0)));
+    }
+
+    #[test]
+    fn a_stream_that_makes_no_sense_is_an_error() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        let bytes = text_tuple(&[Some("1"), Some("1")]);
+        let new = Tuple { columns: 2, bytes: &bytes };
+        assert!(stream.take(Event::Change { relation: 1, change: Change::Insert { new } }).is_err(), "no transaction");
+        assert!(stream.take(Event::Commit { commit_lsn: Lsn(1), end_lsn: Lsn(2) }).is_err(), "no transaction");
+        stream.begin(200);
+        assert!(
+            stream.take(Event::Change { relation: 2, change: Change::Insert { new } }).is_err(),
+            "no such relation"
+        );
+        let begin = Event::Begin { commit_lsn: Lsn(300), commit_time: Timestamp(0), xid: Xid(2) };
+        assert!(stream.take(begin).is_err(), "inside another");
+    }
+
+    #[test]
+    fn a_relation_is_bound_again_only_if_its_shape_changed() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        let known = bound(RULE, &["id", "version"]).relation;
+        assert_eq!(stream.take(Event::Relation(known.clone())).expect("a relation"), None);
+        let altered = bound(RULE, &["id", "version", "more"]).relation;
+        assert_eq!(stream.take(Event::Relation(altered.clone())).expect("a relation"), Some(altered));
+    }
 }

@@ -196,6 +196,8 @@ async fn an_outage_of_redis_holds_postgres_back_and_memory_down() {
     wait_for("the timeout to pass", async || (Instant::now() >= until).then_some(())).await;
     assert_eq!(daemon.metric("keepstep_sessions_total").await, Some(1.0), "the stream was cut:\n{}", daemon.log());
     stage.redis.resume().unwrap();
+    wait_for("the circuit to close", async || (daemon.metric("keepstep_circuit_open").await? == 0.0).then_some(()))
+        .await;
     assert_in_step(&stage, &[MIRROR]).await;
     assert_eq!(daemon.metric("keepstep_sessions_total").await, Some(1.0), "the stream was cut:\n{}", daemon.log());
     assert!(daemon.resident_peak_kib() < 64 << 10, "{} KiB", daemon.resident_peak_kib());

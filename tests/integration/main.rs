@@ -11,6 +11,7 @@ mod harness;
 mod large;
 mod pgbench;
 mod provision;
+mod redis_side;
 mod source;
 mod source_tls;
 mod steps;
