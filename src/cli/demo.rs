@@ -141,8 +141,10 @@ async fn load(stand: &mut Stand, seconds: u32) -> Result<[Delays; 2]> {
     say(format!("pgbench: 4 clients for {seconds} s ..."))?;
     let mut pgbench = tokio::process::Command::from(stand.postgres.command("pgbench"));
     pgbench.args(["--no-vacuum", "--client=4", "--jobs=2"]).arg(format!("--time={seconds}"));
-    pgbench.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).kill_on_drop(true);
-    let pgbench = pgbench.spawn().context("pgbench")?;
+    // A group of its own: Ctrl-C ends the demo, which then ends pgbench.
+    pgbench.process_group(0).kill_on_drop(true);
+    let pgbench =
+        pgbench.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("pgbench")?;
     let mut output = std::pin::pin!(pgbench.wait_with_output());
     let mut beside = Delays::new("beside pgbench");
     let output = loop {
