@@ -16,4 +16,5 @@ mod source;
 mod source_tls;
 mod steps;
 mod tidy;
+mod tutorial;
 mod values;
