@@ -16,9 +16,6 @@ test-matrix: servers ## The tests against Postgres 14 to 18 and Valkey 8, fetche
 bench: servers ## What keepstep costs, next to what Postgres's own tools cost in the same run
 	cargo bench --bench bench
 
-fuzz: ## Fuzz every parser of outside bytes, a minute each (needs cargo-fuzz and a nightly compiler)
-	for target in pgoutput value; do cargo +nightly fuzz run --fuzz-dir tests/fuzz $$target -- -max_total_time=60; done
-
 soak: servers ## The long tests in full: pgbench at scale 10 with twenty kills, a transaction of two million rows
 	KEEPSTEP_SOAK=1 cargo test --release --test integration -- pgbench:: large::
 
@@ -27,6 +24,11 @@ lint: ## Formatting, clippy, the documentation build, dependencies
 	cargo clippy --all-targets -- -D warnings
 	RUSTDOCFLAGS=-Dwarnings cargo doc --no-deps
 	if command -v cargo-deny; then cargo deny check; else echo "skipped: cargo install --locked cargo-deny"; fi
+
+fuzz: ## Fuzz each parser of outside bytes for a minute (needs nightly Rust and cargo-fuzz)
+	for target in $$(cargo +nightly fuzz list --fuzz-dir tests/fuzz); do \
+		cargo +nightly fuzz run --fuzz-dir tests/fuzz $$target -- -max_total_time=60 || exit 1; \
+	done
 
 servers: ## Install Postgres and Redis where they are missing (Debian, Ubuntu)
 	@tests/install.sh
