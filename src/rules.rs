@@ -7,3 +7,6 @@ pub mod ownership;
 pub mod pattern;
 mod problem;
 pub mod template;
+
+#[cfg(test)]
+mod tests;

@@ -13,7 +13,7 @@ use crate::suggest::nearest;
 pub struct Checked {
     /// Each rule of [`Config::rules`], bound to its table as it is now; `None` where that cannot be.
     pub rules: Vec<Option<BoundRule>>,
-    /// Every problem, in the order of the rules.
+    /// Every problem, in the order of the file.
     pub diagnostics: Vec<Diagnostic>,
 }
 
@@ -26,25 +26,43 @@ pub fn check_rules(config: &Config, catalog: &Catalog, types: &Types) -> Checked
         checked.diagnostics.extend(config.rules.first().map(|rule| no_publication(rule, config, catalog)));
     }
     for (rule, index) in config.rules.iter().zip(0..) {
-        let Some(facts) = catalog.tables.get(&rule.table.value) else {
-            checked.diagnostics.push(no_table(rule, catalog));
-            checked.rules.push(None);
-            continue;
-        };
-        checked.diagnostics.extend(unpublishable(rule, facts).or_else(|| unpublished(rule, facts, catalog)));
-        checked.diagnostics.extend(catalog.publication.and_then(|found| operations(rule, found, facts)));
-        match bind(rule, index, &facts.relation, Some(facts), types, &config.redis.prefix) {
-            Ok(bound) => checked.rules.push(Some(bound)),
-            Err(unbound) => {
-                checked.diagnostics.extend(unbound.problems.iter().map(|problem| problem.diagnostic(rule)));
-                checked.rules.push(None);
-            }
-        }
+        let (bound, diagnostics) = check_rule(rule, index, config, catalog, types);
+        checked.rules.push(bound);
+        checked.diagnostics.extend(diagnostics);
     }
     let bound: Vec<(&Rule, &BoundRule)> =
         config.rules.iter().zip(&checked.rules).filter_map(|(rule, bound)| Some((rule, bound.as_ref()?))).collect();
     checked.diagnostics.extend(check_overlaps(&bound));
+    checked.diagnostics.sort_by_key(|diagnostic| diagnostic.primary.span.start);
     checked
+}
+
+/// One rule for itself.
+fn check_rule(
+    rule: &Rule,
+    index: u16,
+    config: &Config,
+    catalog: &Catalog,
+    types: &Types,
+) -> (Option<BoundRule>, Vec<Diagnostic>) {
+    let Some(facts) = catalog.tables.get(&rule.table.value) else {
+        return (None, vec![no_table(rule, catalog)]);
+    };
+    if let Some(problem) = unpublishable(rule, facts) {
+        return (None, vec![problem]);
+    }
+    let mut found: Vec<Diagnostic> = Vec::new();
+    if let Some(publication) = catalog.publication {
+        found.extend(unpublished(rule, facts));
+        found.extend(operations(rule, publication, facts));
+    }
+    match bind(rule, index, &facts.relation, Some(facts), types, &config.redis.prefix) {
+        Ok(bound) => (Some(bound), found),
+        Err(unbound) => {
+            found.extend(unbound.problems.iter().map(|problem| problem.diagnostic(rule)));
+            (None, found)
+        }
+    }
 }
 
 fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic {
@@ -102,9 +120,8 @@ fn unpublishable(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
 }
 
 /// What is not published under the name that the rule uses.
-fn unpublished(rule: &Rule, facts: &TableFacts, catalog: &Catalog) -> Option<Diagnostic> {
-    catalog.publication?;
-    let (name, table, publication) = (&rule.name.value, &facts.name, &catalog.publication_name);
+fn unpublished(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
+    let (name, table, publication) = (&rule.name.value, &facts.name, &facts.publication);
     let error = |title: String, label: &str| Diagnostic::error(title, rule.table.span.clone(), label);
     let quoted = sql_identifier(publication);
     match &facts.published {

@@ -174,7 +174,7 @@ impl Scope<'_> {
             problems.extend(self.outside_identity(template, &key));
         }
         let reserved = Pattern::beginning_with(format!("{}{RESERVED}", self.prefix).as_bytes());
-        if let Some(example) = key.pattern().common_key(&reserved) {
+        if let Some(example) = key.pattern.common_key(&reserved) {
             problems.push(BindProblem::ReservedKey { span: template.span.clone(), key: example });
         }
         Some(key)

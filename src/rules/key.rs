@@ -9,10 +9,11 @@ use crate::model::Datum;
 pub struct BoundKey {
     /// Whether every column it uses is in the replica identity, so that an [`crate::model::OldTuple::Key`] renders it.
     pub in_identity: bool,
+    /// The keys that the template can have made from this relation.
+    pub pattern: Pattern,
     /// What every key begins with: the prefix of `[redis]` and the template's own first literal.
     prefix: Box<[u8]>,
     pieces: Box<[Piece]>,
-    pattern: Pattern,
 }
 
 /// How rendering a key ended.
@@ -52,7 +53,7 @@ impl BoundKey {
             pieces.remove(0);
         }
         let pattern = Pattern::new(&first, &languages(&pieces));
-        BoundKey { in_identity, prefix: first.into(), pieces: pieces.into(), pattern }
+        BoundKey { in_identity, pattern, prefix: first.into(), pieces: pieces.into() }
     }
 
     /// Appends the row's key to `out`; nothing is left there unless it is [`Rendered::Done`].
@@ -70,11 +71,6 @@ impl BoundKey {
         rendered
     }
 
-    /// The keys that the template can have made from this relation.
-    pub fn pattern(&self) -> &Pattern {
-        &self.pattern
-    }
-
     /// The places of the columns it uses, each once, in ascending order.
     pub fn columns(&self) -> Vec<usize> {
         columns(&self.pieces)
@@ -88,7 +84,7 @@ impl BoundKey {
 
     /// What the key says of each value it was made from.
     pub(super) fn values(&self) -> Vec<KeyValue> {
-        values(&self.pieces)
+        values(&self.prefix, &self.pieces)
     }
 }
 
@@ -112,21 +108,21 @@ pub(super) enum Lost {
     Default,
     /// Where the value ends depends on the reading.
     Boundary {
-        /// A key with two readings, without what all keys begin with.
+        /// A key (the text of a var, if it is there) with two readings.
         key: Vec<u8>,
         /// Whether `urlencode` at this placeholder would end that.
         encoding_helps: bool,
     },
 }
 
-fn values(pieces: &[Piece]) -> Vec<KeyValue> {
+fn values(prefix: &[u8], pieces: &[Piece]) -> Vec<KeyValue> {
     let languages = languages(pieces);
-    let pattern = Pattern::new(b"", &languages);
+    let pattern = Pattern::new(prefix, &languages);
     let boundary = |at: usize| {
         let key = pattern.ambiguous_key(at)?;
         let mut encoded = languages.clone();
         encoded[at] = encoded[at].clone().filtered(Filter::UrlEncode);
-        let encoding_helps = Pattern::new(b"", &encoded).ambiguous_key(at).is_none();
+        let encoding_helps = Pattern::new(prefix, &encoded).ambiguous_key(at).is_none();
         Some(Lost::Boundary { key, encoding_helps })
     };
     let mut found = Vec::new();
@@ -139,7 +135,7 @@ fn values(pieces: &[Piece]) -> Vec<KeyValue> {
             Source::Column { place, .. } => found.push(KeyValue { placeholder, columns: vec![*place], lost }),
             Source::Var(inner) => {
                 let of_var = |value: KeyValue| KeyValue { placeholder, lost: lost.clone().or(value.lost), ..value };
-                found.extend(values(inner).into_iter().map(of_var));
+                found.extend(values(b"", inner).into_iter().map(of_var));
             }
         }
         placeholder += 1;

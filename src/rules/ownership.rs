@@ -24,14 +24,14 @@ pub fn check_overlaps(bound: &[(&Rule, &BoundRule)]) -> Vec<Diagnostic> {
     let mut found = Vec::new();
     for (index, second) in written.iter().enumerate() {
         for first in &written[..index] {
-            if let Some(key) = first.key.pattern().common_key(second.key.pattern()) {
+            if let Some(key) = first.key.pattern.common_key(&second.key.pattern) {
                 found.push(both_write(first, second, &key));
             }
         }
     }
     for deleting in deleted {
         for writing in &written {
-            if let Some(key) = writing.key.pattern().common_key(deleting.key.pattern()) {
+            if let Some(key) = writing.key.pattern.common_key(&deleting.key.pattern) {
                 found.push(writes_and_deletes(writing, &deleting, &key));
             }
         }
@@ -46,7 +46,7 @@ fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> Option<Owned<'a>> {
 
 fn both_write(first: &Owned<'_>, second: &Owned<'_>, key: &[u8]) -> Diagnostic {
     let (one, other) = (&first.rule.name.value, &second.rule.name.value);
-    let key = key.escape_ascii();
+    let key = String::from_utf8_lossy(key);
     Diagnostic::error(
         format!("rules `{one}` and `{other}` can write the same key, so one would overwrite the other"),
         second.template.span.clone(),
@@ -59,7 +59,7 @@ fn both_write(first: &Owned<'_>, second: &Owned<'_>, key: &[u8]) -> Diagnostic {
 
 fn writes_and_deletes(writing: &Owned<'_>, deleting: &Owned<'_>, key: &[u8]) -> Diagnostic {
     let (writer, deleter) = (&writing.rule.name.value, &deleting.rule.name.value);
-    let key = key.escape_ascii();
+    let key = String::from_utf8_lossy(key);
     let title = if writer == deleter {
         format!("rule `{writer}` deletes keys that it writes")
     } else {

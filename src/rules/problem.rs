@@ -10,7 +10,7 @@ use crate::model::ReplicaIdentity;
 
 /// At most so many names are listed in a message.
 const NAMES_SHOWN: usize = 20;
-/// At most so many statements stand in a message one by one.
+/// At most so many tables are listed in a message, with a statement for each.
 const STATEMENTS_SHOWN: usize = 3;
 
 /// A rule and a relation do not fit together. Spans are bytes of the rules file.
@@ -149,7 +149,7 @@ impl BindProblem {
                 let title = format!("rule `{name}` uses column `{column}`, which {table} does not have");
                 let help = match near {
                     Some(near) => format!("did you mean `{near}`?"),
-                    None => format!("its columns are {}", listed(columns)),
+                    None => format!("its columns are {}", listed(columns, NAMES_SHOWN)),
                 };
                 Diagnostic::error(title, span.clone(), "no such column").help(help)
             }
@@ -179,7 +179,7 @@ impl BindProblem {
             Self::SharedKey { span, how } => shared_key(rule, span, how),
             Self::ReservedKey { span, key } => {
                 let title = format!("rule `{name}` can make keys that are keepstep's own");
-                let label = format!("can make `{}`", key.escape_ascii());
+                let label = format!("can make `{}`", String::from_utf8_lossy(key));
                 Diagnostic::error(title, span.clone(), label).help("begin the key with another literal")
             }
             Self::DuplicateField { span, field } => {
@@ -219,12 +219,12 @@ fn no_identity(rule: &Rule, identity: ReplicaIdentity, remedy: &IdentityRemedy) 
     let (name, table) = (&rule.name.value, &rule.table.value);
     let followed = operations(Operations { insert: false, ..rule.on }, ["INSERT", "UPDATE", "DELETE"]).join(" and ");
     let title = format!("rule `{name}` follows {followed} of {table}, but the table has no replica identity");
-    let label = match identity {
-        ReplicaIdentity::Default => {
-            "no primary key: Postgres refuses UPDATE and DELETE of such a table once it is published"
-        }
-        _ => "REPLICA IDENTITY NOTHING: Postgres refuses UPDATE and DELETE of such a table once it is published",
+    let lack = match identity {
+        ReplicaIdentity::Default => "no primary key (a deferrable one does not count)",
+        ReplicaIdentity::Index => "REPLICA IDENTITY USING INDEX, but the index is gone",
+        ReplicaIdentity::Nothing | ReplicaIdentity::Full => "REPLICA IDENTITY NOTHING",
     };
+    let label = format!("{lack}: Postgres refuses UPDATE and DELETE of such a table once it is published");
     let mut found = Diagnostic::error(title, rule.table.span.clone(), label);
     if identity == ReplicaIdentity::Default && remedy.index.is_none() {
         found = found.help(format!("give it a primary key:  ALTER TABLE {} ADD PRIMARY KEY (…);", sql_table(table)));
@@ -245,7 +245,7 @@ fn not_in_identity(
     let title = format!(
         "rule `{}` needs {noun} {} on DELETE, but Postgres will not send {}",
         rule.name.value,
-        listed(columns),
+        listed(columns, NAMES_SHOWN),
         if columns.len() == 1 { "it" } else { "them" },
     );
     let kept = match identity {
@@ -271,7 +271,7 @@ fn weak_leaves(rule: &Rule, identity: ReplicaIdentity, leaves: &[TableName]) -> 
         _ => "the replica identity that counts is each partition's own",
     };
     let names: Vec<String> = leaves.iter().map(ToString::to_string).collect();
-    let label = format!("{says}; less is logged by {}", listed(&names));
+    let label = format!("{says}; less is logged by {}", listed(&names, STATEMENTS_SHOWN));
     let found = Diagnostic::error(title, rule.table.span.clone(), label);
     if leaves.len() > STATEMENTS_SHOWN {
         return found.help(full_everywhere(table, "make Postgres log the old rows"));
@@ -297,7 +297,10 @@ fn shared_key(rule: &Rule, span: &Range<usize>, how: &Sharing) -> Diagnostic {
         Sharing::Default => Diagnostic::error(title, span.clone(), "a NULL and a value can look the same")
             .help("leave the default out: a row with a NULL here then has no key"),
         Sharing::Boundary { key, encoding_helps } => {
-            let label = format!("where this value ends is not clear: `{}` can be read in two ways", key.escape_ascii());
+            let label = format!(
+                "where this value ends is not clear: `{}` can be read in two ways",
+                String::from_utf8_lossy(key)
+            );
             let help = if *encoding_helps {
                 let encoded = placeholder.replace('}', "|urlencode}");
                 format!("keep the value from looking like what stands next to it: {encoded}")
@@ -391,8 +394,8 @@ fn operations(on: Operations, names: [&'static str; 3]) -> Vec<&'static str> {
 }
 
 /// `a`, `b` and more
-fn listed(names: &[String]) -> String {
-    let shown: Vec<String> = names.iter().take(NAMES_SHOWN).map(|name| format!("`{name}`")).collect();
+fn listed(names: &[String], limit: usize) -> String {
+    let shown: Vec<String> = names.iter().take(limit).map(|name| format!("`{name}`")).collect();
     let rest = names.len() - shown.len();
     if rest == 0 { shown.join(", ") } else { format!("{} and {rest} more", shown.join(", ")) }
 }
