@@ -226,7 +226,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 }
             };
             if let Some(relation) = relation {
-                let bound = self.tables.bind(relation, &self.client, &self.config, &self.metrics, &self.shared).await?;
+                let bound = self.tables.bind(relation, &self.client).await?;
                 self.intake.bind(bound);
             }
             if self.in_flight.is_none() && self.intake.at_boundary() && !self.batch.is_empty() {

@@ -1,6 +1,6 @@
 //! `keepstep check`: is the rules file right, for itself and, with `--connect`, for these servers?
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -31,7 +31,8 @@ pub(super) fn execute(path: &Path, arguments: &Arguments) -> Result<ExitCode> {
     if arguments.connect {
         return block_on(connect::check(&config, arguments.output))?;
     }
-    println!("{}: {} fine; `--connect` checks them against the servers", path.display(), count(&config));
+    let mut out = std::io::stdout();
+    writeln!(out, "{}: {} fine; `--connect` checks them against the servers", path.display(), count(&config))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -411,13 +411,6 @@ fn common_run(left: &Pattern, right: &Pattern, differ: impl Fn(usize, usize) -> 
     None
 }
 
-impl std::fmt::Display for Pattern {
-    /// As SCAN sees it.
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&String::from_utf8_lossy(&self.scan_glob()))
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -467,7 +460,8 @@ mod tests {
     #[test]
     fn filters_change_the_language() {
         use Filter::{Lower, Md5, Sha256, Upper, UrlEncode};
-        let cases: &[(Type, &[Filter], &[&str], &[&str])] = &[
+        type Case<'a> = (Type, &'a [Filter], &'a [&'a str], &'a [&'a str]);
+        let cases: &[Case<'_>] = &[
             (Type::TEXT, &[Md5], &["d41d8cd98f00b204e9800998ecf8427e"], &["", "D41D8CD98F00B204E9800998ECF8427E"]),
             (Type::TEXT, &[Md5, Upper], &["D41D8CD98F00B204E9800998ECF8427E"], &["d41d8cd98f00b204e9800998ecf8427e"]),
             (Type::INT8, &[Sha256], &[&"0".repeat(64)], &["17"]),

@@ -201,9 +201,9 @@ async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoi
             return Err(Error::new(ErrorKind::Config, format!("the rules do not fit the tables\n\n{shown}")));
         }
     }
-    let mut tables = Tables::default();
+    let mut tables = Tables::new(Arc::clone(config), Arc::clone(&daemon.metrics), Arc::clone(&daemon.shared));
     let mut intake = Intake::new(first, Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics));
-    for table in tables.bind_all(&catalog, &types, config, &daemon.metrics, &daemon.shared) {
+    for table in tables.bind_all(&catalog, &types) {
         intake.bind(table);
     }
     Ok((tables, intake))

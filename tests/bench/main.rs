@@ -3,6 +3,8 @@
 //! Absolute times depend on the machine and on what else it does; the ratios are what holds. Rounds alternate between
 //! keepstep and the baseline, and the median round counts.
 
+#![expect(clippy::print_stdout, reason = "the table is what it is for")]
+
 mod latency;
 
 use serde::Serialize;

@@ -1,7 +1,5 @@
 //! A TCP proxy between the daemon and a server, which can cut connections, hold back bytes, and refuse new ones.
 
-use std::future::Future;
-
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -101,10 +99,8 @@ async fn pump(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, link: watch::Rece
 }
 
 /// Waits for a state of the link; a proxy that is gone has none any more, and waits for ever.
-fn until(mut link: watch::Receiver<Link>, state: impl Fn(&Link) -> bool) -> impl Future<Output = ()> {
-    async move {
-        if link.wait_for(state).await.is_err() {
-            std::future::pending::<()>().await;
-        }
+async fn until(mut link: watch::Receiver<Link>, state: impl Fn(&Link) -> bool) {
+    if link.wait_for(state).await.is_err() {
+        std::future::pending::<()>().await;
     }
 }

@@ -1,6 +1,7 @@
 //! The servers' half of `keepstep check`: each question once, with an answer that names the fix.
 
 use std::collections::BTreeSet;
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -86,8 +87,9 @@ pub(super) async fn check(config: &Config, output: Output) -> Result<ExitCode> {
 }
 
 fn print(answers: &[Answer], output: Output) -> Result<()> {
+    let mut out = std::io::stdout().lock();
     if output == Output::Json {
-        println!("{}", serde_json::to_string(answers)?);
+        writeln!(out, "{}", serde_json::to_string(answers)?)?;
         return Ok(());
     }
     for Answer { verdict, what, hints } in answers {
@@ -96,8 +98,8 @@ fn print(answers: &[Answer], output: Output) -> Result<()> {
             Verdict::Warning => "warning",
             Verdict::Failed => "failed ",
         };
-        println!("{verdict}  {what}");
-        hints.iter().for_each(|hint| println!("         hint: {hint}"));
+        writeln!(out, "{verdict}  {what}")?;
+        hints.iter().try_for_each(|hint| writeln!(out, "         hint: {hint}"))?;
     }
     Ok(())
 }
@@ -241,7 +243,7 @@ fn claims(config: &Config, checked: &Checked, keys: &[Vec<u8>]) -> Vec<Answer> {
     for bound in checked.rules.iter().flatten() {
         let rule = &config.rules[usize::from(bound.rule)].name.value;
         let templates = bound.write.iter().map(|write| &write.key).chain(&bound.delete);
-        for pattern in templates.map(|key| key.pattern()) {
+        for pattern in templates.map(|key| &key.pattern) {
             let claimed: Vec<_> = keys.iter().filter(|key| pattern.matches(key)).collect();
             let samples = claimed.iter().take(SAMPLES).map(|key| String::from_utf8_lossy(key).into_owned());
             let samples = samples.collect::<Vec<_>>().join(", ");
