@@ -22,11 +22,14 @@ use super::tls;
 use crate::config::Secret;
 use crate::error::{Error, ErrorKind, Result};
 
-/// TCP keepalive: a peer that vanished is noticed after `IDLE + RETRIES * INTERVAL`, about a minute.
+/// A peer that vanished is noticed after a minute: while nothing is under way by keepalives (`IDLE + RETRIES *
+/// INTERVAL`), while something is by the time that it stays unacknowledged, which would otherwise be a quarter of an
+/// hour.
+const UNACKNOWLEDGED_MAX: Duration = Duration::from_secs(60);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
-/// rustls asks its socket for 4 KiB at a time; this makes one system call of sixteen.
+/// rustls asks its socket for 4 KiB at a time; this makes one system call of up to sixteen.
 const TLS_READ_BYTES: usize = 64 * 1024;
 
 /// A connection's bytes.
@@ -257,7 +260,9 @@ fn configure(stream: &TcpStream) -> io::Result<()> {
         .with_time(KEEPALIVE_IDLE)
         .with_interval(KEEPALIVE_INTERVAL)
         .with_retries(KEEPALIVE_RETRIES);
-    socket2::SockRef::from(stream).set_tcp_keepalive(&keepalive)
+    let socket = socket2::SockRef::from(stream);
+    socket.set_tcp_user_timeout(Some(UNACKNOWLEDGED_MAX))?;
+    socket.set_tcp_keepalive(&keepalive)
 }
 
 /// Asks for TLS and shakes hands. Where the server has none, only `prefer` goes on without.

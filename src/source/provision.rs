@@ -17,6 +17,7 @@
 use tokio_postgres::Client;
 
 use super::query_error;
+use super::slot::{BIRTH_NOTE, birth_note_of};
 use crate::config::TableName;
 use crate::error::{Error, ErrorKind, Result};
 
@@ -122,7 +123,7 @@ fn setup_plan(wanted: &Wanted, facts: &Facts) -> Plan {
 
 fn with_lock_timeout(mut plan: Plan) -> Plan {
     if !plan.statements.is_empty() {
-        let purpose = "wait for no lock for long: applications would wait behind it".to_owned();
+        let purpose = "limit the wait for locks, because applications would wait behind it".to_owned();
         plan.statements.insert(0, Statement { purpose, sql: format!("SET lock_timeout = '{LOCK_TIMEOUT}';") });
     }
     plan
@@ -132,11 +133,6 @@ const PUBLICATION_NOTE: &str = "keepstep: publication made by setup";
 
 fn table_note(table: &str) -> String {
     format!("keepstep: table {table} added by setup")
-}
-
-/// What a slot's birth note begins with.
-fn slot_note(slot: &str) -> String {
-    format!("keepstep: slot {slot} made at ")
 }
 
 fn make_publication(publication: &str, tables: &[&Table]) -> Statement {
@@ -177,7 +173,7 @@ fn add_tables(publication: &str, tables: &[&Table]) -> Statement {
 /// that begins to stream at once cannot have moved it.
 fn make_slot(wanted: &Wanted) -> Statement {
     let Wanted { slot, publication, failover, .. } = wanted;
-    let note = slot_note(slot);
+    let note = birth_note_of(slot);
     let failover = if *failover { ", false, false, true" } else { "" };
     let make = format!(
         "  SELECT lsn INTO born FROM pg_create_logical_replication_slot({}, 'pgoutput'{failover});",
@@ -219,7 +215,7 @@ fn teardown_plan(wanted: &Wanted, facts: &Facts) -> Result<Plan> {
     let Wanted { slot, publication, .. } = wanted;
     let mut plan = Plan::default();
     let comment = facts.publication.as_ref().map_or("", |publication| &publication.comment);
-    let born = |line: &str| line.starts_with(&slot_note(slot));
+    let born = |line: &str| line.starts_with(&birth_note_of(slot));
     match &facts.slot {
         Some(state) if comment.lines().any(born) => {
             if let Some(pid) = state.active_pid {
@@ -245,8 +241,8 @@ fn teardown_plan(wanted: &Wanted, facts: &Facts) -> Result<Plan> {
 fn retire_publication(wanted: &Wanted, state: &Publication, plan: &mut Plan) {
     let Wanted { slot, publication, .. } = wanted;
     let name = identifier(publication);
-    let own = slot_note(slot);
-    let others = state.comment.lines().any(|line| line.starts_with("keepstep: slot ") && !line.starts_with(&own));
+    let own = birth_note_of(slot);
+    let others = state.comment.lines().any(|line| line.starts_with(BIRTH_NOTE) && !line.starts_with(&own));
     let made = state.comment.lines().any(|line| line == PUBLICATION_NOTE);
     // A note is only compared with names that the catalog gives, and never executed: whoever may write comments could
     // otherwise have the person at teardown execute anything.

@@ -101,7 +101,8 @@ impl Walsender {
         self.start(&slot, publication, consistent).await
     }
 
-    /// What a refused START_REPLICATION means. SQLSTATE 55000 says too little, so the slot is looked at.
+    /// What a refused START_REPLICATION means. The SQLSTATE alone says too little (55000 is a lost slot, another
+    /// database and `wal_level` alike), so the slot is looked at.
     async fn explain(&mut self, refusal: ServerError, slot: &str) -> Error {
         let doing = format!("cannot stream slot `{slot}`");
         match refusal.sqlstate.as_str() {
@@ -110,7 +111,7 @@ impl Walsender {
             }
             UNDEFINED_OBJECT => Error::new(ErrorKind::Gap, format!("{doing}: it does not exist"))
                 .hint("it was dropped, or never made: `keepstep setup` makes it"),
-            NOT_IN_PREREQUISITE_STATE => {
+            _ => {
                 let sql = format!(
                     "SELECT slot_type, plugin, database, current_database(), coalesce(wal_status, '') \
                      FROM pg_replication_slots WHERE slot_name = {}",
@@ -121,7 +122,6 @@ impl Walsender {
                     Err(error) => error,
                 }
             }
-            _ => refusal.into_error(&doing),
         }
     }
 }
@@ -150,7 +150,12 @@ fn explain_state(doing: &str, refusal: ServerError, row: Option<&[Option<String>
             "raise max_slot_wal_keep_size (18: idle_replication_slot_timeout) to let the daemon be away for longer",
         );
     }
-    refusal.into_error(doing).hint("logical decoding needs `wal_level = logical`, also on a standby's primary")
+    let wal_level = refusal.sqlstate == NOT_IN_PREREQUISITE_STATE;
+    let error = refusal.into_error(doing);
+    match wal_level {
+        true => error.hint("logical decoding needs `wal_level = logical`, also on a standby's primary"),
+        false => error,
+    }
 }
 
 fn plugin_options(publication: &str) -> String {

@@ -128,9 +128,16 @@ pub async fn birth_note(client: &Client, publication: &str, slot: &str) -> Resul
     Ok(comment.lines().find_map(|line| note_of_slot(line, slot)))
 }
 
-/// Reads `keepstep: slot NAME made at LSN`.
+/// What every birth note begins with.
+pub(super) const BIRTH_NOTE: &str = "keepstep: slot ";
+
+/// What the birth note of this slot begins with; its log position follows.
+pub(super) fn birth_note_of(slot: &str) -> String {
+    format!("{BIRTH_NOTE}{slot} made at ")
+}
+
 fn note_of_slot(line: &str, slot: &str) -> Option<Lsn> {
-    line.strip_prefix("keepstep: slot ")?.strip_prefix(slot)?.strip_prefix(" made at ")?.trim().parse().ok()
+    line.strip_prefix(&birth_note_of(slot))?.trim().parse().ok()
 }
 
 /// Writes a logical message, so that the slot can move although nothing it follows is written to.
