@@ -179,7 +179,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             self.shared.alive();
             self.dispatch();
             if self.is_done(options, drain_until) {
-                return self.finish().await;
+                self.finish().await;
+                return Ok(());
             }
             let reading = drain_until.is_none() && self.has_room();
             tokio::select! {
@@ -359,11 +360,13 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// The last word to Postgres.
-    async fn finish(&mut self) -> Result<()> {
+    async fn finish(&mut self) {
         self.acks.advance(Instant::now(), self.checkpoint.low);
         self.show();
         tracing::info!(applied = %self.checkpoint.applied, "ended; the next start goes on from here");
-        self.send_status(false).await
+        if let Err(error) = self.replication.close(self.acks.acknowledged()).await {
+            tracing::warn!(%error, "Postgres has not heard the last acknowledgement; it sends a little again");
+        }
     }
 }
 

@@ -37,6 +37,9 @@ use super::{Daemon, Options, STATEMENT_TIMEOUT, Session, limits};
 pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
     let config = &daemon.config;
     let info = ConnInfo::from_config(&config.postgres)?;
+    if daemon.metrics.sessions_total.get() == 0 && !info.dropped.is_empty() {
+        tracing::warn!(parameters = ?info.dropped, "parameters of `[postgres] url` that mean nothing here are ignored");
+    }
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
     // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
     let slot = slot::slot_state(&client, &config.postgres.slot).await?;
