@@ -13,11 +13,14 @@ pub fn encode(batch: &Batch) -> Vec<Cmd> {
     for (_, op) in batch.ops() {
         match op {
             CacheOp::Delete { key } => (deletes, delete_bytes) = (deletes + 1, delete_bytes + key.len()),
-            CacheOp::Set { key, value, .. } => (sets, set_bytes) = (sets + 1, set_bytes + key.len() + value.len()),
+            CacheOp::Set { key, value, ttl_ms: None, present_only: false } => {
+                (sets, set_bytes) = (sets + 1, set_bytes + key.len() + value.len());
+            }
+            CacheOp::Set { .. } => {}
         }
     }
     let mut plain = Cmd::with_capacity(1 + 2 * sets, set_bytes + 8);
-    plain.arg("MSET");
+    plain.arg(if sets == 1 { "SET" } else { "MSET" });
     let mut unlink = Cmd::with_capacity(1 + deletes, delete_bytes + 8);
     unlink.arg("UNLINK");
     let mut commands = Vec::new();
