@@ -71,13 +71,20 @@ pub struct Label {
     pub text: String,
 }
 
+/// So many problems are shown at once; nobody reads more before mending these.
+const SHOWN_MAX: usize = 100;
+
 /// The problems as text for a terminal, a blank line between two; every span must lie in `file`.
 pub fn render(diagnostics: &[Diagnostic], file: &RulesFile, color: bool) -> String {
     let renderer = if color { Renderer::styled() } else { Renderer::plain() };
     let path = file.path.display().to_string();
     let source = mask(&file.text);
-    let blocks: Vec<String> =
-        diagnostics.iter().map(|diagnostic| renderer.render(&groups(diagnostic, &path, &source)) + "\n").collect();
+    let shown = diagnostics.iter().take(SHOWN_MAX);
+    let mut blocks: Vec<String> =
+        shown.map(|diagnostic| renderer.render(&groups(diagnostic, &path, &source)) + "\n").collect();
+    if let Some(more) = diagnostics.len().checked_sub(SHOWN_MAX).filter(|more| *more > 0) {
+        blocks.push(format!("… and {more} more\n"));
+    }
     blocks.join("\n")
 }
 
@@ -103,4 +110,34 @@ fn groups<'a>(diagnostic: &'a Diagnostic, path: &'a str, source: &'a str) -> Vec
 fn annotation(kind: AnnotationKind, label: &Label) -> Annotation<'_> {
     let text = (!label.text.is_empty()).then(|| mask(&label.text));
     kind.span(label.span.clone()).label(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_message_shows_places_labels_and_remedies() {
+        let text = "[rule.order-lines]\ntable  = \"public.order_lines\"\n\ndelete = [\"order:{order_id}:lines\"]\n";
+        let file = RulesFile { path: "keepstep.toml".into(), text: text.to_owned() };
+        let diagnostic = Diagnostic::error(
+            "rule `order-lines` needs column `order_id` on DELETE, but Postgres will not send it",
+            67..77,
+            "not part of the table's replica identity",
+        )
+        .context(28..48, "REPLICA IDENTITY DEFAULT: only (id) is sent for the old row")
+        .help("make Postgres log the old row:  ALTER TABLE public.order_lines REPLICA IDENTITY FULL;")
+        .help("or limit the rule to what it can do:  on = [\"insert\", \"update\"]");
+        insta::assert_snapshot!(render(&[diagnostic], &file, false));
+    }
+
+    #[test]
+    fn no_more_are_shown_than_anybody_reads() {
+        let file = RulesFile { path: "keepstep.toml".into(), text: "a".to_owned() };
+        let many = vec![Diagnostic::warning("problem", 0..1, ""); SHOWN_MAX + 2];
+        let shown = render(&many, &file, false);
+        assert_eq!(shown.matches("warning: problem").count(), SHOWN_MAX);
+        assert!(shown.ends_with("\n… and 2 more\n"), "{shown}");
+        assert!(!render(&many[..SHOWN_MAX], &file, false).contains("more"));
+    }
 }

@@ -13,7 +13,7 @@ use super::diagnostic::Diagnostic;
 use super::mask::mask;
 
 /// After so many unreadable places the rest of the file is not looked at.
-const UNREADABLE_MAX: usize = 50;
+const UNREADABLE_MAX: usize = 20;
 
 /// A text of which every line is TOML.
 #[derive(Debug)]
