@@ -171,5 +171,5 @@ fn operations(rule: &Rule, publication: Publication, facts: &TableFacts) -> Opti
         sql_identifier(&facts.publication),
         publish.join(", ")
     );
-    Some(Diagnostic::error(title, rule.table.span.clone(), format!("its {shown} is not sent")).help(help))
+    Some(Diagnostic::error(title, rule.table.span.clone(), format!("not sent: {shown}")).help(help))
 }

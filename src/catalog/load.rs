@@ -44,7 +44,7 @@ select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.r
          limit 1) as through,
        exists (select from published l
                 where l.oid <> c.oid and l.oid in (select relid from pg_catalog.pg_partition_tree(c.oid))) as as_leaves
-  from unnest($1::text[], $2::text[]) as wanted(schema, name)
+  from rows from (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) as wanted(schema, name)
   join pg_catalog.pg_namespace n on n.nspname = wanted.schema
   join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = wanted.name
   left join published p on p.oid = c.oid
@@ -52,7 +52,8 @@ select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.r
 
 /// Every column of the tables and of their leaves, and whether it belongs to its table's replica identity: under FULL
 /// all do, else the key columns of the index that `RelationGetIndexList` (`src/backend/utils/cache/relcache.c`) takes.
-/// A deferrable primary key, for one, is not taken.
+/// A deferrable primary key, for one, is not taken. Before Postgres 18 generated columns are never sent, although
+/// `pg_publication_tables` of Postgres 15 to 17 lists them.
 const COLUMNS: &str = "
 with wanted as (
   select c.oid, c.relreplident
@@ -70,12 +71,14 @@ with wanted as (
      and (w.relreplident = 'd' and i.indisprimary or w.relreplident = 'i' and i.indisreplident)
 )
 select a.attrelid as oid, a.attname::text as name, a.atttypid as type_oid, a.atttypmod as type_modifier,
-       a.attgenerated <> '' as generated,
-       w.relreplident = 'f'
-         and (a.attgenerated = '' or pg_catalog.current_setting('server_version_num')::int >= 180000)
+       a.attgenerated <> '' as generated, sendable,
+       w.relreplident = 'f' and sendable
          or exists (select from identity i where i.oid = w.oid and i.attnum = a.attnum) as identity
   from wanted w
   join pg_catalog.pg_attribute a on a.attrelid = w.oid
+ cross join lateral (
+    select a.attgenerated = '' or pg_catalog.current_setting('server_version_num')::int >= 180000
+ ) g(sendable)
  where a.attnum > 0 and not a.attisdropped
  order by a.attrelid, a.attnum";
 
@@ -166,6 +169,7 @@ fn publication_of(row: &Row) -> Answer<Publication> {
 struct TableColumn {
     column: Column,
     generated: bool,
+    sendable: bool,
 }
 
 async fn columns(client: &Client, oids: &[Oid]) -> Answer<HashMap<Oid, Vec<TableColumn>>> {
@@ -177,8 +181,8 @@ async fn columns(client: &Client, oids: &[Oid]) -> Answer<HashMap<Oid, Vec<Table
             type_modifier: row.try_get("type_modifier")?,
             identity: row.try_get("identity")?,
         };
-        let generated = row.try_get("generated")?;
-        found.entry(row.try_get("oid")?).or_default().push(TableColumn { column, generated });
+        let (generated, sendable) = (row.try_get("generated")?, row.try_get("sendable")?);
+        found.entry(row.try_get("oid")?).or_default().push(TableColumn { column, generated, sendable });
     }
     Ok(found)
 }
@@ -215,11 +219,8 @@ fn table(row: &Row, publication: &str, columns: Vec<TableColumn>) -> Answer<Tabl
     let name = table_name(row)?;
     let listed: Option<Vec<String>> = row.try_get("attnames")?;
     let identity_columns = identity_columns(&columns);
-    // Where the view does not say (Postgres 14), every column but the generated ones is published.
-    let is_published = |column: &TableColumn| match &listed {
-        Some(names) => names.contains(&column.column.name),
-        None => !column.generated,
-    };
+    let is_listed = |name: &String| listed.as_ref().is_none_or(|names| names.contains(name));
+    let is_published = |column: &TableColumn| column.sendable && is_listed(&column.column.name);
     let (shown, hidden): (Vec<_>, Vec<_>) = columns.into_iter().partition(is_published);
     let hide = |column: TableColumn| HiddenColumn { name: column.column.name, generated: column.generated };
     let relation = Relation {

@@ -248,8 +248,9 @@ impl Scope<'_> {
         }
         let hidden = self.facts.map(TableFacts::hidden_identity).unwrap_or_default();
         if let (Some(facts), false) = (self.facts, hidden.is_empty()) {
+            let generated = facts.hidden.iter().any(|column| column.generated && hidden.contains(&column.name));
             let publication = facts.publication.clone();
-            problems.push(BindProblem::HiddenIdentity { columns: hidden, publication });
+            problems.push(BindProblem::HiddenIdentity { columns: hidden, generated, publication });
         } else if !self.has_identity() {
             problems
                 .push(BindProblem::NoIdentity { identity: self.relation.identity, remedy: self.identity_remedy(&[]) });

@@ -58,6 +58,8 @@ pub enum BindProblem {
     HiddenIdentity {
         /// Those columns.
         columns: Vec<String>,
+        /// Whether generated columns are among them.
+        generated: bool,
         /// The publication.
         publication: String,
     },
@@ -163,14 +165,8 @@ impl BindProblem {
                     .help(format!("write out what `{var}` stands for"))
             }
             Self::NoIdentity { identity, remedy } => no_identity(rule, *identity, remedy),
-            Self::HiddenIdentity { columns, publication } => {
-                let title = format!("Postgres refuses every UPDATE and DELETE of {table}, which rule `{name}` follows");
-                let label = format!(
-                    "publication `{publication}` leaves out {}, part of the replica identity",
-                    parenthesised(columns)
-                );
-                let help = format!("publish every column:  {}", republish(table, publication, &[], None));
-                Diagnostic::error(title, rule.table.span.clone(), label).help(help)
+            Self::HiddenIdentity { columns, generated, publication } => {
+                hidden_identity(rule, columns, *generated, publication)
             }
             Self::NotInIdentity { span, columns, identity, sent, remedy } => {
                 not_in_identity(rule, span, columns, *identity, sent, remedy)
@@ -203,16 +199,34 @@ fn hidden_column(
     let title =
         format!("rule `{name}` uses column `{hidden}` of {table}, which publication `{publication}` leaves out");
     if column.generated {
-        let help = format!(
-            "from Postgres 18 on stored generated columns can be published:  \
-             ALTER PUBLICATION {} SET (publish_generated_columns = stored);",
-            sql_identifier(publication)
-        );
-        return Diagnostic::error(title, span.clone(), "a generated column, never sent").help(help);
+        return Diagnostic::error(title, span.clone(), "a generated column, never sent")
+            .help(publish_generated(publication));
     }
     let columns = [published, std::slice::from_ref(hidden)].concat();
     let help = format!("publish it as well:  {}", republish(&rule.table.value, publication, &columns, row_filter));
     Diagnostic::error(title, span.clone(), "not in the publication's column list, never sent").help(help)
+}
+
+fn hidden_identity(rule: &Rule, columns: &[String], generated: bool, publication: &str) -> Diagnostic {
+    let (name, table) = (&rule.name.value, &rule.table.value);
+    let title = format!("Postgres refuses every UPDATE and DELETE of {table}, which rule `{name}` follows");
+    let hidden = parenthesised(columns);
+    let label = format!("publication `{publication}` leaves out {hidden}, part of the replica identity");
+    let help = if generated {
+        publish_generated(publication)
+    } else {
+        format!("publish every column:  {}", republish(table, publication, &[], None))
+    };
+    Diagnostic::error(title, rule.table.span.clone(), label).help(help)
+}
+
+/// Virtual ones are never sent.
+fn publish_generated(publication: &str) -> String {
+    let publication = sql_identifier(publication);
+    format!(
+        "from Postgres 18 on stored generated columns can be published:  \
+         ALTER PUBLICATION {publication} SET (publish_generated_columns = stored);"
+    )
 }
 
 fn no_identity(rule: &Rule, identity: ReplicaIdentity, remedy: &IdentityRemedy) -> Diagnostic {

@@ -323,6 +323,8 @@ fn old_rows_that_are_not_logged() {
     let nothing = with_identity(products(), ReplicaIdentity::Nothing, &[]);
     let mut hidden = products();
     hidden.relation.columns.remove(0);
+    let mut generated = hidden.clone();
+    generated.hidden.push(HiddenColumn { name: "id".to_owned(), generated: true });
     let reports = [
         shown(&orders, &["delete = [\"order:{order_id}:lines\"]"]),
         shown(&orders, &["on = [\"update\", \"delete\"]\ndelete = [\"order:{order_id}:{Line No}:{id}\"]"]),
@@ -330,6 +332,7 @@ fn old_rows_that_are_not_logged() {
         shown(&no_key, &["delete = [\"order:{order_id}:lines\"]"]),
         shown(&nothing, &["on = [\"insert\", \"update\"]\ndelete = [\"sku:{sku}\"]"]),
         shown(&hidden, &["delete = [\"all\"]"]),
+        shown(&generated, &["delete = [\"all\"]"]),
     ];
     insta::assert_snapshot!(reports.join("\n"));
     // What a rule does not follow, it does not need.

@@ -5,6 +5,7 @@
 mod support;
 
 mod commands;
+mod catalog;
 mod corpus;
 mod faults;
 mod gaps;
