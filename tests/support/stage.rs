@@ -6,8 +6,10 @@ use std::process::Command;
 
 use keepstep::sandbox::{Postgres, RedisServer, free_port};
 use redis::aio::MultiplexedConnection;
-use redis::{AsyncCommands, FromRedisValue};
+use redis::{AsyncCommands, AsyncConnectionConfig, FromRedisValue};
 use tokio_postgres::NoTls;
+
+use super::LIMIT;
 
 /// What a test plays on. Everything on it ends with it.
 pub(crate) struct Stage {
@@ -84,7 +86,10 @@ impl Stage {
     /// A new connection to Redis, so that it works after a restart too.
     pub(crate) async fn cache(&self) -> MultiplexedConnection {
         let client = redis::Client::open(self.redis.url()).unwrap();
-        client.get_multiplexed_async_connection().await.unwrap()
+        // The usual half second is too little for a machine that runs several tests at once.
+        let patient =
+            AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
+        client.get_multiplexed_async_connection_with_config(&patient).await.unwrap()
     }
 
     /// The value of a key, given without the prefix.
