@@ -5,9 +5,10 @@
 //! Postgres refuses to run as root, so it is started as an unprivileged user then.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -356,7 +357,7 @@ impl RedisServer {
             _ => SandboxError::Io(error),
         })?);
         let socket = self.folder.path().join("redis.sock");
-        wait_until(|| std::os::unix::net::UnixStream::connect(&socket).is_ok())
+        wait_until(|| has_loaded(&socket).unwrap_or(false))
             .then_some(())
             .ok_or_else(|| SandboxError::Silent { server: "Redis".to_owned(), log: tail(&log) })
     }
@@ -383,6 +384,16 @@ fn unprivileged() -> Option<(u32, u32)> {
         Some((fields.next()?.parse().ok()?, fields.next()?.parse().ok()?))
     };
     ids("postgres").or_else(|| ids("nobody"))
+}
+
+/// Whether a Redis server has read its files and takes commands; whether it demands a password does not matter.
+fn has_loaded(socket: &Path) -> io::Result<bool> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(START_LIMIT))?;
+    stream.write_all(b"PING\r\n")?;
+    let mut reply = [0; 64];
+    let length = stream.read(&mut reply)?;
+    Ok(length > 0 && !reply.starts_with(b"-LOADING"))
 }
 
 fn run(command: &mut Command) -> Result<Output> {
