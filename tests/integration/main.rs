@@ -4,8 +4,8 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod commands;
 mod catalog;
+mod commands;
 mod corpus;
 mod faults;
 mod gaps;

@@ -7,8 +7,8 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use redis::{AsyncCommands, AsyncConnectionConfig};
 use redis::aio::MultiplexedConnection;
+use redis::{AsyncCommands, AsyncConnectionConfig};
 use tokio_postgres::{Client, NoTls};
 
 use super::super::status;
@@ -49,7 +49,8 @@ impl Stand {
         let (sql, connection) = tokio_postgres::connect(&postgres.url("postgres"), NoTls).await?;
         tokio::spawn(connection);
         sql.batch_execute("set timezone = 'UTC'").await?;
-        let patient = AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
+        let patient =
+            AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
         let cache = redis::Client::open(redis.url())?.get_multiplexed_async_connection_with_config(&patient).await?;
 
         sql.batch_execute(SHOP).await?;
