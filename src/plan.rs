@@ -142,7 +142,16 @@ pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch)
     for rule in table.rules.iter().filter(|rule| rule.on.delete) {
         let written = rule.write.iter().filter(|write| !write.keep_on_delete).map(|write| &write.key);
         for key in written.chain(&rule.delete) {
-            batch.sweep(rule.rule, key.pattern.clone());
+            match key.pattern.only_key() {
+                Some(key) => {
+                    let cell = batch.cell(rule.rule, |out| {
+                        out.extend_from_slice(key);
+                        true
+                    });
+                    cell.into_iter().for_each(|cell| batch.delete(cell));
+                }
+                None => batch.sweep(rule.rule, key.pattern.clone()),
+            }
         }
         batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
     }

@@ -7,9 +7,7 @@ use sha2::{Digest, Sha256};
 
 use crate::config::Rule;
 use crate::model::{Lsn, Position};
-
-/// What stands behind the prefix in the name of each key that keepstep keeps for itself.
-pub const RESERVED: &str = "keepstep:";
+use crate::rules::template::RESERVED;
 
 /// The one state that the cache and the slot share. Stored as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -6,8 +6,8 @@ use redis::{Cmd, Value};
 
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
+use crate::rules::template::RESERVED;
 
-use super::checkpoint::RESERVED;
 use super::connection::{Connection, Failure};
 use super::writer::{into_error, scan};
 

@@ -21,8 +21,9 @@ use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::rules::pattern::Pattern;
+use crate::rules::template::RESERVED;
 
-use super::checkpoint::{Checkpoint, RESERVED, RuleSet};
+use super::checkpoint::{Checkpoint, RuleSet};
 use super::connection::{Connection, Failure};
 use super::{Cache, commands};
 

@@ -1,6 +1,6 @@
 //! Events in, batch out; pure: it knows where the stream stands, what is already in the cache, and when a batch may go.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use prometheus::IntCounter;
@@ -40,6 +40,8 @@ pub struct Intake {
     at: Position,
     scratch: Scratch,
     notes: Vec<Note>,
+    /// Rule and reason of what was warned of already: once a session is enough for a log, the metric counts.
+    warned: HashSet<(u16, &'static str)>,
     rules: Arc<RuleSet>,
     metrics: Arc<Metrics>,
 }
@@ -55,6 +57,7 @@ impl Intake {
             at: checkpoint.good,
             scratch: Scratch::default(),
             notes: Vec::new(),
+            warned: HashSet::new(),
             rules,
             metrics,
         }
@@ -167,16 +170,19 @@ impl Intake {
     fn report(&mut self, relation: u32, position: Position) {
         let Some(table) = self.tables.get(&relation) else { return };
         let Relation { schema, name, .. } = &table.bound.relation;
+        let table = format_args!("{schema}.{name}");
         for note in self.notes.drain(..) {
             let rule = self.rules.names[usize::from(note.rule)].as_str();
             match note.what {
                 Noted::Keyless => {
                     self.metrics.keyless_total.with_label_values(&[rule]).inc();
-                    tracing::debug!(rule, table = %format_args!("{schema}.{name}"), %position, "a row without a key");
+                    tracing::debug!(rule, %table, %position, "a row without a key");
                 }
                 Noted::Unrendered(why) => {
                     self.metrics.unrendered_total.with_label_values(&[rule, why.label()]).inc();
-                    tracing::debug!(rule, table = %format_args!("{schema}.{name}"), %position, %why, "key deleted, not written");
+                    if self.warned.insert((note.rule, why.label())) {
+                        tracing::warn!(rule, %table, %position, %why, "key deleted, not written; further ones are only counted");
+                    }
                 }
             }
         }
