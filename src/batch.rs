@@ -12,6 +12,9 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 use crate::model::{Lsn, Position, Timestamp};
 use crate::rules::pattern::Pattern;
 
+/// Transactions noted for the delay: changes of one and the same key add nothing else.
+const COMMITS_MAX: usize = 65_536;
+
 /// When a batch is full. It takes the whole of the change that fills it.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -114,7 +117,10 @@ impl Batch {
 
     /// Whether it must go out before anything more is taken in.
     pub fn is_full(&self) -> bool {
-        self.entries.len() >= self.limits.ops || self.bytes.len() >= self.limits.bytes || !self.sweeps.is_empty()
+        self.entries.len() >= self.limits.ops
+            || self.bytes.len() >= self.limits.bytes
+            || self.commits.len() >= COMMITS_MAX
+            || !self.sweeps.is_empty()
     }
 
     /// How many cells it decides.
@@ -299,6 +305,18 @@ mod tests {
         batch.clear();
         assert!(!batch.is_full() && batch.is_empty());
         set(&mut batch, "a", &"x".repeat(64));
+        assert!(batch.is_full());
+    }
+
+    #[test]
+    fn a_batch_that_only_coalesces_fills_too() {
+        let mut batch = Batch::new(Limits { ops: 1000, bytes: 1 << 20 }, 1);
+        for commit in 0..COMMITS_MAX {
+            assert!(!batch.is_full(), "{commit}");
+            let cell = cell(&mut batch, "feed");
+            batch.delete(cell);
+            batch.touch(0, Lsn(commit as u64), Timestamp(0));
+        }
         assert!(batch.is_full());
     }
 

@@ -21,11 +21,20 @@ pub mod inspect;
 pub mod record;
 pub mod writer;
 
+/// What became of a batch.
+#[derive(Debug)]
+pub struct Applied {
+    /// The checkpoint as stored.
+    pub checkpoint: Checkpoint,
+    /// Redis was out of memory: every key was deleted, those that should have been set too.
+    pub invalidated: bool,
+}
+
 /// Where batches go.
 pub trait Cache {
-    /// Applies the batch and stores the checkpoint with it, both or neither; returns the checkpoint as stored.
+    /// Applies the batch and stores the checkpoint with it, both or neither.
     ///
     /// Waits out a server that is away. An error means that nothing more may be written: fenced out, refused, or
     /// the cache has lost something.
-    fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> impl Future<Output = Result<Checkpoint>> + Send;
+    fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> impl Future<Output = Result<Applied>> + Send;
 }

@@ -21,13 +21,13 @@ use tokio::time::MissedTickBehavior;
 use crate::admin::{Phase, Shared};
 use crate::backoff::Backoff;
 use crate::batch::{Batch, Limits};
-use crate::cache::Cache;
 use crate::cache::checkpoint::{Checkpoint, RuleSet};
+use crate::cache::{Applied, Cache};
 use crate::config::Config;
 use crate::decode::pgoutput;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
-use crate::model::Lsn;
+use crate::model::{Lsn, Position};
 use crate::shutdown::Shutdown;
 use crate::source::replication::{Frame, Replication};
 use crate::source::slot::{self, SlotState};
@@ -53,6 +53,10 @@ const SLOT_EVERY: Duration = Duration::from_secs(10);
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// No query of ours may take longer: the loop waits for those that bind a table.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Nor all of those together.
+const BIND_LIMIT: Duration = Duration::from_secs(30);
+/// How long the first checkpoint of a session may take.
+const CLAIM_LIMIT: Duration = Duration::from_secs(30);
 /// A session that streamed for so long was a good one: the next wait is the shortest again.
 const GOOD_SESSION: Duration = Duration::from_secs(10);
 
@@ -131,7 +135,7 @@ pub async fn dry_run<W: Write + Send + 'static>(daemon: &Daemon, out: W, mut shu
 }
 
 /// The cache and the batch come back with the outcome.
-type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Checkpoint>)> + Send>>;
+type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Applied>)> + Send>>;
 type Looking = Pin<Box<dyn Future<Output = Result<Option<SlotState>>> + Send>>;
 
 /// One stream of changes into one cache.
@@ -154,6 +158,8 @@ pub struct Session<C> {
     looking: Option<Looking>,
     /// As Redis holds it.
     checkpoint: Checkpoint,
+    /// Up to here every reply of Redis was seen to be good.
+    proven: Position,
     acks: Acks,
     /// The last look at the received bytes ended before they did.
     more_buffered: bool,
@@ -161,6 +167,8 @@ pub struct Session<C> {
     received: Lsn,
     /// The end of the server's log when the session began.
     flushed_at_start: Lsn,
+    /// The same as it was when the slot was looked at last.
+    server_end: Lsn,
     slot_looked_at: Option<Instant>,
     heartbeat_sent: Instant,
     /// The server has asked to hear from us.
@@ -227,7 +235,8 @@ impl<C: Cache + Send + 'static> Session<C> {
                 }
             };
             if let Some(relation) = relation {
-                let bound = self.tables.bind(relation, &self.client).await?;
+                let bound = tokio::time::timeout(BIND_LIMIT, self.tables.bind(relation, &self.client)).await;
+                let bound = bound.unwrap_or_else(|_| Err(catalog_silent()))?;
                 self.intake.bind(bound);
             }
             if self.in_flight.is_none() && self.intake.at_boundary() && !self.batch.is_empty() {
@@ -253,8 +262,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         let next = Checkpoint {
             applied,
             low: batch.low,
-            // All replies up to the stored checkpoint were good; without operations there is none to come.
-            good: if batch.is_empty() { applied } else { self.checkpoint.applied },
+            // Without operations there is no reply that could be bad.
+            good: if batch.is_empty() { applied } else { self.proven },
+            written_us: report::now_us(),
             owing: self.checkpoint.owing.union(self.tables.owing()).cloned().collect(),
             ..self.checkpoint.clone()
         };
@@ -266,11 +276,13 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// Redis has answered for the batch.
-    fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Checkpoint>) -> Result<()> {
+    fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Applied>) -> Result<()> {
         self.in_flight = None;
         self.cache = Some(cache);
-        self.checkpoint = outcome?;
-        report::batch(&batch, &self.rule_metrics, &self.metrics);
+        let Applied { checkpoint, invalidated } = outcome?;
+        self.proven = checkpoint.applied;
+        self.checkpoint = checkpoint;
+        report::batch(&batch, invalidated, &self.rule_metrics, &self.metrics);
         self.metrics.rules_owing.set(self.checkpoint.owing.len() as i64);
         batch.clear();
         self.spare = Some(batch);
@@ -284,8 +296,10 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Asked for a reply, the server tells where its log ends even if there is nothing to send.
         self.send_status(options.until_caught_up).await?;
         let behind = self.batch.applied.is_some_and(|applied| applied > self.checkpoint.applied);
-        self.checkpoint_due = behind || self.checkpoint.good < self.checkpoint.applied;
-        if self.checkpoint_due && self.batch.applied.is_none() {
+        // While a batch is in flight the stored checkpoint is about to be an old one.
+        let unsaid = self.in_flight.is_none() && self.checkpoint.good < self.proven;
+        self.checkpoint_due = behind || unsaid;
+        if unsaid && self.batch.applied.is_none() {
             (self.batch.applied, self.batch.low) = (Some(self.checkpoint.applied), self.checkpoint.low);
         }
         self.look_at_slot(now);
@@ -323,6 +337,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.looking = None;
         // A slot that is gone ends the stream by itself, with the server's own words.
         if let Some(slot) = slot {
+            if let (Some(Lsn(start)), Some(retained)) = (slot.restart_lsn, slot.retained_bytes) {
+                self.server_end = Lsn(start.saturating_add(retained));
+            }
             report::slot(&slot, self.config.postgres.max_retained, &self.metrics, &self.shared);
         }
     }
@@ -330,7 +347,9 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// What `/status` and the gauges say now.
     fn show(&self) {
         let applied = self.checkpoint.applied;
-        let lag_bytes = self.received.0.saturating_sub(applied.lsn.0);
+        // While nothing is read the server's log goes on growing, and so does the lag.
+        let end = self.received.max(self.server_end).max(self.flushed_at_start);
+        let lag_bytes = end.0.saturating_sub(applied.lsn.0);
         let caught_up = lag_bytes == 0 && self.in_flight.is_none() && self.batch.is_empty();
         self.metrics.replication_lag_bytes.set(i64::try_from(lag_bytes).unwrap_or(i64::MAX));
         self.metrics.epoch.set(i64::try_from(self.checkpoint.epoch).unwrap_or(i64::MAX));
@@ -381,6 +400,10 @@ async fn optional<F: Future + Unpin>(future: &mut Option<F>) -> F::Output {
         Some(future) => future.await,
         None => std::future::pending().await,
     }
+}
+
+fn catalog_silent() -> Error {
+    Error::new(ErrorKind::PostgresAway, format!("Postgres did not describe a table within {BIND_LIMIT:?}"))
 }
 
 fn undecodable(error: pgoutput::DecodeError) -> Error {

@@ -30,6 +30,8 @@ pub struct Checkpoint {
     /// [`RuleSet::digest`] of the rules that wrote this cache. What it stands for lies in a key of its own, so that a
     /// checkpoint stays small however many rules there are.
     pub rules: String,
+    /// When it was written, in microseconds since 1970: how long the cache has held `low` at least.
+    pub written_us: u64,
     /// The rules that had to invalidate where they should have written (out of memory, a column gone): keys of
     /// theirs may be missing until they are written again.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
@@ -140,6 +142,7 @@ pub(crate) mod tests {
             low: Lsn(lsn),
             good: Position::end(Lsn(lsn)),
             rules: "ab12".into(),
+            written_us: 0,
             owing: BTreeSet::new(),
         }
     }

@@ -96,6 +96,10 @@ fn server_failure(error: &ServerError) -> Failure {
         "NOREPLICAS" => away("refuses writes because too few replicas are connected"),
         "CLUSTERDOWN" | "TRYAGAIN" => away("Cluster is not ready"),
         "OOM" => Failure::OutOfMemory,
+        "UNBLOCKED" => away("was demoted while it waited for replicas"),
+        "ERR" if said.contains("WAIT cannot be used") => away("is a replica, not the primary"),
+        // The state changed between queueing and EXEC: what follows the colon is the cause. Sent again, it shows itself.
+        "EXECABORT" if said.contains("because of:") => away("refused the transaction"),
         "MOVED" | "ASK" | "CROSSSLOT" => Failure::Final(
             denied("this Redis is a node of a Cluster".to_owned())
                 .hint("this version writes to a standalone server; name one in `[redis] url`"),
@@ -112,11 +116,15 @@ fn server_failure(error: &ServerError) -> Failure {
     }
 }
 
-/// The server's words, without the arguments that some of its errors quote.
+/// The server's words.
 fn said(error: &ServerError) -> String {
-    let details = error.details().unwrap_or_default();
+    unquoted(error.code(), error.details().unwrap_or_default())
+}
+
+/// An error of the server without the arguments that some of its texts quote.
+fn unquoted(code: &str, details: &str) -> String {
     let end = [", with args", "'", "\""].iter().filter_map(|mark| details.find(mark)).min();
-    format!("{} {}", error.code(), &details[..end.unwrap_or(details.len())]).trim_end().to_owned()
+    format!("{code} {}", &details[..end.unwrap_or(details.len())]).trim_end().to_owned()
 }
 
 fn connect_failure(error: &redis::RedisError) -> Failure {
@@ -138,11 +146,20 @@ fn connect_failure(error: &redis::RedisError) -> Failure {
 }
 
 fn away(what: &str, error: &redis::RedisError) -> Error {
-    Error::new(ErrorKind::RedisAway, format!("{what} ({})", error.category())).because(error.clone())
+    Error::new(ErrorKind::RedisAway, what).because(cause(error))
 }
 
 fn denied(what: &str, error: &redis::RedisError) -> Error {
-    Error::new(ErrorKind::RedisDenied, what).because(error.clone())
+    Error::new(ErrorKind::RedisDenied, what).because(cause(error))
+}
+
+/// What may be said of an error: a socket's words, or the server's without what it quotes.
+fn cause(error: &redis::RedisError) -> String {
+    match error.code() {
+        Some(code) => unquoted(code, error.detail().unwrap_or_default()),
+        None if error.is_io_error() => error.to_string(),
+        None => error.category().to_owned(),
+    }
 }
 
 /// The client for `[redis]`: nothing is sent yet.

@@ -6,7 +6,7 @@ use crate::batch::Batch;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::checkpoint::Checkpoint;
-use super::{Cache, commands};
+use super::{Applied, Cache, commands};
 
 /// Writes each batch's commands, one a line, and stores nothing.
 pub struct Recorder<W> {
@@ -31,8 +31,8 @@ impl<W: Write + Send> Recorder<W> {
 }
 
 impl<W: Write + Send> Cache for Recorder<W> {
-    async fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> Result<Checkpoint> {
+    async fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> Result<Applied> {
         self.write(batch).map_err(|error| Error::new(ErrorKind::Io, "cannot write to stdout").because(error))?;
-        Ok(checkpoint)
+        Ok(Applied { checkpoint, invalidated: false })
     }
 }

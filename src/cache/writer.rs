@@ -25,7 +25,7 @@ use crate::rules::template::RESERVED;
 
 use super::checkpoint::{Checkpoint, RuleSet};
 use super::connection::{Connection, Failure};
-use super::{Cache, commands};
+use super::{Applied, Cache, commands};
 
 /// What one SCAN call looks at, and so what one sweep step may delete.
 const SWEEP_STEP_KEYS: u32 = 1000;
@@ -56,6 +56,8 @@ pub struct Writer {
     connection: Option<Connection>,
     /// What Redis holds, as far as is known.
     stored: Option<Checkpoint>,
+    /// The rules as they are now stand beside the checkpoint.
+    rules_written: bool,
 }
 
 impl Writer {
@@ -75,6 +77,7 @@ impl Writer {
             fence: String::new(),
             connection: None,
             stored: None,
+            rules_written: false,
         })
     }
 
@@ -126,26 +129,25 @@ impl Writer {
             Some(connection) => connection,
             None => self.resume(checkpoint).await?,
         };
-        for pattern in batch.sweeps() {
-            self.sweep(&mut connection, pattern).await?;
-        }
+        self.sweep_all(&mut connection, batch, checkpoint).await?;
         let mut transaction = commands::encode(batch);
-        if self.stored.as_ref().is_none_or(|stored| stored.rules != checkpoint.rules) {
+        if !self.rules_written {
             transaction.push(set(&RuleSet::key(&self.config.prefix), &self.rules.encode()));
         }
         transaction.push(set(&self.checkpoint_key, &checkpoint.encode()));
         self.transact(&mut connection, transaction, Some(checkpoint)).await?;
+        self.rules_written = true;
         self.connection = Some(connection);
         Ok(())
     }
 
     /// A new connection in the middle of a session: the checkpoint in Redis must be the last one known, or that of the
-    /// batch whose outcome was not seen.
+    /// batch whose outcome was not seen, or the intent to sweep for it.
     async fn resume(&mut self, in_flight: &Checkpoint) -> Result<Connection, Failure> {
         let mut connection = Connection::open(&self.config).await?;
         let (fence, stored) = self.watch(&mut connection).await?;
         self.check_fence(fence.as_deref())?;
-        if stored != self.stored && stored.as_ref() != Some(in_flight) {
+        if stored != self.stored && stored.as_ref() != Some(in_flight) && stored != self.intent(in_flight) {
             return Err(Failure::Final(self.went_back(stored.as_ref())));
         }
         self.stored = stored;
@@ -220,17 +222,41 @@ impl Writer {
         self.wait_for_replicas(connection).await
     }
 
+    /// What stands in Redis while a batch sweeps: readers may see the batch from now on, and it is not good yet. Whoever
+    /// goes on from there holds everything up to its end together, so that no key comes back that the sweep deleted.
+    fn intent(&self, checkpoint: &Checkpoint) -> Option<Checkpoint> {
+        self.stored.as_ref().map(|stored| Checkpoint { applied: checkpoint.applied, ..stored.clone() })
+    }
+
+    /// The batch's sweeps, announced before they begin.
+    async fn sweep_all(
+        &mut self,
+        connection: &mut Connection,
+        batch: &Batch,
+        next: &Checkpoint,
+    ) -> Result<(), Failure> {
+        if batch.sweeps().is_empty() {
+            return Ok(());
+        }
+        let intent = self.intent(next);
+        self.guarded(connection, &self.fence, &[], intent.as_ref()).await?;
+        self.stored = intent;
+        for pattern in batch.sweeps() {
+            self.sweep(connection, pattern).await?;
+        }
+        Ok(())
+    }
+
     /// Deletes every key that the template can have made, step by step, each step behind the fence.
     async fn sweep(&self, connection: &mut Connection, pattern: &Pattern) -> Result<(), Failure> {
         let glob = pattern.scan_glob();
         let (mut cursor, mut deleted) = (0, 0_u64);
         loop {
             let (next, keys) = scan(connection, cursor, &glob).await?;
-            let mut unlink = redis::cmd("UNLINK");
-            let owned: Vec<_> = keys.iter().filter(|key| pattern.matches(key)).collect();
+            let owned: Vec<&[u8]> = keys.iter().filter(|key| pattern.matches(key)).map(Vec::as_slice).collect();
             if !owned.is_empty() {
-                unlink.arg(&owned);
-                self.transact(connection, vec![unlink], self.stored.as_ref()).await?;
+                // By the script: inside MULTI a Redis that is out of memory refuses deletes too.
+                self.guarded(connection, &self.fence, &owned, self.stored.as_ref()).await?;
                 deleted += owned.len() as u64;
             }
             if next == 0 {
@@ -241,50 +267,43 @@ impl Writer {
         }
     }
 
-    /// Redis takes no writes: what should be set is deleted instead, and its rules owe a repair.
-    async fn invalidate(&mut self, batch: &Batch, mut checkpoint: Checkpoint) -> Result<Checkpoint, Failure> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.resume(&checkpoint).await?,
-        };
-        let mut keys = Vec::with_capacity(batch.len());
-        for (rule, op) in batch.ops() {
-            keys.push(match op {
-                CacheOp::Delete { key } => key,
-                CacheOp::Set { key, .. } => {
-                    checkpoint.owing.insert(self.rules.names[usize::from(rule)].clone());
-                    key
-                }
-            });
-        }
-        let fence = self.fence.clone();
-        self.guarded(&mut connection, &fence, &keys, Some(&checkpoint)).await?;
-        self.metrics.out_of_memory_batches.inc();
-        self.connection = Some(connection);
-        Ok(checkpoint)
+    /// The rules whose keys are deleted where they should be written.
+    fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = String> + 'b {
+        let sets = batch.ops().filter(|(_, op)| matches!(op, CacheOp::Set { .. }));
+        sets.map(|(rule, _)| self.rules.names[usize::from(rule)].clone())
     }
 
-    /// WAIT until enough replicas have everything sent so far; asked again as long as it takes.
+    /// Redis takes no writes: what should be set is deleted instead.
+    async fn invalidate(&mut self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), Failure> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.resume(checkpoint).await?,
+        };
+        self.sweep_all(&mut connection, batch, checkpoint).await?;
+        let keys: Vec<&[u8]> = batch.ops().map(|(_, CacheOp::Delete { key } | CacheOp::Set { key, .. })| key).collect();
+        self.guarded(&mut connection, &self.fence, &keys, Some(checkpoint)).await?;
+        self.wait_for_replicas(&mut connection).await?;
+        self.metrics.out_of_memory_batches.inc();
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    /// WAIT until enough replicas have everything sent so far.
     async fn wait_for_replicas(&self, connection: &mut Connection) -> Result<(), Failure> {
         if self.config.wait_replicas == 0 {
             return Ok(());
         }
         // Answered well before the connection would count as lost.
         let limit_ms = (self.config.timeout / 2).as_millis().min(u128::from(u32::MAX));
-        loop {
-            let mut wait = redis::cmd("WAIT");
-            wait.arg(self.config.wait_replicas).arg(limit_ms.to_string());
-            match connection.send_one(wait).await? {
-                Value::Int(reached) if reached >= i64::from(self.config.wait_replicas) => return Ok(()),
-                Value::Int(reached) => {
-                    tracing::warn!(
-                        reached,
-                        wanted = self.config.wait_replicas,
-                        "too few Redis replicas have the batch"
-                    );
-                }
-                other => return Err(unexpected("WAIT", &other)),
+        let mut wait = redis::cmd("WAIT");
+        wait.arg(self.config.wait_replicas).arg(limit_ms.to_string());
+        match connection.send_one(wait).await? {
+            Value::Int(reached) if reached >= i64::from(self.config.wait_replicas) => Ok(()),
+            Value::Int(reached) => {
+                let few = format!("only {reached} of {} Redis replicas have the batch", self.config.wait_replicas);
+                Err(Failure::Away(Error::new(ErrorKind::RedisAway, few)))
             }
+            other => Err(unexpected("WAIT", &other)),
         }
     }
 
@@ -347,19 +366,22 @@ impl Writer {
 }
 
 impl Cache for Writer {
-    async fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> Result<Checkpoint> {
+    async fn apply(&mut self, batch: &Batch, mut checkpoint: Checkpoint) -> Result<Applied> {
         let mut backoff = Backoff::default();
         loop {
-            let mut outcome = self.try_apply(batch, &checkpoint).await.map(|()| checkpoint.clone());
+            let mut invalidated = false;
+            let mut outcome = self.try_apply(batch, &checkpoint).await;
             if matches!(outcome, Err(Failure::OutOfMemory)) {
                 tracing::warn!("Redis is out of memory: keys are deleted instead of written");
-                outcome = self.invalidate(batch, checkpoint.clone()).await;
+                checkpoint.owing.extend(self.owed(batch));
+                invalidated = true;
+                outcome = self.invalidate(batch, &checkpoint).await;
             }
             let error = match outcome {
-                Ok(stored) => {
+                Ok(()) => {
                     self.metrics.circuit_open.set(0);
-                    self.stored = Some(stored.clone());
-                    return Ok(stored);
+                    self.stored = Some(checkpoint.clone());
+                    return Ok(Applied { checkpoint, invalidated });
                 }
                 // Looked at again through a new connection, which names what changed.
                 Err(Failure::Changed) => Error::new(ErrorKind::RedisAway, "fence or checkpoint changed"),

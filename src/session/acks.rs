@@ -23,6 +23,13 @@ impl Acks {
         Acks { window, waiting: VecDeque::new(), acknowledged }
     }
 
+    /// An earlier run left a cache that has held everything before `low` for this long already.
+    pub fn held(&mut self, low: Lsn, held: Duration) {
+        if let Some(since) = Instant::now().checked_sub(held).filter(|_| low > self.acknowledged) {
+            self.waiting.push_back((since, low));
+        }
+    }
+
     /// What is acknowledged.
     pub fn acknowledged(&self) -> Lsn {
         self.acknowledged
@@ -62,6 +69,15 @@ mod tests {
         assert_eq!(after(10, 300), Lsn(200));
         assert_eq!(after(15, 250), Lsn(300), "a lower position changes nothing");
         assert_eq!(after(60, 300), Lsn(300));
+    }
+
+    #[test]
+    fn what_an_earlier_run_left_has_waited_already() {
+        let window = Duration::from_secs(30);
+        let mut acks = Acks::new(Lsn(100), window);
+        acks.held(Lsn(200), window);
+        acks.advance(Instant::now(), Lsn(300));
+        assert_eq!(acks.acknowledged(), Lsn(200));
     }
 
     #[test]

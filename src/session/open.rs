@@ -7,7 +7,7 @@
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use crate::admin::Phase;
 use crate::batch::Batch;
@@ -29,9 +29,9 @@ use crate::source::slot::{self, SlotState};
 use super::acks::Acks;
 use super::gap::{self, Situation, SlotFacts, Start};
 use super::intake::Intake;
-use super::report::RuleMetrics;
+use super::report::{self, RuleMetrics};
 use super::tables::Tables;
-use super::{Daemon, Options, STATEMENT_TIMEOUT, Session, limits};
+use super::{CLAIM_LIMIT, Daemon, Options, STATEMENT_TIMEOUT, Session, limits};
 
 /// Opens a session on the real cache.
 pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
@@ -53,26 +53,36 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
     let mut walsender = Walsender::connect(&info).await?;
     let identity = walsender.identify_system().await?;
     let origin = origin(&identity, &config.postgres.slot);
+    let born_at = slot::birth_note(&client, &config.postgres.publication, &origin.slot).await?;
+    // Looked at only where nothing else can tell: it goes through all keys.
+    let nothing_known = stored.is_none() && born_at.is_none() && seen.is_none();
     let situation = Situation {
         origin: &origin,
         flush_lsn: identity.flush_lsn,
         slot: slot.as_ref().map(slot_facts),
-        born_at: slot::birth_note(&client, &config.postgres.publication, &origin.slot).await?,
+        born_at,
         stored: stored.as_ref(),
         seen,
-        cache_has_keys: stored.is_none() && !inspect::keys(&config.redis, 1).await?.is_empty(),
+        cache_has_keys: nothing_known && !inspect::keys(&config.redis, 1).await?.is_empty(),
     };
     let start = gap::examine(&situation, options.adopt)?;
     let confirmed = slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default();
     let first = beginning(start, stored.as_ref(), origin, &daemon.rules.digest);
     warn_of_changed_rules(daemon, &writer, stored.as_ref()).await?;
 
-    let (tables, intake) = bind(daemon, &client, &first).await?;
-    let replication = walsender.start(&first.origin.slot, &config.postgres.publication, first.low).await?;
+    // What was acknowledged was seen to be good; what lies behind it and `applied` is applied again.
+    let proven = first.good.max(Position::end(confirmed));
+    let (tables, intake) = bind(daemon, &client, &Checkpoint { good: proven, ..first.clone() }).await?;
+    let from = first.low.min(proven.lsn);
+    let replication = walsender.start(&first.origin.slot, &config.postgres.publication, from).await?;
+    not_moved(&client, &first).await?;
     writer.claim(stored.clone()).await?;
+    let held = Duration::from_micros(report::now_us().saturating_sub(first.written_us));
+    let mut acks = Acks::new(confirmed, config.postgres.replay_window);
+    acks.held(first.low, held);
     let checkpoint = match stored {
         Some(stored) if stored == first => stored,
-        _ => writer.apply(&Batch::new(limits(config), 0), first).await?,
+        _ => claim_with(&mut writer, &Batch::new(limits(config), 0), first).await?,
     };
     tracing::info!(epoch = checkpoint.epoch, from = %checkpoint.low, slot = %checkpoint.origin.slot, "streaming");
     daemon.metrics.sessions_total.inc();
@@ -81,7 +91,8 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
         status.phase = Phase::Active;
         status.database.clone_from(&checkpoint.origin.database);
     });
-    let streamed = Streamed { client, replication, tables, intake, checkpoint, flushed: identity.flush_lsn, confirmed };
+    let flushed = identity.flush_lsn;
+    let streamed = Streamed { client, replication, tables, intake, checkpoint, proven, flushed, acks };
     Ok(session(daemon, streamed, writer))
 }
 
@@ -97,9 +108,29 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W)
     let (tables, intake) = bind(daemon, &client, &checkpoint).await?;
     let replication = walsender.start_temporary(&config.postgres.publication).await?;
     tracing::info!("printing the commands of changes from now on; nothing is written");
-    let (flushed, confirmed) = (identity.flush_lsn, Lsn::default());
-    let streamed = Streamed { client, replication, tables, intake, checkpoint, flushed, confirmed };
+    let (flushed, proven) = (identity.flush_lsn, checkpoint.good);
+    let acks = Acks::new(Lsn::default(), config.postgres.replay_window);
+    let streamed = Streamed { client, replication, tables, intake, checkpoint, proven, flushed, acks };
     Ok(session(daemon, streamed, Recorder::new(out)))
+}
+
+/// The slot is this walsender's now. If somebody else read it after it was looked at, the server has silently begun later.
+async fn not_moved(client: &tokio_postgres::Client, first: &Checkpoint) -> Result<()> {
+    let slot = slot::slot_state(client, &first.origin.slot).await?;
+    match slot.and_then(|slot| slot.confirmed_flush_lsn) {
+        Some(confirmed) if confirmed <= first.low => Ok(()),
+        _ => Err(Error::new(
+            ErrorKind::Fenced,
+            format!("slot `{}` was read by somebody else just now", first.origin.slot),
+        )),
+    }
+}
+
+/// Writes the checkpoint that the session begins with. Nothing else goes on meanwhile, so it may not take for ever.
+async fn claim_with(writer: &mut Writer, nothing: &Batch, first: Checkpoint) -> Result<Checkpoint> {
+    let silent = |_| Err(Error::new(ErrorKind::RedisAway, format!("Redis took no checkpoint within {CLAIM_LIMIT:?}")));
+    let applied = tokio::time::timeout(CLAIM_LIMIT, writer.apply(nothing, first)).await.unwrap_or_else(silent);
+    Ok(applied?.checkpoint)
 }
 
 /// What a session is made of, besides the cache.
@@ -109,8 +140,9 @@ struct Streamed {
     tables: Tables,
     intake: Intake,
     checkpoint: Checkpoint,
+    proven: Position,
     flushed: Lsn,
-    confirmed: Lsn,
+    acks: Acks,
 }
 
 fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
@@ -132,10 +164,12 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         in_flight: None,
         looking: None,
         received: streamed.checkpoint.low,
-        acks: Acks::new(streamed.confirmed, config.postgres.replay_window),
+        acks: streamed.acks,
         checkpoint: streamed.checkpoint,
+        proven: streamed.proven,
         more_buffered: false,
         flushed_at_start: streamed.flushed,
+        server_end: streamed.flushed,
         slot_looked_at: None,
         heartbeat_sent: now,
         reply_requested: false,
@@ -178,6 +212,7 @@ fn beginning(start: Start, stored: Option<&Checkpoint>, origin: Origin, rules: &
             low: from,
             good: Position::end(from),
             rules: rules.to_owned(),
+            written_us: report::now_us(),
             owing: BTreeSet::new(),
         },
     }
@@ -185,8 +220,7 @@ fn beginning(start: Start, stored: Option<&Checkpoint>, origin: Origin, rules: &
 
 /// A time in microseconds, later than the epoch before whatever the clock says.
 fn epoch_now(before: u64) -> u64 {
-    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_micros() as u64);
-    now_us.max(before + 1)
+    report::now_us().max(before + 1)
 }
 
 /// Binds the rules to the tables as the catalog has them. At the first session of a process every problem is an error;

@@ -33,23 +33,28 @@ impl RuleMetrics {
 }
 
 /// The batch is in the cache.
-pub(super) fn batch(batch: &Batch, rules: &[RuleMetrics], metrics: &Metrics) {
+pub(super) fn batch(batch: &Batch, invalidated: bool, rules: &[RuleMetrics], metrics: &Metrics) {
     if batch.is_empty() {
         return;
     }
     metrics.batch_cells.observe(batch.len() as f64);
     for (rule, op) in batch.ops() {
         match op {
-            CacheOp::Set { .. } => rules[usize::from(rule)].sets.inc(),
-            CacheOp::Delete { .. } => rules[usize::from(rule)].deletes.inc(),
+            CacheOp::Set { .. } if !invalidated => rules[usize::from(rule)].sets.inc(),
+            CacheOp::Set { .. } | CacheOp::Delete { .. } => rules[usize::from(rule)].deletes.inc(),
         }
     }
     // Clocks may differ: a negative delay is none.
-    let now_us = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_micros() as i64);
+    let now_us = now_us() as i64;
     for (rule, committed) in batch.commits() {
         let delay_us = now_us.saturating_sub(committed.unix_us()).max(0);
         rules[usize::from(*rule)].delay.observe(delay_us as f64 / 1e6);
     }
+}
+
+/// Microseconds since 1970.
+pub(super) fn now_us() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_micros() as u64)
 }
 
 /// The slot was looked at.

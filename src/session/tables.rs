@@ -67,7 +67,14 @@ impl Tables {
             let paused = problems.first().map(|problem| problem.diagnostic(rule).title);
             if let Some(why) = &paused {
                 let rule = rule.name.value.as_str();
-                tracing::error!(rule, table = %name, why, "paused: this rule only deletes keys until its table fits again");
+                match bound {
+                    Some(_) => {
+                        tracing::error!(rule, table = %name, why, "paused: it only deletes keys until its table fits again")
+                    }
+                    None => {
+                        tracing::error!(rule, table = %name, why, "paused: its keys are not kept right until its table fits again")
+                    }
+                }
             }
             self.tell(&rule.name.value, paused);
             rules.extend(bound);

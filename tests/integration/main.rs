@@ -5,6 +5,7 @@
 mod support;
 
 mod catalog;
+mod checkpoint;
 mod commands;
 mod corpus;
 mod faults;

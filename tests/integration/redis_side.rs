@@ -161,5 +161,5 @@ async fn an_acknowledged_batch_is_on_so_many_replicas() {
     // Without it, nothing is acknowledged, and nothing is lost.
     drop(replica);
     stage.execute("insert into rows values (2, 'b')").await;
-    wait_for("the warning", async || daemon.log().contains("too few Redis replicas").then_some(())).await;
+    wait_for("the warning", async || daemon.log().contains("Redis replicas have the batch").then_some(())).await;
 }
