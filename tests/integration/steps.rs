@@ -203,7 +203,11 @@ changed = ["name"]
 delete  = ["products:cat:{category}"]
 "#;
     let _daemon = keep(&stage, tables, rules).await;
+    for key in ["products:cat:1", "products:cat:2"] {
+        stage.put(key, "filled").await;
+    }
     stage.execute("insert into products values (1, 1, 'a', 1), (2, 2, 'a', 1)").await;
+    holds(&stage, "products:cat:1", None).await;
     holds(&stage, "products:cat:2", None).await;
     stage.put("products:cat:1", "filled").await;
     stage.put("products:cat:2", "filled").await;
