@@ -57,12 +57,29 @@ fn check_rule(
         found.extend(operations(rule, publication, facts));
     }
     match bind(rule, index, &facts.relation, Some(facts), types, &config.redis.prefix) {
-        Ok(bound) => (Some(bound), found),
+        Ok(bound) => {
+            found.extend(old_keys_unknown(rule, &bound));
+            (Some(bound), found)
+        }
         Err(unbound) => {
             found.extend(unbound.problems.iter().map(|problem| problem.diagnostic(rule)));
             (None, found)
         }
     }
+}
+
+/// `on` without `"delete"` lets a key have columns that Postgres does not send of the old row. An UPDATE that changes one
+/// of them then leaves the old key behind.
+fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
+    let written = rule.write.iter().map(|write| &write.key).zip(bound.write.iter().map(|write| &write.key));
+    let mut keys = written.chain(rule.delete.iter().zip(&bound.delete));
+    let (template, _) = keys.find(|(_, key)| rule.on.update && !key.in_identity)?;
+    let title = format!("an UPDATE that changes the key of rule `{}` leaves the old key behind", rule.name.value);
+    let label = "not all of it is sent for the old row";
+    Some(Diagnostic::warning(title, template.span.clone(), label).help(format!(
+        "make Postgres log the old row:  ALTER TABLE {} REPLICA IDENTITY FULL;",
+        sql_table(&rule.table.value)
+    )))
 }
 
 fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic {

@@ -62,6 +62,10 @@ impl ServerError {
 
     fn without_row_values(mut self) -> Self {
         self.detail = self.detail.filter(|_| detail_is_harmless(&self.sqlstate));
+        // In the classes of data exceptions and integrity violations the message itself quotes values.
+        if matches!(self.sqlstate.get(..2), Some("22" | "23")) {
+            self.message = "a value is not as it must be".to_owned();
+        }
         self
     }
 
