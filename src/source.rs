@@ -1,6 +1,6 @@
 //! Where changes come from: one replication connection that streams, and ordinary ones that ask.
 //!
-//! Both kinds are opened by [`connect`] from one [`conninfo::ConnInfo`], so hosts, TLS and fall-backs behave the same.
+//! Both kinds are opened by `connect` from one [`conninfo::ConnInfo`], so hosts, TLS and fall-backs behave the same.
 
 pub mod client;
 pub mod conninfo;
