@@ -257,6 +257,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             self.batch.is_full() && !self.intake.replaying()
         };
         let (Some(applied), true, true) = (self.batch.applied, ready, self.in_flight.is_none()) else { return };
+        debug_assert!(applied >= self.checkpoint.applied, "the checkpoint never moves back");
         let (Some(mut cache), Some(spare)) = (self.cache.take(), self.spare.take()) else { return };
         let batch = std::mem::replace(&mut self.batch, spare);
         let next = Checkpoint {

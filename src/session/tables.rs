@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio_postgres::Client;
 
@@ -17,6 +18,10 @@ use crate::metrics::Metrics;
 use crate::model::Relation;
 use crate::plan::BoundTable;
 use crate::rules::bind::{BindProblem, BoundRule, Unbound, bind};
+
+/// How often the catalog is looked at until it shows the shape that the stream describes, and how long apart.
+const LOOKS_MAX: u32 = 10;
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Binds, and tells metrics and `/status` what became of each rule.
 pub struct Tables {
@@ -43,23 +48,35 @@ impl Tables {
         relations.map(|relation| self.bind_with(relation, catalog, types)).collect()
     }
 
-    /// Binds the rules of a relation as the stream describes it. The catalog, which is ahead of the stream, adds what
-    /// the stream does not say, as long as it is about the same table.
+    /// Binds the rules of a relation as the stream describes it. The catalog adds what the stream does not say, as long
+    /// as it describes the same table in the same shape.
     pub async fn bind(&mut self, relation: Relation, client: &Client) -> Result<BoundTable> {
         let name = name(&relation);
         if !self.config.rules.iter().any(|rule| rule.table.value == name) {
             return Ok(BoundTable { relation, rules: Vec::new() });
         }
+        let mut catalog = self.look(client, &name).await?;
+        for _ in 0..LOOKS_MAX {
+            if catalog.tables.get(&name).is_some_and(|facts| facts.relation == relation) {
+                break;
+            }
+            // Decoded before it is visible (design: settled), or history that the catalog has left behind.
+            tokio::time::sleep(LOOK_AGAIN).await;
+            catalog = self.look(client, &name).await?;
+        }
         let oids: Vec<u32> = relation.columns.iter().map(|column| column.type_oid).collect();
         // Read anew each time: altering a composite type or an enum sends no message of its own.
         let types = Types::load(client, &oids).await?;
-        let catalog = catalog::load(client, &self.config.postgres.publication, &[name]).await?;
         Ok(self.bind_with(relation, &catalog, &types))
+    }
+
+    async fn look(&self, client: &Client, name: &TableName) -> Result<Catalog> {
+        catalog::load(client, &self.config.postgres.publication, std::slice::from_ref(name)).await
     }
 
     fn bind_with(&mut self, relation: Relation, catalog: &Catalog, types: &Types) -> BoundTable {
         let name = name(&relation);
-        let facts = catalog.tables.get(&name).filter(|facts| facts.relation.oid == relation.oid);
+        let facts = catalog.tables.get(&name).filter(|facts| facts.relation == relation);
         let config = Arc::clone(&self.config);
         let mut rules = Vec::new();
         for (number, rule) in (0..).zip(&config.rules).filter(|(_, rule)| rule.table.value == name) {

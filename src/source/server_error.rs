@@ -62,8 +62,8 @@ impl ServerError {
 
     fn without_row_values(mut self) -> Self {
         self.detail = self.detail.filter(|_| detail_is_harmless(&self.sqlstate));
-        // In the classes of data exceptions and integrity violations the message itself quotes values.
-        if matches!(self.sqlstate.get(..2), Some("22" | "23")) {
+        // A data exception's message itself quotes the value; 22023 is about parameters.
+        if self.sqlstate.starts_with("22") && self.sqlstate != "22023" {
             self.message = "a value is not as it must be".to_owned();
         }
         self
@@ -144,6 +144,9 @@ mod tests {
         let body = b"SERROR\0VERROR\0C23505\0Mduplicate key\0DKey (email)=(secret@example.org) exists.\0\0";
         let error = ServerError::parse(body).into_error("cannot insert");
         assert_eq!(error.to_string(), "cannot insert: duplicate key [SQLSTATE 23505]");
+        let body = b"C22P02\0Minvalid input syntax for type integer: \"secret\"\0\0";
+        let error = ServerError::parse(body).into_error("cannot stream");
+        assert_eq!(error.to_string(), "cannot stream: a value is not as it must be [SQLSTATE 22P02]");
         let body = b"C55000\0Mcannot read from slot\0DIt exceeded the maximum reserved size.\0\0";
         let error = ServerError::parse(body).into_error("cannot start");
         assert!(error.to_string().contains("maximum reserved size"), "{error}");
