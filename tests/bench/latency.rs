@@ -56,7 +56,7 @@ struct Delays {
     p99_ms: f64,
 }
 
-pub(crate) fn measure() -> Vec<Figure> {
+pub(crate) fn measure(_quick: bool) -> Vec<Figure> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let postgres = Postgres::start("").expect("Postgres");
     let redis = RedisServer::start(&["--notify-keyspace-events", "K$"]).expect("Redis");

@@ -2,10 +2,16 @@
 //!
 //! Absolute times depend on the machine and on what else it does; the ratios are what holds. Rounds alternate between
 //! keepstep and the baseline, and the median round counts.
+//!
+//! `make bench QUICK=1` takes less of everything; `cargo bench --bench bench -- drain latency` measures just these.
 
 #![expect(clippy::print_stdout, reason = "the table is what it is for")]
 
+mod drain;
 mod latency;
+mod stand;
+
+use std::time::Instant;
 
 use serde::Serialize;
 
@@ -20,14 +26,53 @@ struct Figure {
     ok: bool,
 }
 
-fn main() {
-    let figures = latency::measure();
-    println!("{:<44} {:>12} {:>12} {:>7}  {:<10} verdict", "measure", "keepstep", "baseline", "ratio", "target");
-    for Figure { measure, value, baseline, ratio, target, ok } in &figures {
-        let verdict = if *ok { "met" } else { "missed" };
-        println!("{measure:<44} {value:>12.3} {baseline:>12.3} {ratio:>7.2}  {target:<10} {verdict}");
+impl Figure {
+    fn new(measure: impl Into<String>, value: f64, baseline: f64, target: String, ok: impl Fn(f64) -> bool) -> Self {
+        let ratio = value / baseline;
+        Figure { measure: measure.into(), value, baseline, ratio, target, ok: ok(ratio) }
     }
+
+    fn ratio_at_least(measure: impl Into<String>, value: f64, baseline: f64, least: f64) -> Self {
+        Self::new(measure, value, baseline, format!(">= {least} x"), |ratio| ratio >= least)
+    }
+
+    fn ratio_at_most(measure: impl Into<String>, value: f64, baseline: f64, most: f64) -> Self {
+        Self::new(measure, value, baseline, format!("<= {most} x"), |ratio| ratio <= most)
+    }
+}
+
+/// The middle one.
+fn median<T>(rounds: &[T], pick: impl Fn(&T) -> f64) -> f64 {
+    let mut values: Vec<f64> = rounds.iter().map(pick).collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+/// What can be measured, in the order of the table.
+const MEASURES: [(&str, fn(bool) -> Vec<Figure>); 2] = [("drain", drain::measure), ("latency", latency::measure)];
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let quick = arguments.iter().any(|argument| argument == "--quick");
+    let wanted: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
+    let began = Instant::now();
+    let mut figures = Vec::new();
+    for (name, measure) in MEASURES {
+        if wanted.is_empty() || wanted.iter().any(|wanted| *wanted == name) {
+            eprintln!("{:>4.0} s  {name}", began.elapsed().as_secs_f64());
+            figures.extend(measure(quick));
+        }
+    }
+    show(&figures);
     let json = serde_json::to_string_pretty(&figures).expect("numbers and strings");
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench.json");
     std::fs::write(path, json).expect("the target folder can be written");
+}
+
+fn show(figures: &[Figure]) {
+    println!("{:<52} {:>12} {:>12} {:>7}  {:<10} verdict", "measure", "keepstep", "baseline", "ratio", "target");
+    for Figure { measure, value, baseline, ratio, target, ok } in figures {
+        let verdict = if *ok { "met" } else { "missed" };
+        println!("{measure:<52} {value:>12.3} {baseline:>12.3} {ratio:>7.2}  {target:<10} {verdict}");
+    }
 }

@@ -1,0 +1,168 @@
+//! The servers that a measure starts for itself, and the programs that are measured on them.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use keepstep::sandbox::{Postgres, RedisServer};
+
+/// `USER_HZ`: the clock of `/proc/PID/stat` on every Linux.
+const TICKS_PER_SECOND: f64 = 100.0;
+/// How often a condition is looked at: seldom enough to take no time from what is measured.
+const POLL: Duration = Duration::from_millis(2);
+/// Nothing that is waited for takes longer, or the run has failed.
+const LIMIT: Duration = Duration::from_secs(600);
+
+/// One Postgres and one Redis.
+pub(crate) struct Stand {
+    pub(crate) postgres: Postgres,
+    pub(crate) redis: RedisServer,
+}
+
+impl Stand {
+    pub(crate) fn start(redis: &[&str]) -> Self {
+        // Room for a backlog, and no checkpoint in the middle of a round.
+        let settings = "shared_buffers = '512MB'\nmax_wal_size = '16GB'\ncheckpoint_timeout = '1h'\nautovacuum = off";
+        let postgres = Postgres::start(settings).expect("Postgres");
+        Stand { postgres, redis: RedisServer::start(redis).expect("Redis") }
+    }
+
+    /// Runs SQL and gives back what it prints.
+    pub(crate) fn sql(&self, sql: &str) -> String {
+        let output = self.postgres.command("psql").args(["-XqAtv", "ON_ERROR_STOP=1", "-c", sql]).output();
+        let output = output.expect("psql");
+        assert!(output.status.success(), "{sql}\n{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+
+    pub(crate) fn redis(&self) -> redis::Connection {
+        let client = redis::Client::open(self.redis.url()).expect("a URL");
+        client.get_connection().expect("Redis")
+    }
+
+    /// A slot where `slot` stands now, so that every round reads the same backlog.
+    pub(crate) fn copy_slot(&self, slot: &str, copy: &str) {
+        self.sql(&format!("select pg_copy_logical_replication_slot('{slot}', '{copy}')"));
+    }
+
+    pub(crate) fn drop_slot(&self, slot: &str) {
+        self.sql(&format!("select pg_drop_replication_slot('{slot}')"));
+    }
+
+    /// A rules file for `slot`, which is also the name of the publication up to its first `_`.
+    pub(crate) fn rules(&self, slot: &str, rules: &str) -> PathBuf {
+        let publication = slot.split('_').next().unwrap_or(slot);
+        let (postgres, redis) = (self.postgres.url("postgres"), self.redis.url());
+        let path = self.postgres.folder().join(format!("{slot}.toml"));
+        let text = format!(
+            "[postgres]\nurl = \"{postgres}\"\nslot = \"{slot}\"\npublication = \"{publication}\"\n\
+             [redis]\nurl = \"{redis}\"\nprefix = \"bench:\"\n[admin]\nlisten = \"off\"\n{rules}"
+        );
+        fs::write(&path, text).expect("the rules file");
+        path
+    }
+
+    /// `keepstep run` on such a file.
+    pub(crate) fn keepstep(&self, slot: &str, rules: &str) -> Program {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keepstep"));
+        command.arg("run").arg("-c").arg(self.rules(slot, rules)).env("KEEPSTEP_LOG", "warn");
+        Program::start(command.stdout(Stdio::null()))
+    }
+
+    /// `pg_recvlogical` with the same plugin and options as keepstep's.
+    pub(crate) fn recvlogical(&self, slot: &str, file: &str) -> Command {
+        let publication = slot.split('_').next().unwrap_or(slot);
+        let mut command = self.postgres.command("pg_recvlogical");
+        command.args(["--start", "--no-loop", "--status-interval=1", "--fsync-interval=0"]);
+        command.args(["--slot", slot, "--dbname=postgres", "--file", file]);
+        command.args(["-o", "proto_version=1", "-o", &format!("publication_names={publication}")]);
+        command
+    }
+}
+
+/// A process that is measured, and ends with its round.
+pub(crate) struct Program {
+    pub(crate) child: Child,
+    began: Instant,
+}
+
+impl Program {
+    pub(crate) fn start(command: &mut Command) -> Self {
+        let began = Instant::now();
+        Program { child: command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")), began }
+    }
+
+    /// Since it was started.
+    pub(crate) fn elapsed_s(&self) -> f64 {
+        self.began.elapsed().as_secs_f64()
+    }
+
+    /// User and system time so far; of one that has ended too, as long as nobody has waited for it.
+    pub(crate) fn cpu_s(&self) -> f64 {
+        let fields = self.stat();
+        let ticks = |field: usize| fields[field].parse::<f64>().expect("a number of ticks");
+        (ticks(11) + ticks(12)) / TICKS_PER_SECOND
+    }
+
+    /// The most memory that was ever resident.
+    pub(crate) fn peak_mib(&self) -> f64 {
+        self.status_mib("VmHWM:")
+    }
+
+    /// The memory that is resident now.
+    pub(crate) fn resident_mib(&self) -> f64 {
+        self.status_mib("VmRSS:")
+    }
+
+    fn status_mib(&self, field: &str) -> f64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("a process");
+        let line = status.lines().find(|line| line.starts_with(field)).expect("a running process");
+        let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<f64>().ok());
+        kib.expect("a number of KiB") / 1024.0
+    }
+
+    /// `/proc/PID/stat` behind the program's name (proc(5)): the state is the first field.
+    fn stat(&self) -> Vec<String> {
+        let stat = fs::read_to_string(format!("/proc/{}/stat", self.child.id())).expect("a process");
+        let behind_name = stat.rsplit_once(')').expect("a name").1;
+        behind_name.split_whitespace().map(str::to_owned).collect()
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.stat()[0] == "Z"
+    }
+
+    /// Waits for the condition, and fails the run if the program ends before.
+    pub(crate) fn wait_until(&self, mut condition: impl FnMut() -> bool) {
+        let began = Instant::now();
+        while !condition() {
+            assert!(!self.has_ended(), "the program has ended by itself");
+            assert!(began.elapsed() < LIMIT, "what was waited for has not come within {LIMIT:?}");
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Waits for its end.
+    pub(crate) fn wait_for_end(&self) {
+        let began = Instant::now();
+        while !self.has_ended() {
+            assert!(began.elapsed() < LIMIT, "the program has not ended within {LIMIT:?}");
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Ends it in order, so that the slot is free again.
+    pub(crate) fn end(mut self) {
+        let killed = Command::new("kill").arg(self.child.id().to_string()).status();
+        assert!(killed.is_ok_and(|status| status.success()), "the program has ended by itself");
+        self.child.wait().expect("a process");
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
