@@ -16,6 +16,12 @@ test-matrix: servers ## The tests against Postgres 14 to 18 and Valkey 8, fetche
 bench: servers ## What keepstep costs, next to what Postgres's own tools cost in the same run
 	cargo bench --bench bench
 
+bench-micro: ## What each step of a change costs in time and allocations, without servers
+	cargo bench --bench micro -- --sort location
+
+instructions: ## The regression guard: instructions and allocations per change, against ceilings (needs valgrind)
+	cargo bench --bench instructions
+
 soak: servers ## The long tests in full: pgbench at scale 10 with twenty kills, a transaction of two million rows
 	KEEPSTEP_SOAK=1 cargo test --release --test integration -- pgbench:: large::
 
@@ -33,4 +39,4 @@ fuzz: ## Fuzz each parser of outside bytes for a minute (needs nightly Rust and 
 servers: ## Install Postgres and Redis where they are missing (Debian, Ubuntu)
 	@tests/install.sh
 
-.PHONY: help demo test test-matrix bench fuzz soak lint servers
+.PHONY: help demo test test-matrix bench bench-micro instructions fuzz soak lint servers

@@ -145,8 +145,9 @@ fn load(path: &Path) -> Result<Config> {
     }
 }
 
-/// The runtime of the commands that talk to servers: one thread for the session, one for Redis and the admin endpoint.
+/// The runtime of the commands that talk to servers. One thread: waking another would cost each change more than what is
+/// to be done for it.
 fn block_on<T>(future: impl Future<Output = T>) -> Result<T> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     Ok(runtime.block_on(future))
 }

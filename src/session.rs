@@ -239,9 +239,6 @@ impl<C: Cache + Send + 'static> Session<C> {
                 let bound = bound.unwrap_or_else(|_| Err(catalog_silent()))?;
                 self.intake.bind(bound);
             }
-            if self.in_flight.is_none() && self.intake.at_boundary() && !self.batch.is_empty() {
-                break;
-            }
         }
         match self.reply_requested {
             true => self.send_status(false).await,

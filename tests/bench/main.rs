@@ -9,7 +9,9 @@
 
 mod drain;
 mod latency;
+mod scaling;
 mod stand;
+mod stream;
 
 use std::time::Instant;
 
@@ -49,7 +51,8 @@ fn median<T>(rounds: &[T], pick: impl Fn(&T) -> f64) -> f64 {
 }
 
 /// What can be measured, in the order of the table.
-const MEASURES: [(&str, fn(bool) -> Vec<Figure>); 2] = [("drain", drain::measure), ("latency", latency::measure)];
+const MEASURES: [(&str, fn(bool) -> Vec<Figure>); 3] =
+    [("drain", drain::measure), ("latency", latency::measure), ("scaling", scaling::measure)];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
