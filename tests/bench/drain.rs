@@ -4,9 +4,12 @@
 //! Each round reads from a fresh copy of the slot, so that all see the same log. A last change marks the end: keepstep
 //! is done when its key is there, `pg_recvlogical` when it has passed the position behind it. Starting counts for both.
 
+use std::time::Instant;
+
 use redis::Commands;
 
 use crate::stand::{Program, Stand};
+use crate::stream::Replay;
 use crate::{Figure, median};
 
 const ROUNDS: usize = 3;
@@ -32,6 +35,8 @@ struct Rules {
     text: &'static str,
     /// Whether this row stands for the cost in CPU time too.
     cpu: bool,
+    /// Whether Redis is what it waits for: then the same without Redis is measured too.
+    recorded: bool,
 }
 
 const NARROW: &str = "[rule.r#]\ntable = \"public.narrow\"\nkey = \"r#:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
@@ -45,15 +50,16 @@ const BACKLOGS: [Backlog; 3] = [
              insert into narrow select i * 1000 + g, g, 'name ' || g from generate_series(1, 1000) g; \
              commit; end loop; end $$",
         full: 1_000_000,
-        quick: 200_000,
+        quick: 100_000,
         rules: &[
-            Rules { title: "json rule", count: 1, text: NARROW, cpu: true },
-            Rules { title: "10 json rules", count: 10, text: NARROW, cpu: false },
+            Rules { title: "json rule", count: 1, text: NARROW, cpu: true, recorded: false },
+            Rules { title: "10 json rules", count: 10, text: NARROW, cpu: false, recorded: true },
             Rules {
                 title: "delete rule",
                 count: 1,
                 text: "[rule.r#]\ntable = \"public.narrow\"\ndelete = [\"r#:{id}\"]\n",
                 cpu: false,
+                recorded: false,
             },
         ],
     },
@@ -75,6 +81,7 @@ const BACKLOGS: [Backlog; 3] = [
             count: 1,
             text: "[rule.r#]\ntable = \"public.accounts\"\nkey = \"r#:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n",
             cpu: true,
+            recorded: false,
         }],
     },
     Backlog {
@@ -91,6 +98,7 @@ const BACKLOGS: [Backlog; 3] = [
             count: 1,
             text: "[rule.r#]\ntable = \"public.wide\"\nkey = \"r#:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n",
             cpu: false,
+            recorded: false,
         }],
     },
 ];
@@ -118,17 +126,24 @@ fn measure_backlog(stand: &Stand, backlog: &Backlog, quick: bool) -> Vec<Figure>
     let end = stand.sql("select pg_current_wal_flush_lsn()");
 
     let mut theirs = Vec::new();
+    let mut recorded = Vec::new();
     let mut ours: Vec<Vec<Drained>> = backlog.rules.iter().map(|_| Vec::new()).collect();
     for round in 0..ROUNDS {
         let slot = format!("{name}_{round}");
         theirs.push(in_turn(stand, name, &slot, rows, |slot| recvlogical(stand, slot, &end)));
         for (rules, drained) in backlog.rules.iter().zip(&mut ours) {
             drained.push(in_turn(stand, name, &slot, rows, |slot| keepstep(stand, slot, backlog, rules)));
+            if rules.recorded {
+                recorded.push(in_turn(stand, name, &slot, rows, |slot| record(stand, slot, rows, rules)));
+            }
         }
     }
     stand.drop_slot(name);
     stand.sql(&format!("truncate {name}"));
-    let figures = backlog.rules.iter().zip(&ours).flat_map(|(rules, ours)| figures(backlog, rules, ours, &theirs));
+    let figures = backlog.rules.iter().zip(&ours).flat_map(|(rules, ours)| {
+        let recorded = if rules.recorded { recorded.as_slice() } else { &[] };
+        figures(stand, backlog, rules, ours, recorded, &theirs)
+    });
     figures.collect()
 }
 
@@ -152,9 +167,8 @@ fn recvlogical(stand: &Stand, slot: &str, end: &str) -> Cost {
 fn keepstep(stand: &Stand, slot: &str, backlog: &Backlog, rules: &Rules) -> Cost {
     let mut redis = stand.redis();
     redis::cmd("FLUSHALL").arg("SYNC").exec(&mut redis).expect("FLUSHALL");
-    let numbered = (0..rules.count).map(|number| rules.text.replace('#', &number.to_string()));
     let last = "[rule.last]\ntable = \"public.last\"\nkey = \"last:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
-    let program = stand.keepstep(slot, &numbered.chain([last.to_owned()]).collect::<String>());
+    let program = stand.keepstep(slot, &(rules.text() + last));
     let last_key = format!("bench:last:{}", backlog.name);
     program.wait_until(|| redis.exists(&last_key).expect("Redis"));
     let cost = (program.elapsed_s(), program.cpu_s());
@@ -162,11 +176,44 @@ fn keepstep(stand: &Stand, slot: &str, backlog: &Backlog, rules: &Rules) -> Cost
     cost
 }
 
-fn figures(backlog: &Backlog, rules: &Rules, ours: &[Drained], theirs: &[Drained]) -> Vec<Figure> {
+/// The same up to the commands, which nobody gets.
+fn record(stand: &Stand, slot: &str, rows: usize, rules: &Rules) -> Cost {
+    let (began, mut replay) = (Instant::now(), Replay::of_rules(&rules.text()));
+    stand.receive(slot, &rules.text(), rows, |frame| {
+        replay.take(frame);
+        std::hint::black_box(replay.send_if_full());
+    });
+    // In this process, whose time is nobody's cost.
+    (began.elapsed().as_secs_f64(), 0.0)
+}
+
+impl Rules {
+    fn text(&self) -> String {
+        (0..self.count).map(|number| self.text.replace('#', &number.to_string())).collect()
+    }
+}
+
+/// Of the values that narrow rows become.
+const VALUE_BYTES: usize = 60;
+
+fn figures(
+    stand: &Stand,
+    backlog: &Backlog,
+    rules: &Rules,
+    ours: &[Drained],
+    recorded: &[Drained],
+    theirs: &[Drained],
+) -> Vec<Figure> {
     let what = format!("{}, {}", backlog.shape, rules.title);
     let pick = |pick: fn(&Drained) -> f64| (median(ours, pick), median(theirs, pick));
     let (value, baseline) = pick(|drained| drained.rows_per_s);
     let mut figures = vec![Figure::ratio_at_least(format!("drain {what} (rows/s)"), value, baseline, 0.9)];
+    if !recorded.is_empty() {
+        let value = median(recorded, |drained| drained.rows_per_s);
+        figures.push(Figure::shown("  the same, recorded and not written (rows/s)", value, baseline));
+        let (keys_per_s, of_redis) = (rules.count as f64 * pick(|d| d.rows_per_s).0, stand.redis_benchmark(500_000, VALUE_BYTES));
+        figures.push(Figure::shown("  in keys, beside redis-benchmark's (keys/s)", keys_per_s, of_redis));
+    }
     if rules.cpu {
         let (value, baseline) = pick(|drained| drained.cpu_s_per_million);
         figures.push(Figure::ratio_at_most(format!("CPU, {what} (s per million)"), value, baseline, 1.5));

@@ -1,112 +1,98 @@
 //! From sending COMMIT until the change can be seen: in Redis, or in what `pg_recvlogical` prints.
 //!
-//! Redis tells of the key itself (keyspace notifications), so nobody polls and takes time from what is measured.
+//! Each transaction inserts one row, at a given rate whatever happened to the ones before (an open loop, so a slow one
+//! does not hide the next). Redis tells of the key itself (keyspace notifications), so nobody polls and takes time from
+//! what is measured; `pg_recvlogical` writes into a pipe. Both are read by a thread that sleeps until something comes.
 
+use std::collections::HashMap;
 use std::io::Read;
-use std::process::{Child, Command, Stdio};
+use std::process::Stdio;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use keepstep::sandbox::{Postgres, RedisServer};
 use tokio_postgres::NoTls;
 
-use crate::Figure;
+use crate::stand::{Program, Stand, runtime};
+use crate::{Figure, median};
 
-/// Changes in one round, after some that do not count.
-const CHANGES: usize = 300;
-const WARM_UP: usize = 50;
 const ROUNDS: usize = 3;
-/// Between two changes: light load.
-const PAUSE: Duration = Duration::from_millis(5);
+/// Changes that come first and do not count, and the time between them.
+const WARM_UP: u32 = 50;
+const WARM_UP_PAUSE: Duration = Duration::from_millis(5);
+/// Transactions take turns on so many connections.
+const CONNECTIONS: u32 = 8;
 /// A change that is not seen by then is lost.
 const LIMIT: Duration = Duration::from_secs(10);
+/// An id is this letter and nine digits, so that it can be found in pgoutput's bytes.
+const ID: &[u8] = b"\x00\x00\x00\x0ak";
+const ID_DIGITS: usize = 9;
 
-const TABLE: &str = "create table bench (id int primary key, version bigint, filler text); \
-     insert into bench values (1, 0, repeat('x', 100)); \
-     create publication recvlogical for table bench; \
-     select pg_create_logical_replication_slot('recvlogical', 'pgoutput')";
+const RULES: &str =
+    "[rule.event]\ntable = \"public.event\"\nkey = \"event:{id}\"\nvalue = \"json\"\ncolumns = [\"id\", \"filler\"]\n";
 
-const RULES: &str = r#"
-[redis]
-prefix = "bench:"
-url = "REDIS"
-[postgres]
-url = "POSTGRES"
-[admin]
-listen = "off"
-[rule.bench]
-table = "public.bench"
-key = "row:{id}"
-value = "json"
-columns = ["id", "version", "filler"]
-"#;
-
-/// A process that ends with the round.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
+/// Transactions a second, and how long a round of it takes.
+struct Load {
+    per_s: u32,
+    full_s: u32,
+    quick_s: u32,
+    /// Whether servers and daemon are idle in between: what the targets are about.
+    light: bool,
 }
 
+const LOADS: [Load; 3] = [
+    Load { per_s: 1, full_s: 30, quick_s: 2, light: true },
+    Load { per_s: 100, full_s: 10, quick_s: 1, light: true },
+    Load { per_s: 5000, full_s: 5, quick_s: 1, light: false },
+];
+
+/// Milliseconds.
 struct Delays {
-    p50_ms: f64,
-    p99_ms: f64,
+    p50: f64,
+    p99: f64,
+    p999: f64,
+    max: f64,
 }
 
-pub(crate) fn measure(_quick: bool) -> Vec<Figure> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let postgres = Postgres::start("").expect("Postgres");
-    let redis = RedisServer::start(&["--notify-keyspace-events", "K$"]).expect("Redis");
-    runtime.block_on(async {
-        let (sql, connection) = tokio_postgres::connect(&postgres.url("postgres"), NoTls).await.expect("a connection");
-        tokio::spawn(connection);
-        for statement in TABLE.split(';') {
-            sql.batch_execute(statement).await.expect("the table");
-        }
-        let rules = postgres.folder().join("keepstep.toml");
-        let text = RULES.replace("REDIS", &redis.url()).replace("POSTGRES", &postgres.url("postgres"));
-        std::fs::write(&rules, text).expect("the rules file");
-        let keepstep = |command: &str| {
-            let mut keepstep = Command::new(env!("CARGO_BIN_EXE_keepstep"));
-            keepstep.arg(command).arg("-c").arg(&rules).env("KEEPSTEP_LOG", "warn").stdout(Stdio::null());
-            keepstep
-        };
-        assert!(keepstep("setup").status().expect("keepstep").success(), "keepstep setup");
+pub(crate) fn measure(quick: bool) -> Vec<Figure> {
+    let stand = Stand::start(&["--notify-keyspace-events", "E$"]);
+    stand.sql("create table event (id text primary key, filler text)");
+    stand.sql("create publication event for table event");
+    for slot in ["event", "event_print"] {
+        stand.sql(&format!("select pg_create_logical_replication_slot('{slot}', 'pgoutput')"));
+    }
+    let mut next_id = 0;
+    let mut figures = vec![];
+    for load in &LOADS {
+        let changes = load.per_s * if quick { load.quick_s } else { load.full_s };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            let daemon = Running(keepstep("run").spawn().expect("keepstep"));
-            ours.push(round(&sql, &in_redis(&redis)).await);
-            drop(daemon);
-            theirs.push({
-                let (printer, printed) = printed(&postgres);
-                let delays = round(&sql, &printed).await;
-                drop(printer);
-                delays
-            });
+            let daemon = stand.keepstep("event", RULES);
+            ours.push(round(&stand, load, changes, &mut next_id, &in_redis(&stand)));
+            daemon.end();
+            let (printer, printed) = printed(&stand);
+            theirs.push(round(&stand, load, changes, &mut next_id, &printed));
+            printer.end();
         }
-        figures(&ours, &theirs)
-    })
+        figures.extend(self::figures(load, &ours, &theirs));
+    }
+    figures.push(redis_alone(&stand, &figures[0]));
+    figures
 }
 
-/// When each version was seen.
-type Seen = Receiver<(u64, Instant)>;
+/// When each id was seen.
+type Seen = Receiver<(u32, Instant)>;
 
-/// Subscribes to the key and says when it changed; the version is in the value, which is read then.
-fn in_redis(redis: &RedisServer) -> Seen {
-    let client = redis::Client::open(redis.url()).expect("a URL");
-    let (mut reader, mut listener) = (client.get_connection().expect("Redis"), client.get_connection().expect("Redis"));
+/// Subscribes to every key that is set.
+fn in_redis(stand: &Stand) -> Seen {
+    let mut listener = stand.redis();
     let (sender, seen) = channel();
     std::thread::spawn(move || {
         let mut subscribed = listener.as_pubsub();
-        subscribed.subscribe("__keyspace@0__:bench:row:1").expect("a subscription");
-        while subscribed.get_message().is_ok() {
-            let at = Instant::now();
-            let Ok(value) = redis::cmd("GET").arg("bench:row:1").query::<String>(&mut reader) else { return };
-            let version = value.split("\"version\":").nth(1).and_then(|rest| rest.split(',').next()?.parse().ok());
-            if sender.send((version.expect("a version"), at)).is_err() {
+        subscribed.subscribe("__keyevent@0__:set").expect("a subscription");
+        while let Ok(message) = subscribed.get_message() {
+            let (at, key) = (Instant::now(), message.get_payload_bytes());
+            let id = key.strip_prefix(b"bench:event:k").map(number);
+            if id.is_some_and(|id| sender.send((id, at)).is_err()) {
                 return;
             }
         }
@@ -115,75 +101,111 @@ fn in_redis(redis: &RedisServer) -> Seen {
 }
 
 /// `pg_recvlogical` with the same plugin, into a pipe.
-fn printed(postgres: &Postgres) -> (Running, Seen) {
-    let mut command = postgres.command("pg_recvlogical");
-    command.args(["--start", "--slot=recvlogical", "--dbname=postgres", "--file=-", "--no-loop"]);
-    command.args(["-o", "proto_version=1", "-o", "publication_names=recvlogical", "--status-interval=1"]);
-    let mut child = command.stdout(Stdio::piped()).spawn().expect("pg_recvlogical");
-    let mut out = child.stdout.take().expect("a pipe");
+fn printed(stand: &Stand) -> (Program, Seen) {
+    let mut program = Program::start(stand.recvlogical("event_print", "-").stdout(Stdio::piped()));
+    let mut out = program.child.stdout.take().expect("a pipe");
     let (sender, seen) = channel();
     std::thread::spawn(move || {
-        let mut buffer = [0; 64 << 10];
-        while let Ok(length @ 1..) = out.read(&mut buffer) {
-            let at = Instant::now();
-            if let Some(version) = version_in(&buffer[..length])
-                && sender.send((version, at)).is_err()
-            {
-                return;
+        let (mut buffer, mut kept) = (vec![0; 64 << 10], 0);
+        while let Ok(length @ 1..) = out.read(&mut buffer[kept..]) {
+            let (at, end) = (Instant::now(), kept + length);
+            let mut rest = &buffer[..end];
+            while let Some(start) = rest.windows(ID.len()).position(|window| window == ID) {
+                let Some(digits) = rest[start + ID.len()..].get(..ID_DIGITS) else { break };
+                if sender.send((number(digits), at)).is_err() {
+                    return;
+                }
+                rest = &rest[start + ID.len() + ID_DIGITS..];
             }
+            // An id may be cut in two.
+            kept = rest.len().min(ID.len() + ID_DIGITS);
+            buffer.copy_within(end - kept..end, 0);
         }
     });
-    (Running(child), seen)
+    (program, seen)
 }
 
-/// The second column of the last row in pgoutput's bytes: `t`, four bytes of length, digits, then the filler.
-fn version_in(bytes: &[u8]) -> Option<u64> {
-    let filler = bytes.windows(10).rposition(|window| window == b"xxxxxxxxxx")?;
-    let row = &bytes[..filler];
-    let start = row.windows(6).rposition(|window| window == b"\x00\x00\x00\x011t")? + 10;
-    let digits: Vec<u8> = row.get(start..)?.iter().copied().take_while(u8::is_ascii_digit).collect();
-    std::str::from_utf8(&digits).ok()?.parse().ok()
+fn number(digits: &[u8]) -> u32 {
+    digits.iter().fold(0, |number, digit| number * 10 + u32::from(digit - b'0'))
 }
 
-/// Changes the row again and again, and waits for each change to be seen.
-async fn round(sql: &tokio_postgres::Client, seen: &Seen) -> Delays {
-    let mut delays_ms = Vec::new();
-    for change in 0..WARM_UP + CHANGES {
-        let row = sql.query_one("select version from bench", &[]).await.expect("the row");
-        let version = row.get::<_, i64>(0) as u64 + 1;
-        sql.batch_execute("begin; update bench set version = version + 1").await.expect("an update");
-        let began = Instant::now();
-        sql.batch_execute("commit").await.expect("a commit");
-        let at = loop {
-            let (found, at) = seen.recv_timeout(LIMIT).expect("the change was not seen");
-            if found >= version {
-                break at;
-            }
-        };
-        if change >= WARM_UP {
-            delays_ms.push(at.saturating_duration_since(began).as_secs_f64() * 1e3);
-        }
-        tokio::time::sleep(PAUSE).await;
+/// Some changes that do not count, then those of the load; each must be seen.
+fn round(stand: &Stand, load: &Load, changes: u32, next_id: &mut u32, seen: &Seen) -> Delays {
+    let url = stand.postgres.url("postgres");
+    let warm_up = insert(&url, *next_id..*next_id + WARM_UP, WARM_UP_PAUSE, 1);
+    let first = *next_id + WARM_UP;
+    let pause = Duration::from_secs(1) / load.per_s;
+    let connections = CONNECTIONS.min(changes);
+    *next_id = first + changes;
+    let committed: HashMap<u32, Instant> = runtime().block_on(async {
+        warm_up.await;
+        insert(&url, first..first + changes, pause, connections).await
+    });
+    let mut delays_ms = Vec::with_capacity(committed.len());
+    while delays_ms.len() < committed.len() {
+        let (id, at) = seen.recv_timeout(LIMIT).expect("a change was not seen");
+        let since = committed.get(&id).map(|began| at.saturating_duration_since(*began));
+        delays_ms.extend(since.map(|delay| delay.as_secs_f64() * 1e3));
     }
     delays_ms.sort_by(f64::total_cmp);
-    let percentile = |percent: usize| delays_ms[(delays_ms.len() * percent).div_ceil(100) - 1];
-    Delays { p50_ms: percentile(50), p99_ms: percentile(99) }
+    let at = |share: f64| delays_ms[((delays_ms.len() as f64 * share).ceil() as usize).clamp(1, delays_ms.len()) - 1];
+    Delays { p50: at(0.5), p99: at(0.99), p999: at(0.999), max: at(1.0) }
 }
 
-fn figures(ours: &[Delays], theirs: &[Delays]) -> Vec<Figure> {
-    let median = |delays: &[Delays], pick: fn(&Delays) -> f64| {
-        let mut values: Vec<f64> = delays.iter().map(pick).collect();
-        values.sort_by(f64::total_cmp);
-        values[values.len() / 2]
-    };
-    let [p50, p99]: [fn(&Delays) -> f64; 2] = [|delays| delays.p50_ms, |delays| delays.p99_ms];
-    let figure = |measure: &str, pick, target: &str, met: fn(f64, f64) -> bool| {
+/// Inserts rows one `pause` after the other; gives when each COMMIT was sent.
+async fn insert(url: &str, ids: std::ops::Range<u32>, pause: Duration, connections: u32) -> HashMap<u32, Instant> {
+    let began = Instant::now() + Duration::from_millis(100);
+    let writers = (0..connections).map(|number| {
+        let (url, ids) = (url.to_owned(), ids.clone());
+        async move {
+            let (client, connection) = tokio_postgres::connect(&url, NoTls).await.expect("a connection");
+            tokio::spawn(connection);
+            let mut committed = Vec::new();
+            for id in ids.clone().skip(number as usize).step_by(connections as usize) {
+                tokio::time::sleep_until((began + pause * (id - ids.start)).into()).await;
+                let row = format!("begin; insert into event values ('k{id:09}', repeat('x', 100))");
+                client.batch_execute(&row).await.expect("an insert");
+                committed.push((id, Instant::now()));
+                client.batch_execute("commit").await.expect("a commit");
+            }
+            committed
+        }
+    });
+    futures_util::future::join_all(writers).await.into_iter().flatten().collect()
+}
+
+/// What no consumer can go below: Redis's own part, from sending a SET until its notification is read.
+fn redis_alone(stand: &Stand, light: &Figure) -> Figure {
+    let (seen, mut client) = (in_redis(stand), stand.redis());
+    std::thread::sleep(WARM_UP_PAUSE * WARM_UP);
+    let mut delays_ms: Vec<f64> = (0..6 * WARM_UP)
+        .map(|id| {
+            std::thread::sleep(WARM_UP_PAUSE);
+            let began = Instant::now();
+            redis::cmd("SET").arg(format!("bench:event:k{id:09}")).arg("x").exec(&mut client).expect("a SET");
+            let (_, at) = seen.recv_timeout(LIMIT).expect("a notification");
+            at.saturating_duration_since(began).as_secs_f64() * 1e3
+        })
+        .collect();
+    delays_ms.sort_by(f64::total_cmp);
+    let p50 = delays_ms[delays_ms.len() / 2];
+    Figure::shown("  limit: pg_recvlogical, then one SET, p50 (ms)", light.baseline + p50, light.baseline)
+}
+
+fn figures(load: &Load, ours: &[Delays], theirs: &[Delays]) -> Vec<Figure> {
+    let figure = |name: &str, pick: fn(&Delays) -> f64| {
+        let measure = format!("commit to visible, {}/s, {name} (ms)", load.per_s);
         let (value, baseline) = (median(ours, pick), median(theirs, pick));
-        let ratio = value / baseline;
-        Figure { measure: measure.into(), value, baseline, ratio, target: target.into(), ok: met(value, ratio) }
+        match (load.light, name) {
+            (true, "p50") => Figure::ratio_at_most(measure, value, baseline, 1.5),
+            (true, "p99") => Figure::value(measure, value, baseline, "<= 5 ms", |ms| ms <= 5.0),
+            _ => Figure::shown(measure, value, baseline),
+        }
     };
     vec![
-        figure("commit to visible, light load, p50 (ms)", p50, "<= 1.5 x", |_, ratio| ratio <= 1.5),
-        figure("commit to visible, light load, p99 (ms)", p99, "<= 5 ms", |value, _| value <= 5.0),
+        figure("p50", |delays| delays.p50),
+        figure("p99", |delays| delays.p99),
+        figure("p99.9", |delays| delays.p999),
+        figure("max", |delays| delays.max),
     ]
 }

@@ -7,8 +7,10 @@
 
 #![expect(clippy::print_stdout, reason = "the table is what it is for")]
 
+mod alone;
 mod drain;
 mod latency;
+mod memory;
 mod scaling;
 mod stand;
 mod stream;
@@ -34,6 +36,16 @@ impl Figure {
         Figure { measure: measure.into(), value, baseline, ratio, target, ok: ok(ratio) }
     }
 
+    /// One whose value counts, not its ratio.
+    fn value(measure: impl Into<String>, value: f64, baseline: f64, target: &str, ok: impl Fn(f64) -> bool) -> Self {
+        Self::new(measure, value, baseline, target.to_owned(), |_| ok(value))
+    }
+
+    /// One that stands there to be looked at.
+    fn shown(measure: impl Into<String>, value: f64, baseline: f64) -> Self {
+        Self::new(measure, value, baseline, "shown".to_owned(), |_| true)
+    }
+
     fn ratio_at_least(measure: impl Into<String>, value: f64, baseline: f64, least: f64) -> Self {
         Self::new(measure, value, baseline, format!(">= {least} x"), |ratio| ratio >= least)
     }
@@ -51,8 +63,13 @@ fn median<T>(rounds: &[T], pick: impl Fn(&T) -> f64) -> f64 {
 }
 
 /// What can be measured, in the order of the table.
-const MEASURES: [(&str, fn(bool) -> Vec<Figure>); 3] =
-    [("drain", drain::measure), ("latency", latency::measure), ("scaling", scaling::measure)];
+const MEASURES: [(&str, fn(bool) -> Vec<Figure>); 5] = [
+    ("drain", drain::measure),
+    ("alone", alone::measure),
+    ("latency", latency::measure),
+    ("memory", memory::measure),
+    ("scaling", scaling::measure),
+];
 
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -63,9 +80,12 @@ fn main() {
     for (name, measure) in MEASURES {
         if wanted.is_empty() || wanted.iter().any(|wanted| *wanted == name) {
             eprintln!("{:>4.0} s  {name}", began.elapsed().as_secs_f64());
-            figures.extend(measure(quick));
+            let measured = measure(quick);
+            show(&measured);
+            figures.extend(measured);
         }
     }
+    println!();
     show(&figures);
     let json = serde_json::to_string_pretty(&figures).expect("numbers and strings");
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench.json");

@@ -1,11 +1,15 @@
 //! The servers that a measure starts for itself, and the programs that are measured on them.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use keepstep::sandbox::{Postgres, RedisServer};
+use keepstep::config::{self, Config, RulesFile};
+use keepstep::model::Lsn;
+use keepstep::sandbox::{Keeper, Postgres, RedisServer};
+use keepstep::source::conninfo::ConnInfo;
+use keepstep::source::replication::{Frame, Walsender};
 
 /// `USER_HZ`: the clock of `/proc/PID/stat` on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -50,8 +54,15 @@ impl Stand {
         self.sql(&format!("select pg_drop_replication_slot('{slot}')"));
     }
 
+    /// What such a file means.
+    pub(crate) fn config(&self, slot: &str, rules: &str) -> Config {
+        let path = self.rules(slot, rules);
+        let text = fs::read_to_string(&path).expect("the rules file");
+        config::parse(RulesFile { path, text }, &|_| None).expect("a rules file").0
+    }
+
     /// A rules file for `slot`, which is also the name of the publication up to its first `_`.
-    pub(crate) fn rules(&self, slot: &str, rules: &str) -> PathBuf {
+    fn rules(&self, slot: &str, rules: &str) -> PathBuf {
         let publication = slot.split('_').next().unwrap_or(slot);
         let (postgres, redis) = (self.postgres.url("postgres"), self.redis.url());
         let path = self.postgres.folder().join(format!("{slot}.toml"));
@@ -70,6 +81,42 @@ impl Stand {
         Program::start(command.stdout(Stdio::null()))
     }
 
+    /// What `redis-benchmark` says of one connection that sets values of so many bytes: requests a second.
+    pub(crate) fn redis_benchmark(&self, keys: usize, value_bytes: usize) -> f64 {
+        let (port, keys, bytes) = (self.redis.port.to_string(), keys.to_string(), value_bytes.to_string());
+        let mut command = Command::new("redis-benchmark");
+        command.args(["-p", &port, "-c", "1", "-P", "100", "-t", "set", "-n", &keys, "-r", &keys, "-d", &bytes]);
+        let output = command.arg("--csv").output().expect("redis-benchmark");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let figure = text.lines().find(|line| line.starts_with("\"SET\"")).and_then(|line| line.split('"').nth(3));
+        figure.and_then(|figure| figure.parse().ok()).unwrap_or_else(|| panic!("redis-benchmark said {text}"))
+    }
+
+    /// Takes a slot's stream in this process, by keepstep's own connection: every message up to the commit of so many
+    /// row changes.
+    pub(crate) fn receive(&self, slot: &str, rules: &str, rows: usize, mut take: impl FnMut(&[u8])) {
+        let config = self.config(slot, rules);
+        runtime().block_on(async {
+            let info = ConnInfo::from_config(&config.postgres).expect("a URL");
+            let walsender = Walsender::connect(&info).await.expect("Postgres");
+            let mut stream = walsender.start(slot, &config.postgres.publication, Lsn::default()).await.expect("a stream");
+            let (mut changes, mut committed) = (0, 0);
+            while committed < rows {
+                stream.fill().await.expect("more bytes");
+                while let Some(frame) = stream.next_buffered().expect("a frame") {
+                    let Frame::Data { body, .. } = frame else { continue };
+                    match body.first() {
+                        Some(b'I' | b'U' | b'D') => changes += 1,
+                        Some(b'C') => committed = changes,
+                        _ => {}
+                    }
+                    take(body);
+                }
+            }
+            stream.close(Lsn::default()).await.expect("the end of the stream");
+        });
+    }
+
     /// `pg_recvlogical` with the same plugin and options as keepstep's.
     pub(crate) fn recvlogical(&self, slot: &str, file: &str) -> Command {
         let publication = slot.split('_').next().unwrap_or(slot);
@@ -81,16 +128,26 @@ impl Stand {
     }
 }
 
+/// For what is asynchronous; one thread, as the daemon's own.
+pub(crate) fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+}
+
 /// A process that is measured, and ends with its round.
 pub(crate) struct Program {
     pub(crate) child: Child,
     began: Instant,
+    /// Ends it if the benchmark is killed.
+    _keeper: Keeper,
 }
 
 impl Program {
     pub(crate) fn start(command: &mut Command) -> Self {
         let began = Instant::now();
-        Program { child: command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}")), began }
+        let child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        // There is no folder to remove.
+        let keeper = Keeper::new(&child, Path::new("")).expect("sh");
+        Program { child, began, _keeper: keeper }
     }
 
     /// Since it was started.

@@ -114,6 +114,12 @@ impl Stream {
         }
     }
 
+    /// What a server has sent for these rules.
+    pub(crate) fn captured(rules: String, frames: Vec<Vec<u8>>) -> Self {
+        let (relations, frames) = frames.into_iter().partition(|frame| frame.first() == Some(&b'R'));
+        Stream { rules, relations, frames }
+    }
+
     /// Decodes every frame; gives how many there are.
     pub(crate) fn decode(&self) -> usize {
         self.frames.iter().map(|frame| pgoutput::parse(frame)).filter(Result::is_ok).count()
@@ -197,8 +203,10 @@ fn column_count(shape: Shape) -> [u8; 2] {
     ((shape.integers + shape.texts) as u16).to_be_bytes()
 }
 
-/// Takes streams of one shape, as often as one likes.
+/// Takes frames as the session does, as many as one likes.
 pub(crate) struct Replay {
+    config: Config,
+    types: Types,
     intake: Intake,
     batch: Batch,
 }
@@ -206,18 +214,39 @@ pub(crate) struct Replay {
 impl Replay {
     /// At the beginning of the stream: its tables are bound as its Relation messages describe them.
     pub(crate) fn new(stream: &Stream) -> Self {
-        let config = config(&stream.rules);
-        let rules = Arc::new(RuleSet::new(&config.rules));
-        let mut intake = Intake::new(&checkpoint(&rules), rules, Arc::new(Metrics::new()));
-        let limits = Limits { ops: config.redis.batch_ops, bytes: config.redis.batch_bytes };
-        let mut batch = Batch::new(limits, config.rules.len());
-        let types = Types::builtin();
+        let mut replay = Self::of_rules(&stream.rules);
         for frame in &stream.relations {
-            let event = pgoutput::parse(frame).expect("a Relation message");
-            let relation = intake.take(event, &mut batch).expect("a table").expect("a table that is not bound");
-            intake.bind(bound(&config, &types, relation));
+            replay.take(frame);
         }
-        Replay { intake, batch }
+        replay
+    }
+
+    /// Before any stream.
+    pub(crate) fn of_rules(rules: &str) -> Self {
+        let config = config(rules);
+        let rules = Arc::new(RuleSet::new(&config.rules));
+        let intake = Intake::new(&checkpoint(&rules), rules, Arc::new(Metrics::new()));
+        let limits = Limits { ops: config.redis.batch_ops, bytes: config.redis.batch_bytes };
+        let batch = Batch::new(limits, config.rules.len());
+        Replay { config, types: Types::builtin(), intake, batch }
+    }
+
+    /// Decodes one frame and plans its change.
+    pub(crate) fn take(&mut self, frame: &[u8]) {
+        let event = pgoutput::parse(frame).expect("a frame");
+        if let Some(relation) = self.intake.take(event, &mut self.batch).expect("an event") {
+            self.intake.bind(bound(&self.config, &self.types, relation));
+        }
+    }
+
+    /// If the batch is full: encodes its commands, and empties it.
+    pub(crate) fn send_if_full(&mut self) -> usize {
+        if !self.batch.is_full() {
+            return 0;
+        }
+        let sent_bytes = self.encode();
+        self.batch.clear();
+        sent_bytes
     }
 
     /// Decodes the stream and plans its changes; gives the bytes of keys and values.
@@ -239,9 +268,7 @@ impl Replay {
         self.batch.clear();
         let mut sent_bytes = 0;
         for frame in &stream.frames {
-            let event = pgoutput::parse(frame).expect("a frame");
-            let unbound = self.intake.take(event, &mut self.batch).expect("an event");
-            assert!(unbound.is_none(), "every table is bound");
+            self.take(frame);
             if self.batch.is_full() {
                 sent_bytes += send(self);
                 self.batch.clear();
@@ -258,8 +285,8 @@ pub(crate) fn config(rules: &str) -> Config {
     config::parse(file, &|_| None).expect("a rules file").0
 }
 
-/// A cache that holds nothing yet.
-fn checkpoint(rules: &RuleSet) -> Checkpoint {
+/// Of a cache that holds nothing yet.
+pub(crate) fn checkpoint(rules: &RuleSet) -> Checkpoint {
     let origin = Origin { system: "7".into(), timeline: 1, database: "bench".into(), slot: "keepstep".into() };
     Checkpoint {
         version: Checkpoint::VERSION,

@@ -1,0 +1,88 @@
+//! The most memory that was ever resident; the baseline is the same daemon while it has nothing to do.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use redis::Commands;
+
+use crate::Figure;
+use crate::stand::{Program, Stand};
+
+const LIMIT_MIB: f64 = 64.0;
+const LAST: &str = "[rule.last]\ntable = \"public.last\"\nkey = \"last:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
+const RULE: &str = "[rule.r#]\ntable = \"public.TABLE\"\nkey = \"r#:{KEY}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
+
+pub(crate) fn measure(quick: bool) -> Vec<Figure> {
+    let stand = Stand::start(&["--appendonly", "yes", "--appendfsync", "no"]);
+    stand.sql("create table last (id text primary key)");
+    let large = if quick { 500_000 } else { 10_000_000 };
+    let outage = Duration::from_secs(if quick { 4 } else { 60 });
+    vec![large_transaction(&stand, large), many_rules(&stand), redis_away(stand, outage)]
+}
+
+/// Makes publication and slot of this name for the table, and starts the daemon with so many rules.
+fn start(stand: &Stand, name: &str, table: &str, key: &str, rules: usize) -> (Program, f64) {
+    stand.sql(&format!("create publication {name} for table {table}, last"));
+    stand.sql(&format!("select pg_create_logical_replication_slot('{name}', 'pgoutput')"));
+    redis::cmd("FLUSHALL").arg("SYNC").exec(&mut stand.redis()).expect("FLUSHALL");
+    let rule = RULE.replace("TABLE", table).replace("KEY", key);
+    let rules = (0..rules).map(|number| rule.replace('#', &number.to_string()));
+    let program = stand.keepstep(name, &rules.chain([LAST.to_owned()]).collect::<String>());
+    caught_up(stand, &program, &format!("{name}-begin"));
+    let idle_mib = program.resident_mib();
+    (program, idle_mib)
+}
+
+/// Waits until a change made now is in Redis.
+fn caught_up(stand: &Stand, program: &Program, mark: &str) {
+    stand.sql(&format!("insert into last values ('{mark}')"));
+    let (mut redis, key) = (stand.redis(), format!("bench:last:{mark}"));
+    program.wait_until(|| redis.exists(&key).unwrap_or(false));
+}
+
+fn figure(measure: String, program: Program, idle_mib: f64) -> Figure {
+    let peak_mib = program.peak_mib();
+    program.end();
+    Figure::value(measure, peak_mib, idle_mib, "<= 64 MiB", |mib| mib <= LIMIT_MIB)
+}
+
+fn large_transaction(stand: &Stand, rows: usize) -> Figure {
+    stand.sql("create table large (id bigint primary key, n int, name text)");
+    let (program, idle_mib) = start(stand, "large", "large", "id", 1);
+    stand.sql(&format!("insert into large select g, g, 'name ' || g from generate_series(1, {rows}) g"));
+    caught_up(stand, &program, "large-end");
+    let figure = figure(format!("memory, one transaction of {rows} rows (MiB)"), program, idle_mib);
+    stand.drop_slot("large");
+    stand.sql("drop table large");
+    figure
+}
+
+fn many_rules(stand: &Stand) -> Figure {
+    stand.sql("create table ruled (id bigint primary key, n int, name text)");
+    let (program, idle_mib) = start(stand, "ruled", "ruled", "id", 1000);
+    stand.sql("insert into ruled select g, g, 'name ' || g from generate_series(1, 500) g");
+    caught_up(stand, &program, "ruled-end");
+    let figure = figure("memory, 1000 rules on one table (MiB)".to_owned(), program, idle_mib);
+    stand.drop_slot("ruled");
+    figure
+}
+
+/// Redis is away while pgbench works as fast as it can.
+fn redis_away(mut stand: Stand, outage: Duration) -> Figure {
+    let pgbench = |arguments: &[&str]| {
+        let mut command = stand.postgres.command("pgbench");
+        command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
+        assert!(command.status().is_ok_and(|status| status.success()), "pgbench {arguments:?}");
+    };
+    pgbench(&["-i", "-q", "-s", "10"]);
+    let (program, idle_mib) = start(&stand, "away", "pgbench_accounts", "aid", 1);
+    pgbench(&["-n", "-c", "4", "-T", "2"]);
+    stand.redis.stop("TERM").expect("Redis ends");
+    let mut command = stand.postgres.command("pgbench");
+    command.args(["-n", "-c", "4", "-T", &outage.as_secs().to_string()]);
+    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    assert!(status.is_ok_and(|status| status.success()), "pgbench");
+    stand.redis.resume().expect("Redis starts");
+    caught_up(&stand, &program, "away-end");
+    figure(format!("memory, Redis away for {} s under pgbench (MiB)", outage.as_secs()), program, idle_mib)
+}
