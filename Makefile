@@ -13,8 +13,8 @@ test: servers ## Run every test, those against real servers too
 test-matrix: servers ## The tests against Postgres 14 to 18 and Valkey 8, fetched into .matrix/
 	tests/matrix.sh
 
-bench: servers ## What keepstep costs, next to what Postgres's own tools cost in the same run
-	cargo bench --bench bench
+bench: servers ## What keepstep costs, next to what Postgres's and Redis's own tools cost; QUICK=1 takes two minutes
+	cargo bench --bench bench -- $(if $(QUICK),--quick)
 
 bench-micro: ## What each step of a change costs in time and allocations, without servers
 	cargo bench --bench micro -- --sort location

@@ -1,8 +1,9 @@
 //! The one loop that drives everything: it selects over the next frame, the one batch in flight, a tick and the end.
 //!
-//! While a batch is in flight the next one fills. A batch goes out at a commit, or full; when nothing is in flight, at
-//! once. So batches are small and quick when load is low and large under load, with no timer to tune. A full batch that
-//! cannot go out yet stops the reading of the socket, and Postgres waits; status updates go on.
+//! While a batch is in flight the next one fills. A batch goes out at a commit, or full; when nothing is in flight, as
+//! soon as everything that has arrived is in it. So batches are small and quick when load is low and large under load,
+//! with no timer to tune. A full batch that cannot go out yet stops the reading of the socket, and Postgres waits; status
+//! updates go on.
 //!
 //! A session is one connection to Postgres and one claim on the cache. Any trouble with either ends it, and the next
 //! one begins from what Redis holds ([`open`]). Only a lost connection to Redis is mended inside
@@ -213,7 +214,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         !self.batch.is_full() || self.intake.replaying()
     }
 
-    /// Takes what has been received, until the batch is full or should go out at once.
+    /// Takes what has been received, until the batch is full: a batch that left out what is here already would only be
+    /// smaller, and what a batch costs by itself is more than what a change costs.
     async fn take_frames(&mut self) -> Result<()> {
         self.more_buffered = true;
         while self.has_room() {

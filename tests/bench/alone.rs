@@ -21,7 +21,10 @@ const RULES: &str = "[rule.r]\ntable = \"public.narrow\"\nkey = \"r:{id}\"\nvalu
 
 pub(crate) fn measure(quick: bool) -> Vec<Figure> {
     let stand = Stand::start(&[]);
-    vec![daemon(&stand, if quick { 100_000 } else { 1_000_000 }), cache(&stand, if quick { 200_000 } else { 1_000_000 })]
+    vec![
+        daemon(&stand, if quick { 100_000 } else { 1_000_000 }),
+        cache(&stand, if quick { 200_000 } else { 1_000_000 }),
+    ]
 }
 
 /// What Postgres sent for a table of narrow rows, taken again and again on one core; decoding alone is the baseline.

@@ -211,7 +211,8 @@ fn figures(
     if !recorded.is_empty() {
         let value = median(recorded, |drained| drained.rows_per_s);
         figures.push(Figure::shown("  the same, recorded and not written (rows/s)", value, baseline));
-        let (keys_per_s, of_redis) = (rules.count as f64 * pick(|d| d.rows_per_s).0, stand.redis_benchmark(500_000, VALUE_BYTES));
+        let (keys_per_s, of_redis) =
+            (rules.count as f64 * pick(|d| d.rows_per_s).0, stand.redis_benchmark(500_000, VALUE_BYTES));
         figures.push(Figure::shown("  in keys, beside redis-benchmark's (keys/s)", keys_per_s, of_redis));
     }
     if rules.cpu {

@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode};
 
 use stream::{Action, NARROW, Operation, PGBENCH, Replay, Shape, Stream, WIDE};
 
+#[expect(dead_code, reason = "the benchmark with servers uses the rest of it")]
 mod stream;
 
 /// Rounds whose cost is not counted, and as many that are.

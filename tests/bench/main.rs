@@ -13,6 +13,7 @@ mod latency;
 mod memory;
 mod scaling;
 mod stand;
+#[expect(dead_code, reason = "the benchmarks without servers use the rest of it")]
 mod stream;
 
 use std::time::Instant;

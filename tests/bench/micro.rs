@@ -15,6 +15,7 @@ use tokio_postgres::types::Type;
 
 use stream::{Action, NARROW, Operation, PGBENCH, Replay, Shape, Stream, WIDE};
 
+#[expect(dead_code, reason = "the benchmark with servers uses the rest of it")]
 mod stream;
 
 #[global_allocator]

@@ -99,7 +99,8 @@ impl Stand {
         runtime().block_on(async {
             let info = ConnInfo::from_config(&config.postgres).expect("a URL");
             let walsender = Walsender::connect(&info).await.expect("Postgres");
-            let mut stream = walsender.start(slot, &config.postgres.publication, Lsn::default()).await.expect("a stream");
+            let mut stream =
+                walsender.start(slot, &config.postgres.publication, Lsn::default()).await.expect("a stream");
             let (mut changes, mut committed) = (0, 0);
             while committed < rows {
                 stream.fill().await.expect("more bytes");
