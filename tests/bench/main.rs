@@ -63,8 +63,11 @@ fn median<T>(rounds: &[T], pick: impl Fn(&T) -> f64) -> f64 {
     values[values.len() / 2]
 }
 
+/// Takes less of everything if it is told to be quick.
+type Measure = fn(bool) -> Vec<Figure>;
+
 /// What can be measured, in the order of the table.
-const MEASURES: [(&str, fn(bool) -> Vec<Figure>); 5] = [
+const MEASURES: [(&str, Measure); 5] = [
     ("drain", drain::measure),
     ("alone", alone::measure),
     ("latency", latency::measure),
