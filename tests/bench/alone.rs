@@ -9,15 +9,13 @@ use keepstep::cache::checkpoint::{Checkpoint, RuleSet};
 use keepstep::cache::writer::Writer;
 use keepstep::metrics::Metrics;
 
-use crate::stand::{Stand, runtime};
+use crate::stand::{Stand, json_rules, runtime};
 use crate::stream::{Replay, Stream, checkpoint};
 use crate::{Figure, median};
 
 const ROUNDS: usize = 3;
 /// Of keys and values that Redis gets; `redis-benchmark` sets as many bytes.
 const VALUE_BYTES: usize = 60;
-
-const RULES: &str = "[rule.r]\ntable = \"public.narrow\"\nkey = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
 
 pub(crate) fn measure(quick: bool) -> Vec<Figure> {
     let stand = Stand::start(&[]);
@@ -30,12 +28,12 @@ pub(crate) fn measure(quick: bool) -> Vec<Figure> {
 /// What Postgres sent for a table of narrow rows, taken again and again on one core; decoding alone is the baseline.
 fn daemon(stand: &Stand, rows: usize) -> Figure {
     stand.sql("create table narrow (id bigint primary key, n int, name text)");
-    stand.sql("create publication narrow for table narrow");
-    stand.sql("select pg_create_logical_replication_slot('narrow', 'pgoutput')");
+    stand.publish("narrow", "narrow");
     stand.sql(&format!("insert into narrow select g, g, 'name ' || g from generate_series(1, {rows}) g"));
     let mut frames = Vec::new();
-    stand.receive("narrow", RULES, rows, |frame| frames.push(frame.to_vec()));
-    let stream = Stream::captured(RULES.to_owned(), frames);
+    let rules = json_rules("narrow", "id", 1);
+    stand.receive("narrow", &rules, rows, |frame| frames.push(frame.to_vec()));
+    let stream = Stream::captured(rules, frames);
     let mut replay = Replay::new(&stream);
     replay.run(&stream);
     let rounds: Vec<(f64, f64)> = (0..ROUNDS)
@@ -54,14 +52,14 @@ fn daemon(stand: &Stand, rows: usize) -> Figure {
 
 /// Full batches of new keys through the writer, next to `redis-benchmark`.
 fn cache(stand: &Stand, keys: usize) -> Figure {
-    let config = stand.config("cache", RULES);
+    let config = stand.config("cache", "");
     let limits = Limits { ops: config.redis.batch_ops, bytes: config.redis.batch_bytes };
     let batches: Vec<Batch> =
         (0..keys).step_by(limits.ops).map(|first| batch(first..keys.min(first + limits.ops), limits)).collect();
     let rules = Arc::new(RuleSet::new(&config.rules));
     let rounds: Vec<(f64, f64)> = (0..ROUNDS)
         .map(|_| {
-            redis::cmd("FLUSHALL").arg("SYNC").exec(&mut stand.redis()).expect("FLUSHALL");
+            stand.flush();
             let writer = Writer::new(config.redis.clone(), Arc::clone(&rules), Arc::new(Metrics::new()));
             let seconds = runtime().block_on(write(writer.expect("a writer"), &batches, checkpoint(&rules)));
             (keys as f64 / seconds, stand.redis_benchmark(keys, VALUE_BYTES))

@@ -6,13 +6,13 @@
 
 use std::time::Instant;
 
-use redis::Commands;
-
-use crate::stand::{Program, Stand};
+use crate::stand::{Program, Stand, json_rules};
 use crate::stream::Replay;
 use crate::{Figure, median};
 
 const ROUNDS: usize = 3;
+/// Of the values that narrow rows become.
+const VALUE_BYTES: usize = 60;
 
 /// A kind of backlog.
 struct Backlog {
@@ -30,16 +30,29 @@ struct Backlog {
 /// Rules that are measured on a backlog.
 struct Rules {
     title: &'static str,
-    /// How often `TEXT` stands in the file, with its number for `#`.
-    count: usize,
-    text: &'static str,
-    /// Whether this row stands for the cost in CPU time too.
-    cpu: bool,
-    /// Whether Redis is what it waits for: then the same without Redis is measured too.
-    recorded: bool,
+    text: fn(&str) -> String,
+    /// How many keys a change concerns.
+    keys: usize,
+    /// What else is shown of them.
+    aside: Aside,
 }
 
-const NARROW: &str = "[rule.r#]\ntable = \"public.narrow\"\nkey = \"r#:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
+enum Aside {
+    Nothing,
+    Cpu,
+    /// Redis is what it waits for: the same without Redis, and how fast Redis can be.
+    Limit,
+}
+
+const JSON: Rules =
+    Rules { title: "json rule", text: |table| json_rules(table, "id", 1), keys: 1, aside: Aside::Nothing };
+const TEN: Rules =
+    Rules { title: "10 json rules", text: |table| json_rules(table, "id", 10), keys: 10, aside: Aside::Limit };
+const DELETE: Rules = Rules {
+    title: "delete rule",
+    text: |table| format!("[rule.stale]\ntable = \"public.{table}\"\ndelete = [\"{table}:{{id}}\"]\n"),
+    ..JSON
+};
 
 const BACKLOGS: [Backlog; 3] = [
     Backlog {
@@ -51,17 +64,7 @@ const BACKLOGS: [Backlog; 3] = [
              commit; end loop; end $$",
         full: 1_000_000,
         quick: 100_000,
-        rules: &[
-            Rules { title: "json rule", count: 1, text: NARROW, cpu: true, recorded: false },
-            Rules { title: "10 json rules", count: 10, text: NARROW, cpu: false, recorded: true },
-            Rules {
-                title: "delete rule",
-                count: 1,
-                text: "[rule.r#]\ntable = \"public.narrow\"\ndelete = [\"r#:{id}\"]\n",
-                cpu: false,
-                recorded: false,
-            },
-        ],
+        rules: &[Rules { aside: Aside::Cpu, ..JSON }, TEN, DELETE],
     },
     Backlog {
         name: "accounts",
@@ -76,13 +79,7 @@ const BACKLOGS: [Backlog; 3] = [
              commit; end loop; end $$",
         full: 1_000_000,
         quick: 100_000,
-        rules: &[Rules {
-            title: "json rule",
-            count: 1,
-            text: "[rule.r#]\ntable = \"public.accounts\"\nkey = \"r#:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n",
-            cpu: true,
-            recorded: false,
-        }],
+        rules: &[Rules { aside: Aside::Cpu, ..JSON }],
     },
     Backlog {
         name: "wide",
@@ -93,13 +90,7 @@ const BACKLOGS: [Backlog; 3] = [
              commit; end loop; end $$",
         full: 1_000_000,
         quick: 50_000,
-        rules: &[Rules {
-            title: "json rule",
-            count: 1,
-            text: "[rule.r#]\ntable = \"public.wide\"\nkey = \"r#:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n",
-            cpu: false,
-            recorded: false,
-        }],
+        rules: &[JSON],
     },
 ];
 
@@ -107,6 +98,15 @@ const BACKLOGS: [Backlog; 3] = [
 struct Drained {
     rows_per_s: f64,
     cpu_s_per_million: f64,
+}
+
+/// All rounds of some rules.
+#[derive(Default)]
+struct Rounds {
+    drained: Vec<Drained>,
+    /// For [`Aside::Limit`]: without Redis, and `redis-benchmark`'s keys a second.
+    recorded: Vec<Drained>,
+    redis_per_s: Vec<f64>,
 }
 
 pub(crate) fn measure(quick: bool) -> Vec<Figure> {
@@ -118,43 +118,37 @@ fn measure_backlog(stand: &Stand, backlog: &Backlog, quick: bool) -> Vec<Figure>
     let Backlog { name, .. } = backlog;
     let rows = if quick { backlog.quick } else { backlog.full };
     stand.sql(backlog.table);
-    stand.sql("create table if not exists last (id text primary key)");
-    stand.sql(&format!("create publication {name} for table {name}, last"));
-    stand.sql(&format!("select pg_create_logical_replication_slot('{name}', 'pgoutput')"));
+    stand.publish(name, name);
     stand.sql(&backlog.changes.replace('N', &rows.to_string()));
-    stand.sql(&format!("insert into last values ('{name}')"));
+    stand.mark(name);
     let end = stand.sql("select pg_current_wal_flush_lsn()");
-
     let mut theirs = Vec::new();
-    let mut recorded = Vec::new();
-    let mut ours: Vec<Vec<Drained>> = backlog.rules.iter().map(|_| Vec::new()).collect();
-    for round in 0..ROUNDS {
-        let slot = format!("{name}_{round}");
-        theirs.push(in_turn(stand, name, &slot, rows, |slot| recvlogical(stand, slot, &end)));
-        for (rules, drained) in backlog.rules.iter().zip(&mut ours) {
-            drained.push(in_turn(stand, name, &slot, rows, |slot| keepstep(stand, slot, backlog, rules)));
-            if rules.recorded {
-                recorded.push(in_turn(stand, name, &slot, rows, |slot| record(stand, slot, rows, rules)));
+    let mut ours: Vec<Rounds> = backlog.rules.iter().map(|_| Rounds::default()).collect();
+    for _ in 0..ROUNDS {
+        theirs.push(in_turn(stand, name, rows, |slot| recvlogical(stand, slot, &end)));
+        for (rules, ours) in backlog.rules.iter().zip(&mut ours) {
+            let text = (rules.text)(name);
+            ours.drained.push(in_turn(stand, name, rows, |slot| keepstep(stand, slot, name, &text)));
+            if matches!(rules.aside, Aside::Limit) {
+                ours.recorded.push(in_turn(stand, name, rows, |slot| record(stand, slot, rows, &text)));
+                ours.redis_per_s.push(stand.redis_benchmark(rows, VALUE_BYTES));
             }
         }
     }
     stand.drop_slot(name);
     stand.sql(&format!("truncate {name}"));
-    let figures = backlog.rules.iter().zip(&ours).flat_map(|(rules, ours)| {
-        let recorded = if rules.recorded { recorded.as_slice() } else { &[] };
-        figures(stand, backlog, rules, ours, recorded, &theirs)
-    });
-    figures.collect()
+    backlog.rules.iter().zip(&ours).flat_map(|(rules, ours)| figures(backlog.shape, rules, ours, &theirs)).collect()
 }
 
 /// Seconds, and seconds of CPU.
 type Cost = (f64, f64);
 
 /// Drains a copy of the slot.
-fn in_turn(stand: &Stand, name: &str, copy: &str, rows: usize, drain: impl FnOnce(&str) -> Cost) -> Drained {
-    stand.copy_slot(name, copy);
-    let (seconds, cpu_s) = drain(copy);
-    stand.drop_slot(copy);
+fn in_turn(stand: &Stand, slot: &str, rows: usize, drain: impl FnOnce(&str) -> Cost) -> Drained {
+    let copy = format!("{slot}_copy");
+    stand.copy_slot(slot, &copy);
+    let (seconds, cpu_s) = drain(&copy);
+    stand.drop_slot(&copy);
     Drained { rows_per_s: rows as f64 / seconds, cpu_s_per_million: cpu_s * 1e6 / rows as f64 }
 }
 
@@ -164,22 +158,19 @@ fn recvlogical(stand: &Stand, slot: &str, end: &str) -> Cost {
     (program.elapsed_s(), program.cpu_s())
 }
 
-fn keepstep(stand: &Stand, slot: &str, backlog: &Backlog, rules: &Rules) -> Cost {
-    let mut redis = stand.redis();
-    redis::cmd("FLUSHALL").arg("SYNC").exec(&mut redis).expect("FLUSHALL");
-    let last = "[rule.last]\ntable = \"public.last\"\nkey = \"last:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
-    let program = stand.keepstep(slot, &(rules.text() + last));
-    let last_key = format!("bench:last:{}", backlog.name);
-    program.wait_until(|| redis.exists(&last_key).expect("Redis"));
+fn keepstep(stand: &Stand, slot: &str, mark: &str, rules: &str) -> Cost {
+    stand.flush();
+    let program = stand.keepstep(slot, rules);
+    stand.wait_for_mark(&program, mark);
     let cost = (program.elapsed_s(), program.cpu_s());
     program.end();
     cost
 }
 
 /// The same up to the commands, which nobody gets.
-fn record(stand: &Stand, slot: &str, rows: usize, rules: &Rules) -> Cost {
-    let (began, mut replay) = (Instant::now(), Replay::of_rules(&rules.text()));
-    stand.receive(slot, &rules.text(), rows, |frame| {
+fn record(stand: &Stand, slot: &str, rows: usize, rules: &str) -> Cost {
+    let (began, mut replay) = (Instant::now(), Replay::of_rules(rules));
+    stand.receive(slot, rules, rows, |frame| {
         replay.take(frame);
         std::hint::black_box(replay.send_if_full());
     });
@@ -187,37 +178,24 @@ fn record(stand: &Stand, slot: &str, rows: usize, rules: &Rules) -> Cost {
     (began.elapsed().as_secs_f64(), 0.0)
 }
 
-impl Rules {
-    fn text(&self) -> String {
-        (0..self.count).map(|number| self.text.replace('#', &number.to_string())).collect()
-    }
-}
-
-/// Of the values that narrow rows become.
-const VALUE_BYTES: usize = 60;
-
-fn figures(
-    stand: &Stand,
-    backlog: &Backlog,
-    rules: &Rules,
-    ours: &[Drained],
-    recorded: &[Drained],
-    theirs: &[Drained],
-) -> Vec<Figure> {
-    let what = format!("{}, {}", backlog.shape, rules.title);
-    let pick = |pick: fn(&Drained) -> f64| (median(ours, pick), median(theirs, pick));
-    let (value, baseline) = pick(|drained| drained.rows_per_s);
+fn figures(shape: &str, rules: &Rules, ours: &Rounds, theirs: &[Drained]) -> Vec<Figure> {
+    let what = format!("{shape}, {}", rules.title);
+    let rate = |rounds: &[Drained]| median(rounds, |drained| drained.rows_per_s);
+    let cpu = |rounds: &[Drained]| median(rounds, |drained| drained.cpu_s_per_million);
+    let (value, baseline) = (rate(&ours.drained), rate(theirs));
     let mut figures = vec![Figure::ratio_at_least(format!("drain {what} (rows/s)"), value, baseline, 0.9)];
-    if !recorded.is_empty() {
-        let value = median(recorded, |drained| drained.rows_per_s);
-        figures.push(Figure::shown("  the same, recorded and not written (rows/s)", value, baseline));
-        let (keys_per_s, of_redis) =
-            (rules.count as f64 * pick(|d| d.rows_per_s).0, stand.redis_benchmark(500_000, VALUE_BYTES));
-        figures.push(Figure::shown("  in keys, beside redis-benchmark's (keys/s)", keys_per_s, of_redis));
-    }
-    if rules.cpu {
-        let (value, baseline) = pick(|drained| drained.cpu_s_per_million);
-        figures.push(Figure::ratio_at_most(format!("CPU, {what} (s per million)"), value, baseline, 1.5));
+    match rules.aside {
+        Aside::Nothing => {}
+        Aside::Cpu => {
+            let measure = format!("CPU, {what} (s per million)");
+            figures.push(Figure::ratio_at_most(measure, cpu(&ours.drained), cpu(theirs), 1.5));
+        }
+        Aside::Limit => {
+            let recorded = rate(&ours.recorded);
+            figures.push(Figure::shown("  the same, recorded and not written (rows/s)", recorded, baseline));
+            let (keys_per_s, redis_per_s) = (value * rules.keys as f64, median(&ours.redis_per_s, |rate| *rate));
+            figures.push(Figure::shown("  in keys, beside redis-benchmark (keys/s)", keys_per_s, redis_per_s));
+        }
     }
     figures
 }

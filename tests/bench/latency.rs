@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use tokio_postgres::NoTls;
 
-use crate::stand::{Program, Stand, runtime};
+use crate::stand::{Program, Stand, json_rules, runtime};
 use crate::{Figure, median};
 
 const ROUNDS: usize = 3;
@@ -26,9 +26,6 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// An id is this letter and nine digits, so that it can be found in pgoutput's bytes.
 const ID: &[u8] = b"\x00\x00\x00\x0ak";
 const ID_DIGITS: usize = 9;
-
-const RULES: &str =
-    "[rule.event]\ntable = \"public.event\"\nkey = \"event:{id}\"\nvalue = \"json\"\ncolumns = [\"id\", \"filler\"]\n";
 
 /// Transactions a second, and how long a round of it takes.
 struct Load {
@@ -56,17 +53,15 @@ struct Delays {
 pub(crate) fn measure(quick: bool) -> Vec<Figure> {
     let stand = Stand::start(&["--notify-keyspace-events", "E$"]);
     stand.sql("create table event (id text primary key, filler text)");
-    stand.sql("create publication event for table event");
-    for slot in ["event", "event_print"] {
-        stand.sql(&format!("select pg_create_logical_replication_slot('{slot}', 'pgoutput')"));
-    }
+    stand.publish("event", "event");
+    stand.copy_slot("event", "event_print");
     let mut next_id = 0;
     let mut figures = vec![];
     for load in &LOADS {
         let changes = load.per_s * if quick { load.quick_s } else { load.full_s };
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            let daemon = stand.keepstep("event", RULES);
+            let daemon = stand.keepstep("event", &json_rules("event", "id", 1));
             ours.push(round(&stand, load, changes, &mut next_id, &in_redis(&stand)));
             daemon.end();
             let (printer, printed) = printed(&stand);

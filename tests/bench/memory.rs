@@ -3,31 +3,23 @@
 use std::process::Stdio;
 use std::time::Duration;
 
-use redis::Commands;
-
 use crate::Figure;
-use crate::stand::{Program, Stand};
+use crate::stand::{Program, Stand, json_rules};
 
 const LIMIT_MIB: f64 = 64.0;
-const LAST: &str = "[rule.last]\ntable = \"public.last\"\nkey = \"last:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
-const RULE: &str = "[rule.r#]\ntable = \"public.TABLE\"\nkey = \"r#:{KEY}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
 
 pub(crate) fn measure(quick: bool) -> Vec<Figure> {
     let stand = Stand::start(&["--appendonly", "yes", "--appendfsync", "no"]);
-    stand.sql("create table last (id text primary key)");
     let large = if quick { 500_000 } else { 10_000_000 };
     let outage = Duration::from_secs(if quick { 4 } else { 60 });
     vec![large_transaction(&stand, large), many_rules(&stand), redis_away(stand, outage)]
 }
 
-/// Makes publication and slot of this name for the table, and starts the daemon with so many rules.
+/// Starts the daemon with so many rules on the table; also gives what it needs while it has nothing to do.
 fn start(stand: &Stand, name: &str, table: &str, key: &str, rules: usize) -> (Program, f64) {
-    stand.sql(&format!("create publication {name} for table {table}, last"));
-    stand.sql(&format!("select pg_create_logical_replication_slot('{name}', 'pgoutput')"));
-    redis::cmd("FLUSHALL").arg("SYNC").exec(&mut stand.redis()).expect("FLUSHALL");
-    let rule = RULE.replace("TABLE", table).replace("KEY", key);
-    let rules = (0..rules).map(|number| rule.replace('#', &number.to_string()));
-    let program = stand.keepstep(name, &rules.chain([LAST.to_owned()]).collect::<String>());
+    stand.publish(name, table);
+    stand.flush();
+    let program = stand.keepstep(name, &json_rules(table, key, rules));
     caught_up(stand, &program, &format!("{name}-begin"));
     let idle_mib = program.resident_mib();
     (program, idle_mib)
@@ -35,9 +27,8 @@ fn start(stand: &Stand, name: &str, table: &str, key: &str, rules: usize) -> (Pr
 
 /// Waits until a change made now is in Redis.
 fn caught_up(stand: &Stand, program: &Program, mark: &str) {
-    stand.sql(&format!("insert into last values ('{mark}')"));
-    let (mut redis, key) = (stand.redis(), format!("bench:last:{mark}"));
-    program.wait_until(|| redis.exists(&key).unwrap_or(false));
+    stand.mark(mark);
+    stand.wait_for_mark(program, mark);
 }
 
 fn figure(measure: String, program: Program, idle_mib: f64) -> Figure {

@@ -10,6 +10,7 @@ use keepstep::model::Lsn;
 use keepstep::sandbox::{Keeper, Postgres, RedisServer};
 use keepstep::source::conninfo::ConnInfo;
 use keepstep::source::replication::{Frame, Walsender};
+use redis::Commands;
 
 /// `USER_HZ`: the clock of `/proc/PID/stat` on every Linux.
 const TICKS_PER_SECOND: f64 = 100.0;
@@ -29,7 +30,9 @@ impl Stand {
         // Room for a backlog, and no checkpoint in the middle of a round.
         let settings = "shared_buffers = '512MB'\nmax_wal_size = '16GB'\ncheckpoint_timeout = '1h'\nautovacuum = off";
         let postgres = Postgres::start(settings).expect("Postgres");
-        Stand { postgres, redis: RedisServer::start(redis).expect("Redis") }
+        let stand = Stand { postgres, redis: RedisServer::start(redis).expect("Redis") };
+        stand.sql("create table mark (id text primary key)");
+        stand
     }
 
     /// Runs SQL and gives back what it prints.
@@ -43,6 +46,28 @@ impl Stand {
     pub(crate) fn redis(&self) -> redis::Connection {
         let client = redis::Client::open(self.redis.url()).expect("a URL");
         client.get_connection().expect("Redis")
+    }
+
+    /// A publication of the table and of the marks, and a slot of the same name.
+    pub(crate) fn publish(&self, name: &str, table: &str) {
+        self.sql(&format!("create publication {name} for table {table}, mark"));
+        self.sql(&format!("select pg_create_logical_replication_slot('{name}', 'pgoutput')"));
+    }
+
+    /// A change that stands behind all those before.
+    pub(crate) fn mark(&self, id: &str) {
+        self.sql(&format!("insert into mark values ('{id}')"));
+    }
+
+    /// Waits until keepstep has written the key of the mark, and so everything before.
+    pub(crate) fn wait_for_mark(&self, keepstep: &Program, id: &str) {
+        let (mut redis, key) = (self.redis(), format!("bench:mark:{id}"));
+        keepstep.wait_until(|| redis.exists(&key).unwrap_or(false));
+    }
+
+    /// Empties Redis.
+    pub(crate) fn flush(&self) {
+        redis::cmd("FLUSHALL").arg("SYNC").exec(&mut self.redis()).expect("FLUSHALL");
     }
 
     /// A slot where `slot` stands now, so that every round reads the same backlog.
@@ -68,7 +93,8 @@ impl Stand {
         let path = self.postgres.folder().join(format!("{slot}.toml"));
         let text = format!(
             "[postgres]\nurl = \"{postgres}\"\nslot = \"{slot}\"\npublication = \"{publication}\"\n\
-             [redis]\nurl = \"{redis}\"\nprefix = \"bench:\"\n[admin]\nlisten = \"off\"\n{rules}"
+             [redis]\nurl = \"{redis}\"\nprefix = \"bench:\"\n[admin]\nlisten = \"off\"\n{rules}{}",
+            json_rules("mark", "id", 1)
         );
         fs::write(&path, text).expect("the rules file");
         path
@@ -127,6 +153,17 @@ impl Stand {
         command.args(["-o", "proto_version=1", "-o", &format!("publication_names={publication}")]);
         command
     }
+}
+
+/// So many rules on a table, each of which writes its rows as JSON.
+pub(crate) fn json_rules(table: &str, key: &str, count: usize) -> String {
+    let rule = |number| {
+        let name = if number == 0 { table.to_owned() } else { format!("{table}{number}") };
+        format!(
+            "[rule.{name}]\ntable = \"public.{table}\"\nkey = \"{name}:{{{key}}}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n"
+        )
+    };
+    (0..count).map(rule).collect()
 }
 
 /// For what is asynchronous; one thread, as the daemon's own.
