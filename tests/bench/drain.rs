@@ -72,10 +72,10 @@ const BACKLOGS: [Backlog; 3] = [
         table: "create table accounts (id int primary key, branch int, balance int, filler char(84)); \
              insert into accounts select g, 1, 0, '' from generate_series(1, 100000) g",
         changes: "do $$ begin for i in 1..N/4 loop \
-             update accounts set balance = balance + i where id = 1 + (i * 7) % 100000; \
-             update accounts set balance = balance + i where id = 1 + (i * 13) % 100000; \
-             update accounts set balance = balance - i where id = 1 + (i * 31) % 100000; \
-             update accounts set balance = balance - i where id = 1 + i % 10; \
+             update accounts set balance = i where id = 1 + (i * 7) % 100000; \
+             update accounts set balance = i where id = 1 + (i * 13) % 100000; \
+             update accounts set balance = i where id = 1 + (i * 31) % 100000; \
+             update accounts set balance = i where id = 1 + i % 10; \
              commit; end loop; end $$",
         full: 1_000_000,
         quick: 100_000,

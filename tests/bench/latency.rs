@@ -37,7 +37,7 @@ struct Load {
 }
 
 const LOADS: [Load; 3] = [
-    Load { per_s: 1, full_s: 30, quick_s: 2, light: true },
+    Load { per_s: 1, full_s: 15, quick_s: 2, light: true },
     Load { per_s: 100, full_s: 10, quick_s: 1, light: true },
     Load { per_s: 5000, full_s: 5, quick_s: 1, light: false },
 ];
