@@ -152,14 +152,19 @@ fn round(stand: &Stand, load: &Load, changes: u32, next_id: &mut u32, seen: &See
 
 /// Inserts rows one `pause` after the other; gives when each COMMIT was sent.
 async fn insert(url: &str, ids: std::ops::Range<u32>, pause: Duration, connections: u32) -> HashMap<u32, Instant> {
-    let began = Instant::now() + Duration::from_millis(100);
-    let writers = (0..connections).map(|number| {
-        let (url, ids) = (url.to_owned(), ids.clone());
+    let connect = async |_| {
+        let (client, connection) = tokio_postgres::connect(url, NoTls).await.expect("a connection");
+        tokio::spawn(connection);
+        client
+    };
+    let clients = futures_util::future::join_all((0..connections).map(connect)).await;
+    // The clock starts once all are connected, or a late one would begin with everything that it has missed.
+    let began = Instant::now();
+    let writers = clients.into_iter().enumerate().map(|(number, client)| {
+        let ids = ids.clone();
         async move {
-            let (client, connection) = tokio_postgres::connect(&url, NoTls).await.expect("a connection");
-            tokio::spawn(connection);
             let mut committed = Vec::new();
-            for id in ids.clone().skip(number as usize).step_by(connections as usize) {
+            for id in ids.clone().skip(number).step_by(connections as usize) {
                 tokio::time::sleep_until((began + pause * (id - ids.start)).into()).await;
                 let row = format!("begin; insert into event values ('k{id:09}', repeat('x', 100))");
                 client.batch_execute(&row).await.expect("an insert");

@@ -81,6 +81,7 @@ fn main() {
     let wanted: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("--")).collect();
     let began = Instant::now();
     let mut figures = Vec::new();
+    println!("{:<52} {:>12} {:>12} {:>7}  {:<10} verdict", "measure", "keepstep", "baseline", "ratio", "target");
     for (name, measure) in MEASURES {
         if wanted.is_empty() || wanted.iter().any(|wanted| *wanted == name) {
             eprintln!("{:>4.0} s  {name}", began.elapsed().as_secs_f64());
@@ -89,15 +90,12 @@ fn main() {
             figures.extend(measured);
         }
     }
-    println!();
-    show(&figures);
     let json = serde_json::to_string_pretty(&figures).expect("numbers and strings");
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/target/bench.json");
     std::fs::write(path, json).expect("the target folder can be written");
 }
 
 fn show(figures: &[Figure]) {
-    println!("{:<52} {:>12} {:>12} {:>7}  {:<10} verdict", "measure", "keepstep", "baseline", "ratio", "target");
     for Figure { measure, value, baseline, ratio, target, ok } in figures {
         let verdict = if *ok { "met" } else { "missed" };
         println!("{measure:<52} {value:>12.3} {baseline:>12.3} {ratio:>7.2}  {target:<10} {verdict}");
