@@ -74,6 +74,8 @@ pub struct Batch {
     /// Per rule, the transaction that last touched it in this batch: each counts once for the delay.
     touched: Vec<Option<Lsn>>,
     commits: Vec<(u16, Timestamp)>,
+    /// The transaction that touched any rule last.
+    newest: Option<Lsn>,
     /// The position behind the last change taken in; `None` while nothing was.
     pub applied: Option<Position>,
     /// The commit LSN of the oldest transaction that is not behind this batch, or the end LSN of the newest that is.
@@ -92,6 +94,7 @@ impl Batch {
             sweeps: Vec::new(),
             touched: vec![None; rules],
             commits: Vec::new(),
+            newest: None,
             applied: None,
             low: Lsn::default(),
         }
@@ -107,6 +110,7 @@ impl Batch {
         self.sweeps.clear();
         self.touched.fill(None);
         self.commits.clear();
+        self.newest = None;
         self.applied = None;
     }
 
@@ -199,8 +203,14 @@ impl Batch {
         let last = &mut self.touched[usize::from(rule)];
         if *last != Some(commit_lsn) {
             *last = Some(commit_lsn);
+            self.newest = *last;
             self.commits.push((rule, commit_time));
         }
+    }
+
+    /// Whether it holds anything of the transaction that commits at `commit_lsn`, the last one taken in.
+    pub fn holds(&self, commit_lsn: Lsn) -> bool {
+        self.newest == Some(commit_lsn)
     }
 
     /// For each transaction and rule that it touched: the rule, and when the transaction committed.

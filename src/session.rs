@@ -1,7 +1,7 @@
 //! The one loop that drives everything: it selects over the next frame, the one batch in flight, a tick and the end.
 //!
-//! While a batch is in flight the next one fills. A batch goes out at a commit, or full; when nothing is in flight, as
-//! soon as everything that has arrived is in it. So batches are small and quick when load is low and large under load,
+//! While a batch is in flight the next one fills. A batch goes out once it holds whole transactions only, or full; when
+//! nothing is in flight, as soon as everything that has arrived is in it. So batches are small and quick when load is low and large under load,
 //! with no timer to tune. A full batch that cannot go out yet stops the reading of the socket, and Postgres waits; status
 //! updates go on.
 //!
@@ -250,7 +250,7 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Sends the batch if nothing is in flight and it is complete; whether it did.
     fn dispatch(&mut self) -> bool {
-        let ready = if self.intake.at_boundary() {
+        let ready = if self.intake.is_whole(&self.batch) {
             !self.batch.is_empty() || self.checkpoint_due
         } else {
             self.batch.is_full() && !self.intake.replaying()
@@ -374,7 +374,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             tracing::warn!("the batch under way was not answered in time; it is applied again at the next start");
             return true;
         }
-        let idle = self.in_flight.is_none() && (self.batch.is_empty() || !self.intake.at_boundary());
+        let idle = self.in_flight.is_none() && (self.batch.is_empty() || !self.intake.is_whole(&self.batch));
         let caught_up = options.until_caught_up && self.checkpoint.applied.lsn >= self.flushed_at_start;
         idle && (drain_until.is_some() || caught_up)
     }

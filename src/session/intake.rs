@@ -107,9 +107,11 @@ impl Intake {
         }
     }
 
-    /// Whether the batch stands behind a whole transaction and holds everything that must go out together.
-    pub fn at_boundary(&self) -> bool {
-        self.open.is_none() && !self.replaying()
+    /// Whether the batch holds whole transactions only, and everything that must go out together. What is under way may
+    /// be large and concern no key: what came before does not wait for it.
+    pub fn is_whole(&self, batch: &Batch) -> bool {
+        let half = self.open.as_ref().is_some_and(|open| batch.holds(open.transaction.commit_lsn));
+        !half && !self.replaying()
     }
 
     /// Whether what the stream sends may be in the cache already.
@@ -251,7 +253,7 @@ mod tests {
                 CacheOp::Set { value, .. } => String::from_utf8_lossy(value).into_owned(),
                 CacheOp::Delete { key } => format!("-{}", String::from_utf8_lossy(key)),
             });
-            let ready = self.intake.at_boundary() || self.batch.is_full() && !self.intake.replaying();
+            let ready = self.intake.is_whole(&self.batch) || self.batch.is_full() && !self.intake.replaying();
             (ops.collect(), ready)
         }
     }
@@ -271,10 +273,10 @@ mod tests {
             (Some(at(200, 1)), Lsn(200)),
             "the transaction is not done"
         );
-        assert!(!stream.intake.at_boundary());
+        assert!(!stream.intake.is_whole(&stream.batch));
         stream.commit(200);
         assert_eq!((stream.batch.applied, stream.batch.low), (Some(at(210, 0)), Lsn(210)));
-        assert!(stream.intake.at_boundary());
+        assert!(stream.intake.is_whole(&stream.batch));
     }
 
     #[test]
@@ -309,6 +311,25 @@ mod tests {
         let (ops, ready) = stream.state();
         assert!(ready);
         assert_eq!(ops, [r#"{"id":"1","version":"2"}"#, r#"{"id":"2","version":"1"}"#]);
+    }
+
+    #[test]
+    fn what_is_whole_does_not_wait_for_a_transaction_that_concerns_no_key() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        let elsewhere = bound(RULE, &["id", "version"]).relation;
+        let relation = Relation { oid: 2, name: "elsewhere".into(), ..elsewhere };
+        stream.intake.bind(BoundTable { relation, rules: Vec::new() });
+        stream.begin(200);
+        stream.insert("1", "1");
+        stream.commit(200);
+        stream.begin(300);
+        let bytes = text_tuple(&[Some("1"), Some("1")]);
+        let new = Tuple { columns: 2, bytes: &bytes };
+        stream.take(Event::Change { relation: 2, change: Change::Insert { new } }).expect("a change");
+        assert!(stream.state().1, "the first transaction is whole");
+        assert_eq!((stream.batch.applied, stream.batch.low), (Some(at(300, 1)), Lsn(300)));
+        stream.insert("2", "1");
+        assert!(!stream.intake.is_whole(&stream.batch), "the second one is not");
     }
 
     #[test]

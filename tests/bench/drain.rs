@@ -8,11 +8,10 @@ use std::time::Instant;
 
 use crate::stand::{Program, Stand, json_rules};
 use crate::stream::Replay;
-use crate::{Figure, median};
+use crate::{Figure, ROUNDS, median};
 
-const ROUNDS: usize = 3;
-/// Of the values that narrow rows become.
-const VALUE_BYTES: usize = 60;
+/// Of the values that narrow rows become: `{"id":500123,"n":123,"name":"name 123"}`.
+const VALUE_BYTES: usize = 40;
 
 /// A kind of backlog.
 struct Backlog {
@@ -20,7 +19,7 @@ struct Backlog {
     name: &'static str,
     shape: &'static str,
     table: &'static str,
-    /// Makes the backlog of `N` single-row changes.
+    /// Makes the backlog of `{rows}` single-row changes.
     changes: &'static str,
     full: usize,
     quick: usize,
@@ -59,7 +58,7 @@ const BACKLOGS: [Backlog; 3] = [
         name: "narrow",
         shape: "narrow inserts",
         table: "create table narrow (id bigint primary key, n int, name text)",
-        changes: "do $$ begin for i in 1..N/1000 loop \
+        changes: "do $$ begin for i in 1..{rows}/1000 loop \
              insert into narrow select i * 1000 + g, g, 'name ' || g from generate_series(1, 1000) g; \
              commit; end loop; end $$",
         full: 1_000_000,
@@ -71,7 +70,7 @@ const BACKLOGS: [Backlog; 3] = [
         shape: "updates, 4 a transaction",
         table: "create table accounts (id int primary key, branch int, balance int, filler char(84)); \
              insert into accounts select g, 1, 0, '' from generate_series(1, 100000) g",
-        changes: "do $$ begin for i in 1..N/4 loop \
+        changes: "do $$ begin for i in 1..{rows}/4 loop \
              update accounts set balance = i where id = 1 + (i * 7) % 100000; \
              update accounts set balance = i where id = 1 + (i * 13) % 100000; \
              update accounts set balance = i where id = 1 + (i * 31) % 100000; \
@@ -85,7 +84,7 @@ const BACKLOGS: [Backlog; 3] = [
         name: "wide",
         shape: "1 KB rows",
         table: "create table wide (id bigint primary key, body text); alter table wide alter body set storage plain",
-        changes: "do $$ begin for i in 1..N/1000 loop \
+        changes: "do $$ begin for i in 1..{rows}/1000 loop \
              insert into wide select i * 1000 + g, repeat(md5(g::text), 32) from generate_series(1, 1000) g; \
              commit; end loop; end $$",
         full: 1_000_000,
@@ -119,7 +118,7 @@ fn measure_backlog(stand: &Stand, backlog: &Backlog, quick: bool) -> Vec<Figure>
     let rows = if quick { backlog.quick } else { backlog.full };
     stand.sql(backlog.table);
     stand.publish(name, name);
-    stand.sql(&backlog.changes.replace('N', &rows.to_string()));
+    stand.sql(&backlog.changes.replace("{rows}", &rows.to_string()));
     stand.mark(name);
     let end = stand.sql("select pg_current_wal_flush_lsn()");
     let mut theirs = Vec::new();
@@ -154,8 +153,7 @@ fn in_turn(stand: &Stand, slot: &str, rows: usize, drain: impl FnOnce(&str) -> C
 
 fn recvlogical(stand: &Stand, slot: &str, end: &str) -> Cost {
     let program = Program::start(stand.recvlogical(slot, "/dev/null").args(["--endpos", end]));
-    program.wait_for_end();
-    (program.elapsed_s(), program.cpu_s())
+    program.finish()
 }
 
 fn keepstep(stand: &Stand, slot: &str, mark: &str, rules: &str) -> Cost {

@@ -196,7 +196,7 @@ impl Case {
     fn count(&self, rounds: usize) -> f64 {
         let (tool, before): (&[&str], _) = match self.counter {
             Counter::Instructions => {
-                (&["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"], "I   refs:")
+                (&["--tool=cachegrind", "--cache-sim=no", "--cachegrind-out-file=/dev/null"], "refs:")
             }
             Counter::Allocations => (&["--tool=memcheck", "--undef-value-errors=no"], "total heap usage:"),
         };

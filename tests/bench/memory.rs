@@ -62,20 +62,18 @@ fn many_rules(stand: &Stand) -> Figure {
 fn redis_away(outage: Duration) -> Figure {
     // It comes back with what it had.
     let mut stand = Stand::start(&["--appendonly", "yes", "--appendfsync", "no"]);
-    let pgbench = |arguments: &[&str]| {
-        let mut command = stand.postgres.command("pgbench");
-        command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null());
-        assert!(command.status().is_ok_and(|status| status.success()), "pgbench {arguments:?}");
-    };
-    pgbench(&["-i", "-q", "-s", "10"]);
+    pgbench(&stand, &["-i", "-q", "-s", "10"]);
     let (program, idle_mib) = start(&stand, "away", "pgbench_accounts", "aid", 1);
-    pgbench(&["-n", "-c", "4", "-T", "2"]);
+    pgbench(&stand, &["-n", "-c", "4", "-T", "2"]);
     stand.redis.stop("TERM").expect("Redis ends");
-    let mut command = stand.postgres.command("pgbench");
-    command.args(["-n", "-c", "4", "-T", &outage.as_secs().to_string()]);
-    let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
-    assert!(status.is_ok_and(|status| status.success()), "pgbench");
+    pgbench(&stand, &["-n", "-c", "4", "-T", &outage.as_secs().to_string()]);
     stand.redis.resume().expect("Redis starts");
     caught_up(&stand, &program, "away-end");
     figure(format!("memory, Redis away for {} s under pgbench (MiB)", outage.as_secs()), program, idle_mib)
+}
+
+fn pgbench(stand: &Stand, arguments: &[&str]) {
+    let mut command = stand.postgres.command("pgbench");
+    let status = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).status();
+    assert!(status.is_ok_and(|status| status.success()), "pgbench {arguments:?}");
 }

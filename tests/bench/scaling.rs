@@ -5,8 +5,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::Figure;
 use crate::stream::{NARROW, Replay, Shape, Stream};
+use crate::{Figure, median};
 
 const ROUNDS: usize = 5;
 /// How long one size is measured in one round.
@@ -75,17 +75,14 @@ impl Cause {
         for _ in 0..ROUNDS {
             sizes.iter_mut().for_each(|size| size.round(span));
         }
-        let costs: Vec<(usize, f64)> = sizes.into_iter().map(Size::cost_ns).collect();
+        let cost = |size: Size| (size.size, median(&size.rounds_ns, |ns| *ns));
+        let costs: Vec<(usize, f64)> = sizes.into_iter().map(cost).collect();
         let (reference, baseline) = costs[1];
         let figure = |(size, value): (usize, f64)| {
-            let (ratio, smaller) = (value / baseline, size < reference);
-            Figure {
-                measure: format!("{size} {} against {reference}: ns per {}", self.plural, self.unit),
-                value,
-                baseline,
-                ratio,
-                target: if smaller { "shown".to_owned() } else { format!("<= {FACTOR_MAX} x") },
-                ok: smaller || ratio <= FACTOR_MAX,
+            let measure = format!("{size} {} against {reference}: ns per {}", self.plural, self.unit);
+            match size < reference {
+                true => Figure::shown(measure, value, baseline),
+                false => Figure::ratio_at_most(measure, value, baseline, FACTOR_MAX),
             }
         };
         costs.into_iter().filter(|(size, _)| *size != reference).map(figure).collect()
@@ -120,11 +117,5 @@ impl Size {
             units += self.units;
         }
         self.rounds_ns.push(began.elapsed().as_secs_f64() * 1e9 / units as f64);
-    }
-
-    /// The size, and the median of its rounds for one unit.
-    fn cost_ns(mut self) -> (usize, f64) {
-        self.rounds_ns.sort_by(f64::total_cmp);
-        (self.size, self.rounds_ns[ROUNDS / 2])
     }
 }

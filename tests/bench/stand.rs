@@ -86,9 +86,9 @@ impl Stand {
         config::parse(RulesFile { path, text }, &|_| None).expect("a rules file").0
     }
 
-    /// A rules file for `slot`, which is also the name of the publication up to its first `_`.
+    /// A rules file for `slot`.
     fn rules(&self, slot: &str, rules: &str) -> PathBuf {
-        let publication = slot.split('_').next().unwrap_or(slot);
+        let publication = publication(slot);
         let (postgres, redis) = (self.postgres.url("postgres"), self.redis.url());
         let path = self.postgres.folder().join(format!("{slot}.toml"));
         let text = format!(
@@ -109,6 +109,7 @@ impl Stand {
 
     /// What `redis-benchmark` says of one connection that sets values of so many bytes: requests a second.
     pub(crate) fn redis_benchmark(&self, keys: usize, value_bytes: usize) -> f64 {
+        self.flush();
         let (port, keys, bytes) = (self.redis.port.to_string(), keys.to_string(), value_bytes.to_string());
         let mut command = Command::new("redis-benchmark");
         command.args(["-p", &port, "-c", "1", "-P", "100", "-t", "set", "-n", &keys, "-r", &keys, "-d", &bytes]);
@@ -146,13 +147,25 @@ impl Stand {
 
     /// `pg_recvlogical` with the same plugin and options as keepstep's.
     pub(crate) fn recvlogical(&self, slot: &str, file: &str) -> Command {
-        let publication = slot.split('_').next().unwrap_or(slot);
+        let publication = publication(slot);
         let mut command = self.postgres.command("pg_recvlogical");
         command.args(["--start", "--no-loop", "--status-interval=1", "--fsync-interval=0"]);
         command.args(["--slot", slot, "--dbname=postgres", "--file", file]);
-        command.args(["-o", "proto_version=1", "-o", &format!("publication_names={publication}")]);
+        command.args([
+            "-o",
+            "proto_version=1",
+            "-o",
+            "messages=true",
+            "-o",
+            &format!("publication_names={publication}"),
+        ]);
         command
     }
+}
+
+/// A slot is named after its publication; a copy has something behind a `_`.
+fn publication(slot: &str) -> &str {
+    slot.split('_').next().unwrap_or(slot)
 }
 
 /// So many rules on a table, each of which writes its rows as JSON.
@@ -238,13 +251,16 @@ impl Program {
         }
     }
 
-    /// Waits for its end.
-    pub(crate) fn wait_for_end(&self) {
-        let began = Instant::now();
+    /// Waits for its end, which must be a good one; gives its seconds, and its seconds of CPU.
+    pub(crate) fn finish(mut self) -> (f64, f64) {
         while !self.has_ended() {
-            assert!(began.elapsed() < LIMIT, "the program has not ended within {LIMIT:?}");
+            assert!(self.elapsed_s() < LIMIT.as_secs_f64(), "the program has not ended within {LIMIT:?}");
             std::thread::sleep(POLL);
         }
+        let cost = (self.elapsed_s(), self.cpu_s());
+        let status = self.child.wait().expect("a process");
+        assert!(status.success(), "the program has failed: {status}");
+        cost
     }
 
     /// Ends it in order, so that the slot is free again.

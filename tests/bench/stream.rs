@@ -122,7 +122,10 @@ impl Stream {
 
     /// Decodes every frame; gives how many there are.
     pub(crate) fn decode(&self) -> usize {
-        self.frames.iter().map(|frame| pgoutput::parse(frame)).filter(Result::is_ok).count()
+        for frame in &self.frames {
+            std::hint::black_box(pgoutput::parse(std::hint::black_box(frame)).expect("a message"));
+        }
+        self.frames.len()
     }
 }
 

@@ -124,6 +124,7 @@ async fn every_key_equals_its_row_after_kills_and_restarts_under_pgbench() {
     let _ = clients.wait();
     let mirrors = MIRRORS.into_iter().chain([Mirror { table: "clock", key: "'clock:' || 't'", columns: "version" }]);
     assert_in_step(&stage, &mirrors.collect::<Vec<_>>()).await;
+    reader.sees_several().await;
     reader.finish().await;
     drop(daemon);
 }

@@ -30,12 +30,16 @@ impl Reader {
         self.task.is_finished()
     }
 
-    /// Stops once it has seen several versions, and gives how many. Panics if one was older than another seen before it.
-    pub(crate) async fn finish(self) -> u64 {
+    /// Waits until it has seen more than one version.
+    pub(crate) async fn sees_several(&self) {
         wait_for("a second version", async || {
             (self.has_ended() || self.seen.load(Ordering::Relaxed) > 1).then_some(())
         })
         .await;
+    }
+
+    /// How many different versions it has seen. Panics if one was older than another seen before it.
+    pub(crate) async fn finish(self) -> u64 {
         self.done.store(true, Ordering::Relaxed);
         self.task.await.unwrap_or_else(|failed| std::panic::resume_unwind(failed.into_panic()));
         self.seen.load(Ordering::Relaxed)
