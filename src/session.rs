@@ -259,13 +259,15 @@ impl<C: Cache + Send + 'static> Session<C> {
         debug_assert!(applied >= self.checkpoint.applied, "the checkpoint never moves back");
         let (Some(mut cache), Some(spare)) = (self.cache.take(), self.spare.take()) else { return false };
         let batch = std::mem::replace(&mut self.batch, spare);
+        let mut owing = self.checkpoint.owing.clone();
+        self.tables.owing().iter().for_each(|(rule, debt)| debt.enter(rule, &mut owing));
         let next = Checkpoint {
             applied,
             low: batch.low,
             // Without operations there is no reply that could be bad.
             good: if batch.is_empty() { applied } else { self.proven },
             written_us: report::now_us(),
-            owing: self.checkpoint.owing.union(self.tables.owing()).cloned().collect(),
+            owing,
             ..self.checkpoint.clone()
         };
         self.checkpoint_due = false;
@@ -363,7 +365,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             status.caught_up = caught_up;
             status.redis_away = self.metrics.circuit_open.get() == 1;
             for rule in &mut status.rules {
-                rule.owing = self.checkpoint.owing.contains(&rule.name);
+                rule.owing = self.checkpoint.owing.contains_key(&rule.name);
             }
         });
     }

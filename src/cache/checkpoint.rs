@@ -1,6 +1,6 @@
 //! How far the cache has come: stored under the prefix in each batch's own MULTI, so that it is right whatever happens.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -32,10 +32,28 @@ pub struct Checkpoint {
     pub rules: String,
     /// When it was written, in microseconds since 1970: how long the cache has held `low` at least.
     pub written_us: u64,
-    /// The rules that had to invalidate where they should have written (out of memory, a column gone): keys of
-    /// theirs may be missing until they are written again.
-    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
-    pub owing: BTreeSet<String>,
+    /// The rules whose keys cannot be trusted yet, by name. A pass over the table pays the debt, and only then it goes.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub owing: BTreeMap<String, Debt>,
+}
+
+/// What a rule's keys need before they can be trusted. The larger debt includes the smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Debt {
+    /// Keys may be missing, and none is wrong: every row's key is written.
+    Warm,
+    /// Anything may be missing, stale or without a row: every row's key is written, and owned keys that no row renders
+    /// are deleted.
+    Reconcile,
+}
+
+impl Debt {
+    /// Enters it for a rule, where the larger debt stands.
+    pub fn enter(self, rule: &str, owing: &mut BTreeMap<String, Debt>) {
+        let debt = owing.get(rule).map_or(self, |before| self.max(*before));
+        owing.insert(rule.to_owned(), debt);
+    }
 }
 
 /// Where changes come from. If one of these differs, cache and slot do not belong together.
@@ -110,12 +128,30 @@ impl RuleSet {
         format!("{prefix}{RESERVED}rules")
     }
 
-    /// The rules that are not the same in `before`, as stored by an earlier run: (changed or new, removed).
-    pub fn difference(&self, before: &BTreeMap<String, String>) -> (Vec<String>, Vec<String>) {
-        let changed = self.fingerprints.iter().filter(|(name, hash)| before.get(*name) != Some(*hash));
-        let removed = before.keys().filter(|name| !self.fingerprints.contains_key(*name));
-        (changed.map(|(name, _)| name.clone()).collect(), removed.cloned().collect())
+    /// What became of the rules since `before`, as stored by an earlier run.
+    pub fn difference(&self, before: &BTreeMap<String, String>) -> Difference {
+        let mut difference = Difference::default();
+        for (name, hash) in &self.fingerprints {
+            match before.get(name) {
+                None => difference.added.push(name.clone()),
+                Some(stored) if stored != hash => difference.changed.push(name.clone()),
+                Some(_) => {}
+            }
+        }
+        difference.removed = before.keys().filter(|name| !self.fingerprints.contains_key(*name)).cloned().collect();
+        difference
     }
+}
+
+/// The names of rules that are not what they were.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Difference {
+    /// They were not there before.
+    pub added: Vec<String>,
+    /// They make other keys or values.
+    pub changed: Vec<String>,
+    /// They are no longer there.
+    pub removed: Vec<String>,
 }
 
 /// The key holds something else.
@@ -143,7 +179,7 @@ pub(crate) mod tests {
             good: Position::end(Lsn(lsn)),
             rules: "ab12".into(),
             written_us: 0,
-            owing: BTreeSet::new(),
+            owing: BTreeMap::new(),
         }
     }
 
@@ -154,12 +190,24 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn changed_and_removed_rules_are_told_apart() {
+    fn the_larger_debt_stands() {
+        let mut owing = BTreeMap::new();
+        for debt in [Debt::Warm, Debt::Reconcile, Debt::Warm] {
+            debt.enter("product", &mut owing);
+        }
+        Debt::Warm.enter("order", &mut owing);
+        let written = Checkpoint { owing, ..checkpoint(1) }.encode();
+        let read: serde_json::Value = serde_json::from_slice(&written).expect("JSON");
+        assert_eq!(read["owing"], serde_json::json!({"order": "warm", "product": "reconcile"}));
+    }
+
+    #[test]
+    fn added_changed_and_removed_rules_are_told_apart() {
         let of = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, hash)| ((*name).into(), (*hash).into())).collect();
         let now =
             RuleSet { names: vec![], fingerprints: of(&[("a", "1"), ("b", "2"), ("c", "3")]), digest: String::new() };
-        let (changed, removed) = now.difference(&of(&[("a", "1"), ("b", "0"), ("d", "4")]));
-        assert_eq!((changed, removed), (vec!["b".to_owned(), "c".to_owned()], vec!["d".to_owned()]));
+        let Difference { added, changed, removed } = now.difference(&of(&[("a", "1"), ("b", "0"), ("d", "4")]));
+        assert_eq!((added, changed, removed), (vec!["c".to_owned()], vec!["b".to_owned()], vec!["d".to_owned()]));
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::metrics::Metrics;
 use crate::rules::pattern::Pattern;
 use crate::rules::template::RESERVED;
 
-use super::checkpoint::{Checkpoint, RuleSet};
+use super::checkpoint::{Checkpoint, Debt, RuleSet};
 use super::connection::{Connection, Failure};
 use super::{Applied, Cache, commands};
 
@@ -268,9 +268,9 @@ impl Writer {
     }
 
     /// The rules whose keys are deleted where they should be written.
-    fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = String> + 'b {
+    fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = &'b str> + 'b {
         let sets = batch.ops().filter(|(_, op)| matches!(op, CacheOp::Set { .. }));
-        sets.map(|(rule, _)| self.rules.names[usize::from(rule)].clone())
+        sets.map(|(rule, _)| self.rules.names[usize::from(rule)].as_str())
     }
 
     /// Redis takes no writes: what should be set is deleted instead.
@@ -373,7 +373,7 @@ impl Cache for Writer {
             let mut outcome = self.try_apply(batch, &checkpoint).await;
             if matches!(outcome, Err(Failure::OutOfMemory)) {
                 tracing::warn!("Redis is out of memory: keys are deleted instead of written");
-                checkpoint.owing.extend(self.owed(batch));
+                self.owed(batch).for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
                 invalidated = true;
                 outcome = self.invalidate(batch, &checkpoint).await;
             }

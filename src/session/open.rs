@@ -4,7 +4,7 @@
 //! START_REPLICATION has succeeded, because Postgres elects the writer; and if the checkpoint moved in between, the
 //! session begins anew.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
-use crate::cache::checkpoint::{Checkpoint, Origin};
+use crate::cache::checkpoint::{Checkpoint, Difference, Origin};
 use crate::cache::inspect;
 use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
@@ -213,7 +213,7 @@ fn beginning(start: Start, stored: Option<&Checkpoint>, origin: Origin, rules: &
             good: Position::end(from),
             rules: rules.to_owned(),
             written_us: report::now_us(),
-            owing: BTreeSet::new(),
+            owing: BTreeMap::new(),
         },
     }
 }
@@ -252,9 +252,9 @@ async fn warn_of_changed_rules(daemon: &Daemon, writer: &Writer, stored: Option<
         return Ok(());
     }
     let Some(before) = writer.read_rules().await? else { return Ok(()) };
-    let (changed, removed) = daemon.rules.difference(&before);
-    if !changed.is_empty() {
-        tracing::warn!(rules = ?changed, "new or changed rules: keys appear, or change their form, only as their rows change");
+    let Difference { added, changed, removed } = daemon.rules.difference(&before);
+    if !(added.is_empty() && changed.is_empty()) {
+        tracing::warn!(?added, ?changed, "new or changed rules: keys appear, or change their form, only as their rows change");
     }
     if !removed.is_empty() {
         tracing::warn!(rules = ?removed, "removed rules: the keys that they wrote stay, and are no longer kept right");

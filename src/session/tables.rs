@@ -3,13 +3,14 @@
 //! A rule that no longer fits its table does not stop the others. As far as its key can still be rendered, changes
 //! delete it (I9); the rule owes a repair from then on.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_postgres::Client;
 
 use crate::admin::Shared;
+use crate::cache::checkpoint::Debt;
 use crate::catalog::{self, Catalog};
 use crate::config::{Config, TableName};
 use crate::decode::types::Types;
@@ -28,17 +29,17 @@ pub struct Tables {
     config: Arc<Config>,
     metrics: Arc<Metrics>,
     shared: Arc<Shared>,
-    owing: BTreeSet<String>,
+    owing: BTreeMap<String, Debt>,
 }
 
 impl Tables {
     /// Nothing is owed yet.
     pub fn new(config: Arc<Config>, metrics: Arc<Metrics>, shared: Arc<Shared>) -> Self {
-        Tables { config, metrics, shared, owing: BTreeSet::new() }
+        Tables { config, metrics, shared, owing: BTreeMap::new() }
     }
 
-    /// The rules that deleted keys where they should have written them.
-    pub fn owing(&self) -> &BTreeSet<String> {
+    /// What rules owe because they did not fit their table.
+    pub fn owing(&self) -> &BTreeMap<String, Debt> {
         &self.owing
     }
 
@@ -93,17 +94,19 @@ impl Tables {
                     }
                 }
             }
-            self.tell(&rule.name.value, paused);
+            // As long as keys are deleted in time, none is wrong.
+            let debt = if bound.is_some() { Debt::Warm } else { Debt::Reconcile };
+            self.tell(&rule.name.value, paused, debt);
             rules.extend(bound);
         }
         BoundTable { relation, rules }
     }
 
-    /// The rule is paused, or it is not.
-    fn tell(&mut self, rule: &str, paused: Option<String>) {
+    /// The rule is paused, and then it owes, or it is not.
+    fn tell(&mut self, rule: &str, paused: Option<String>, debt: Debt) {
         self.metrics.rule_paused.with_label_values(&[rule]).set(i64::from(paused.is_some()));
         if paused.is_some() {
-            self.owing.insert(rule.to_owned());
+            debt.enter(rule, &mut self.owing);
         }
         self.shared.update(|status| {
             if let Some(shown) = status.rules.iter_mut().find(|shown| shown.name == rule) {

@@ -4,7 +4,7 @@
 //! them through decoding, planning and the encoding of commands, as the session does. Everything stands in memory
 //! before the first frame is taken, so nothing but that way is measured.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::sync::Arc;
 
@@ -300,7 +300,7 @@ pub(crate) fn checkpoint(rules: &RuleSet) -> Checkpoint {
         good: Position::default(),
         rules: rules.digest.clone(),
         written_us: 0,
-        owing: BTreeSet::new(),
+        owing: BTreeMap::new(),
     }
 }
 
