@@ -158,6 +158,21 @@ pub struct PostgresConfig {
     pub connect_timeout: Duration,
     /// Beyond this many bytes of retained WAL the slot is alarming (metric, log). Default 8 GiB.
     pub max_retained: u64,
+    /// How many connections may read tables at a time. Default 2.
+    pub query_connections: usize,
+    /// How many rows a second are read from tables at most; `None` is no limit, the default.
+    pub warm_rate: Option<u64>,
+    /// What logical messages may command. Default nothing.
+    pub message_commands: MessageCommands,
+}
+
+/// `message_commands`: which commands are obeyed that come as logical messages in the stream.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names say it")]
+pub struct MessageCommands {
+    pub warm: bool,
+    pub verify: bool,
+    pub reload: bool,
 }
 
 /// What happens when history is missing.
@@ -272,6 +287,10 @@ pub struct WriteAction {
     pub present_only: bool,
     /// `on_delete = "keep"`: a deleted row's key is left to its TTL.
     pub keep_on_delete: bool,
+    /// `warm`: keys of rows that do not change are filled without being asked for. Default true.
+    pub warm: bool,
+    /// `audit`: the share of the rows (1.0 is all) that is compared each minute; `None` is never, the default.
+    pub audit: Option<f64>,
 }
 
 /// The shape a key's value takes.

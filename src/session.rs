@@ -42,6 +42,7 @@ pub mod acks;
 pub mod gap;
 pub mod intake;
 pub mod open;
+pub mod orders;
 mod report;
 pub mod tables;
 

@@ -129,6 +129,12 @@ pub enum Kind {
     },
     /// A string such as `"10%"`.
     Share,
+    /// A string such as `"5000/s"`, or `"off"`.
+    RowsPerSecond,
+    /// A string such as `"0.1%/min"`, or `"off"`.
+    SharePerMinute,
+    /// `true` or `false`.
+    Flag,
     /// An integer between two.
     Count {
         /// The least.
@@ -177,6 +183,11 @@ const JITTER_MEANING: &str = "Each TTL is shortened at random by up to this shar
 const WRITE_MEANING: &str = "`\"present\"` refreshes only keys that exist, for applications that fill their cache \
                              themselves; `\"always\"` writes every row.";
 const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL; `\"delete\"` removes it.";
+
+const WARM_MEANING: &str = "Rows that were there before get their keys at a first start, and by `keepstep warm`; `false` leaves \
+                            them out unless the rule is named.";
+const AUDIT_MEANING: &str = "So much of the rows is compared with its keys, in the background and for ever; what differs is \
+                             counted and reported.";
 
 /// The table.
 pub const FIELDS: &[Field] = &[
@@ -271,6 +282,37 @@ pub const FIELDS: &[Field] = &[
         needs: &[],
         limits: "",
         example: "\"8GiB\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "query_connections",
+        kind: Kind::Count { min: 1, max: 64 },
+        default: Fallback::Value("2"),
+        meaning: "How many connections read tables at a time, for warming, reconciling and verifying.",
+        needs: &[],
+        limits: "",
+        example: "2",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "warm_rate",
+        kind: Kind::RowsPerSecond,
+        default: Fallback::Value("\"off\""),
+        meaning: "How many rows a second they read at most, all together; `\"off\"` is no limit.",
+        needs: &[],
+        limits: "",
+        example: "\"5000/s\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "message_commands",
+        kind: Kind::Choices(&["warm", "verify", "reload"]),
+        default: Fallback::Absent,
+        meaning: "Commands that are obeyed when they come from SQL, as `select pg_logical_emit_message(true, \
+                  'keepstep', '{\"command\": \"warm\", \"rule\": \"product\"}')`. Every role that may connect can send them.",
+        needs: &[],
+        limits: "",
+        example: "[\"warm\"]",
     },
     Field {
         table: Table::Redis,
@@ -424,6 +466,26 @@ pub const FIELDS: &[Field] = &[
         example: "\"keep\"",
     },
     Field {
+        table: Table::Defaults,
+        name: "warm",
+        kind: Kind::Flag,
+        default: Fallback::Value("true"),
+        meaning: WARM_MEANING,
+        needs: &[],
+        limits: "",
+        example: "false",
+    },
+    Field {
+        table: Table::Defaults,
+        name: "audit",
+        kind: Kind::SharePerMinute,
+        default: Fallback::Value("\"off\""),
+        meaning: AUDIT_MEANING,
+        needs: &[],
+        limits: "",
+        example: "\"0.1%/min\"",
+    },
+    Field {
         table: Table::Rule,
         name: "table",
         kind: Kind::TableName,
@@ -547,6 +609,26 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Rule,
+        name: "warm",
+        kind: Kind::Flag,
+        default: Fallback::Value("true"),
+        meaning: WARM_MEANING,
+        needs: &["key"],
+        limits: "",
+        example: "false",
+    },
+    Field {
+        table: Table::Rule,
+        name: "audit",
+        kind: Kind::SharePerMinute,
+        default: Fallback::Value("\"off\""),
+        meaning: AUDIT_MEANING,
+        needs: &["key"],
+        limits: "",
+        example: "\"0.1%/min\"",
+    },
+    Field {
+        table: Table::Rule,
         name: "delete",
         kind: Kind::Templates,
         default: Fallback::Absent,
@@ -574,10 +656,10 @@ pub(super) const LATER_AT_TOP: &[&str] = &["include", "query"];
 /// The same inside the tables.
 pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
-        Table::Postgres => &["poll_interval", "warm_rate", "query_connections", "message_commands"],
+        Table::Postgres => &["poll_interval"],
         Table::Redis => &["also_prefix"],
         Table::Admin => &[],
-        Table::Defaults => &["every", "keep_ttl", "redelete", "audit", "owns", "warm"],
+        Table::Defaults => &["every", "keep_ttl", "redelete", "owns"],
         Table::Rule => &[
             "when",
             "lookup",
@@ -594,10 +676,8 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
             "expire_at",
             "keep_ttl",
             "owns",
-            "warm",
             "tags",
             "redelete",
-            "audit",
         ],
     }
 }

@@ -1,4 +1,4 @@
-//! Durations, sizes and shares as people write them: `12h`, `8GiB`, `10%`.
+//! Durations, sizes, shares and rates as people write them: `12h`, `8GiB`, `10%`, `5000/s`.
 //!
 //! Every quantity is a string with its unit, so that no number in the file leaves open what it counts.
 
@@ -103,6 +103,44 @@ pub(super) fn share(text: &str) -> Result<f64, Mistake> {
     }
 }
 
+/// So many rows a second, as `5000/s`; `off` is no limit.
+pub(super) fn rows_per_second(text: &str) -> Result<Option<u64>, Mistake> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let mistake = || Mistake::whole(text, "is not a number of rows per second").help("rates are like \"5000/s\"");
+    let number = text.strip_suffix("/s").ok_or_else(mistake)?;
+    match number.parse() {
+        Ok(0) => Err(Mistake::whole(text, "lets no row through").help("\"off\" is no limit")),
+        Ok(rows) if number.bytes().all(|byte| byte.is_ascii_digit()) => Ok(Some(rows)),
+        _ => Err(mistake()),
+    }
+}
+
+/// The units of time of [`share_per_minute`] and how many minutes they are.
+const RATE_UNITS: [(&str, f64); 3] = [("/min", 1.0), ("/h", 60.0), ("/d", 1_440.0)];
+
+/// The share of the rows that each minute takes, up to all of them: from `0.1%/min`, `5%/h` or `100%/d`; `off` is none.
+pub(super) fn share_per_minute(text: &str) -> Result<Option<f64>, Mistake> {
+    if text == "off" {
+        return Ok(None);
+    }
+    let mistake = |problem: &str| {
+        Mistake::whole(text, problem).help("rates are like \"0.1%/min\", \"5%/h\", \"100%/d\"; \"off\" is none")
+    };
+    let unit = RATE_UNITS.into_iter().find_map(|(unit, minutes)| Some((text.strip_suffix(unit)?, minutes)));
+    let (share, minutes) = unit.ok_or_else(|| mistake("is not a share of the rows per time"))?;
+    let plain = |number: &&str| number.bytes().all(|byte| byte.is_ascii_digit() || byte == b'.');
+    let percent = share.strip_suffix('%').filter(plain).and_then(|number| number.parse::<f64>().ok());
+    let percent = percent.ok_or_else(|| mistake("is not a share of the rows per time"))?;
+    let per_minute = percent / 100.0 / minutes;
+    match per_minute {
+        _ if per_minute <= 0.0 => Err(mistake("compares no row")),
+        _ if per_minute > 1.0 => Err(mistake("is more than every row each minute")),
+        _ => Ok(Some(per_minute)),
+    }
+}
+
 /// Bytes in the largest unit that divides them: `4MiB`.
 pub(crate) fn size_written(bytes: u64) -> String {
     let units = [(1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B")];
@@ -133,6 +171,9 @@ mod tests {
         assert_eq!(size("0B").unwrap(), 0);
         assert_eq!(share("10%").unwrap().to_bits(), 0.1_f64.to_bits());
         assert_eq!(share("0%").unwrap().to_bits(), 0.0_f64.to_bits());
+        assert_eq!((rows_per_second("5000/s"), rows_per_second("off")), (Ok(Some(5000)), Ok(None)));
+        assert_eq!((share_per_minute("25%/min"), share_per_minute("off")), (Ok(Some(0.25)), Ok(None)));
+        assert_eq!((share_per_minute("60%/h"), share_per_minute("72%/d")), (Ok(Some(0.01)), Ok(Some(0.0005))));
     }
 
     #[test]
@@ -145,6 +186,10 @@ mod tests {
         let mut all: Vec<String> = durations.map(|text| shown(text, duration(text).unwrap_err())).into();
         all.extend(["", "8", "GiB", "8 XB", "99999999999TiB", "-1B"].map(|text| shown(text, size(text).unwrap_err())));
         all.extend(["", "0.1", "100%", "-1%", "%", "1e1%", "inf%"].map(|text| shown(text, share(text).unwrap_err())));
+        let rates = ["", "5000", "5000/min", "0/s", "+1/s", "99999999999999999999/s", "1.5/s"];
+        all.extend(rates.map(|text| shown(text, rows_per_second(text).unwrap_err())));
+        let shares = ["", "1%", "1/min", "1%/s", "0%/min", "101%/min", "-1%/h", "%/d", "1e1%/min"];
+        all.extend(shares.map(|text| shown(text, share_per_minute(text).unwrap_err())));
         insta::assert_snapshot!(all.join("\n"));
     }
 

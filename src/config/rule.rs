@@ -20,6 +20,8 @@ pub(super) struct Defaults {
     jitter: Option<Spanned<f64>>,
     present_only: Option<bool>,
     keep_on_delete: Option<Spanned<bool>>,
+    warm: Option<bool>,
+    audit: Option<Option<f64>>,
 }
 
 /// Reads `[defaults]`.
@@ -38,6 +40,8 @@ impl Defaults {
             keep_on_delete: section
                 .choice("on_delete")
                 .map(|choice| Spanned { value: choice.value == "keep", span: choice.span }),
+            warm: section.flag("warm"),
+            audit: section.parsed("audit", quantity::share_per_minute).map(|share| share.value),
         }
     }
 
@@ -48,6 +52,8 @@ impl Defaults {
             jitter: self.jitter.or_else(|| others.jitter.clone()),
             present_only: self.present_only.or(others.present_only),
             keep_on_delete: self.keep_on_delete.or_else(|| others.keep_on_delete.clone()),
+            warm: self.warm.or(others.warm),
+            audit: self.audit.or(others.audit),
         }
     }
 }
@@ -180,6 +186,8 @@ fn write_action(
         jitter: settings.jitter.map_or(0.0, |jitter| jitter.value),
         present_only: settings.present_only.unwrap_or(false),
         keep_on_delete: settings.keep_on_delete.is_some_and(|keep| keep.value),
+        warm: settings.warm.unwrap_or(true),
+        audit: settings.audit.flatten(),
     })
 }
 

@@ -242,6 +242,16 @@ impl<'r, 'a> Section<'r, 'a> {
         }
     }
 
+    /// True or false.
+    pub(super) fn flag(&mut self, name: &'static str) -> Option<bool> {
+        let entry = self.entry(name)?;
+        let DeValue::Boolean(flag) = entry.value.get_ref() else {
+            self.wrong_type(entry.field, entry.value);
+            return None;
+        };
+        Some(*flag)
+    }
+
     /// One of the names that the field's kind lists.
     pub(super) fn choice(&mut self, name: &'static str) -> Option<Spanned<&'static str>> {
         let Some(Kind::Choice(choices)) = self.table.field(name).map(|field| field.kind) else { return None };
@@ -490,6 +500,8 @@ fn wanted(kind: Kind) -> &'static str {
         Kind::Duration { .. } => "a duration with its unit, in quotes",
         Kind::Size { .. } => "a size with its unit, in quotes",
         Kind::Share => "a percentage in quotes",
+        Kind::RowsPerSecond | Kind::SharePerMinute => "a rate with its unit, in quotes",
+        Kind::Flag => "true or false",
         Kind::Count { .. } => "a whole number",
         Kind::Template => "a key template in quotes",
         Kind::Templates => "an array of key templates",
@@ -514,7 +526,10 @@ fn type_name(value: &DeValue<'_>) -> &'static str {
 /// What was probably meant, as TOML.
 fn rewritten(kind: Kind, value: &DeValue<'_>, source: &str) -> Option<String> {
     match (kind, value) {
-        (Kind::Duration { off: true, .. } | Kind::Address, DeValue::Boolean(false)) => Some("\"off\"".to_owned()),
+        (
+            Kind::Duration { off: true, .. } | Kind::Address | Kind::RowsPerSecond | Kind::SharePerMinute,
+            DeValue::Boolean(false),
+        ) => Some("\"off\"".to_owned()),
         (Kind::Duration { .. }, DeValue::Integer(integer)) => integer.as_str().parse().ok().map(seconds_written),
         (Kind::Size { .. }, DeValue::Integer(integer)) => {
             integer.as_str().parse().ok().map(|bytes| format!("\"{}\"", size_written(bytes)))
@@ -524,6 +539,8 @@ fn rewritten(kind: Kind, value: &DeValue<'_>, source: &str) -> Option<String> {
             Some(format!("\"{}%\"", (share * 100_000.0).round() / 1_000.0))
         }
         (Kind::Share, DeValue::Integer(integer)) => Some(format!("\"{}%\"", integer.as_str())),
+        (Kind::RowsPerSecond, DeValue::Integer(integer)) => Some(format!("\"{}/s\"", integer.as_str())),
+        (Kind::Flag, DeValue::String(text)) if matches!(text.as_ref(), "true" | "false") => Some(text.to_string()),
         (Kind::Templates | Kind::Columns | Kind::Choices(_), DeValue::String(_)) => Some(format!("[{source}]")),
         (Kind::Count { .. }, DeValue::String(text)) => text.parse::<u64>().ok().map(|number| number.to_string()),
         _ => None,

@@ -8,12 +8,13 @@ use std::time::Duration;
 use super::diagnostic::Diagnostic;
 use super::mistake::Mistake;
 use super::section::Section;
-use super::{AdminConfig, OnGap, PostgresConfig, RedisConfig, Secret, Spanned};
+use super::{AdminConfig, MessageCommands, OnGap, PostgresConfig, RedisConfig, Secret, Spanned, quantity};
 
 const REPLAY_WINDOW: Duration = Duration::from_secs(30);
 const HEARTBEAT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_RETAINED_BYTES: u64 = 8 << 30;
+const QUERY_CONNECTIONS: u64 = 2;
 const REDIS_TIMEOUT: Duration = Duration::from_secs(10);
 const BATCH_OPS: u64 = 4096;
 const BATCH_BYTES: u64 = 4 << 20;
@@ -35,6 +36,9 @@ pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
     let heartbeat = section.duration_or_off("heartbeat");
     let connect_timeout = section.duration("connect_timeout");
     let max_retained = section.size("max_retained");
+    let query_connections = section.count("query_connections").unwrap_or(QUERY_CONNECTIONS);
+    let warm_rate = section.parsed("warm_rate", quantity::rows_per_second);
+    let message_commands = message_commands(&mut section);
     section.finish();
     Some(PostgresConfig {
         url: url?.value,
@@ -45,7 +49,16 @@ pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
         heartbeat: heartbeat.map_or(Some(HEARTBEAT), |heartbeat| heartbeat.value),
         connect_timeout: connect_timeout.unwrap_or(CONNECT_TIMEOUT),
         max_retained: max_retained.unwrap_or(MAX_RETAINED_BYTES),
+        query_connections: usize::try_from(query_connections).ok()?,
+        warm_rate: warm_rate.and_then(|rate| rate.value),
+        message_commands,
     })
+}
+
+fn message_commands(section: &mut Section<'_, '_>) -> MessageCommands {
+    let listed = section.choices("message_commands").map_or_else(Vec::new, |commands| commands.value);
+    let named = |name| listed.iter().any(|command| command.value == name);
+    MessageCommands { warm: named("warm"), verify: named("verify"), reload: named("reload") }
 }
 
 /// Reads `[redis]`; `None` if its URL is missing or wrong.
