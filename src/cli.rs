@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{CommandFactory, Parser, Subcommand, ValueEnum};
+use tracing::Level;
 
 use crate::config::{self, Config, diagnostic};
 use crate::error::{Error, ErrorKind};
@@ -13,11 +14,16 @@ use crate::telemetry::{self, LogFormat};
 
 mod check;
 mod demo;
+mod daemon;
+mod pass;
 mod plan;
 mod reference;
+mod reload;
 mod run;
 mod setup;
 mod status;
+mod verify;
+mod warm;
 
 /// Keeps Redis in step with Postgres.
 ///
@@ -44,8 +50,10 @@ Examples:
   keepstep setup && keepstep run                 make publication and slot, then keep in step
   keepstep run --until-caught-up                 drain and exit, for cron
   keepstep status -o json                        what the running daemon says
+  keepstep warm                                  write every row's key
+  keepstep verify --sample 1% --repair           compare some keys with their rows, and mend them
 
-Exit codes: 0 fine, 1 failed, 2 usage, 78 bad configuration.
+Exit codes: 0 fine, 1 failed, 2 usage, 3 verify found keys that are not right, 78 bad configuration.
 Logs go to stderr; KEEPSTEP_LOG sets what is logged, as `info` or `keepstep::session=debug`.";
 
 /// How a result looks.
@@ -70,6 +78,12 @@ enum Command {
     Setup(setup::SetupArguments),
     /// Drop exactly what setup made
     Teardown(setup::TeardownArguments),
+    /// Write the key of every row, whether it changes or not
+    Warm(warm::Arguments),
+    /// Compare keys with their rows
+    Verify(verify::Arguments),
+    /// Make the running daemon read its rules file again
+    Reload,
     /// Show what the running daemon says of itself
     Status(status::Arguments),
     /// Describe every field of the rules file
@@ -83,12 +97,22 @@ enum Command {
     },
 }
 
+impl Command {
+    /// What it logs if the environment does not say. Where a result is waited for, only what stands in its way.
+    fn log_level(&self) -> Level {
+        match self {
+            Command::Warm(_) | Command::Verify(_) => Level::WARN,
+            _ => Level::INFO,
+        }
+    }
+}
+
 /// Runs the command that the arguments name.
 pub fn main() -> ExitCode {
     // Every TLS connection uses this provider; it is only missing if another one was installed before.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let arguments = Arguments::parse();
-    telemetry::start(arguments.log_format);
+    telemetry::start(arguments.log_format, arguments.command.log_level());
     match execute(arguments) {
         Ok(code) => code,
         Err(error) => report(&error),
@@ -103,6 +127,9 @@ fn execute(arguments: Arguments) -> Result<ExitCode> {
         Command::Plan(arguments) => plan::execute(config, &arguments),
         Command::Setup(arguments) => setup::setup(config, &arguments),
         Command::Teardown(arguments) => setup::teardown(config, &arguments),
+        Command::Warm(arguments) => warm::execute(config, &arguments),
+        Command::Verify(arguments) => verify::execute(config, &arguments),
+        Command::Reload => reload::execute(config),
         Command::Status(arguments) => status::execute(config, &arguments),
         Command::Reference(arguments) => reference::execute(&arguments),
         Command::Demo(arguments) => demo::execute(&arguments),

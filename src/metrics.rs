@@ -32,6 +32,10 @@ pub struct Metrics {
     pub keyless_total: IntCounterVec,
     pub rules_owing: IntGauge,
     pub out_of_memory_batches: IntCounter,
+    pub warm_rows_total: IntCounterVec,
+    pub pass_rows_left: IntGauge,
+    pub audit_keys_checked_total: IntCounterVec,
+    pub audit_keys_diverged_total: IntCounterVec,
     pub sessions_total: IntCounter,
     pub up: IntGauge,
 }
@@ -98,6 +102,22 @@ impl Metrics {
             out_of_memory_batches: counter(
                 "keepstep_out_of_memory_batches_total",
                 "Batches that deleted instead of writing because Redis was out of memory",
+            ),
+            warm_rows_total: counters(
+                "keepstep_warm_rows_total",
+                "Rows read from tables to write or check their keys",
+                &["rule"],
+            ),
+            pass_rows_left: gauge("keepstep_pass_rows_left", "Rows that the pass under way has still to read, estimated"),
+            audit_keys_checked_total: counters(
+                "keepstep_audit_keys_checked_total",
+                "Keys compared with their rows",
+                &["rule"],
+            ),
+            audit_keys_diverged_total: counters(
+                "keepstep_audit_keys_diverged_total",
+                "Of these, keys that were not right: missing, differs, orphan or ttl",
+                &["rule", "kind"],
             ),
             sessions_total: counter("keepstep_sessions_total", "Times that streaming began"),
             up: gauge("keepstep_up", "1 while changes are streamed and written"),

@@ -17,9 +17,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
-use crate::admin::{Phase, Shared};
+use crate::admin::{Phase, RuleStatus, Shared, Status};
 use crate::backoff::Backoff;
 use crate::batch::{Batch, Limits};
 use crate::cache::checkpoint::{Checkpoint, RuleSet};
@@ -34,11 +35,14 @@ use crate::source::replication::{Frame, Replication};
 use crate::source::slot::{self, SlotState};
 
 use acks::Acks;
+use desk::Desk;
 use intake::Intake;
+use orders::{Messages, Order};
 use report::RuleMetrics;
 use tables::Tables;
 
 pub mod acks;
+pub mod desk;
 pub mod gap;
 pub mod intake;
 pub mod open;
@@ -69,6 +73,8 @@ pub struct Options {
     pub until_caught_up: bool,
     /// Begin a new epoch where slot and cache do not fit together.
     pub adopt: bool,
+    /// End once every order that waits at the start is carried out; any trouble ends it too.
+    pub until_done: bool,
 }
 
 /// What lasts from session to session.
@@ -81,10 +87,65 @@ pub struct Daemon {
     pub metrics: Arc<Metrics>,
     /// What `/status` shows.
     pub shared: Arc<Shared>,
+    /// Where orders are placed.
+    pub desk: Arc<Desk>,
+}
+
+impl Daemon {
+    /// With these rules, and what is ordered at its desk.
+    pub fn new(config: Config) -> (Self, mpsc::Receiver<Order>) {
+        let config = Arc::new(config);
+        let shared = Arc::new(Shared::new(Status::default()));
+        let (desk, orders) = Desk::open(Arc::clone(&config), Arc::clone(&shared));
+        let metrics = Arc::new(Metrics::new());
+        let mut daemon = Daemon { rules: Arc::new(RuleSet::new(&config.rules)), config, metrics, shared, desk };
+        daemon.show_rules();
+        (daemon, orders)
+    }
+
+    /// The next session follows this configuration. Whether what was last seen of the cache still says anything.
+    fn replace(&mut self, config: Arc<Config>) -> bool {
+        let place = |config: &Config| {
+            (config.redis.url.clone(), config.redis.prefix.clone(), config.postgres.url.clone(), config.postgres.slot.clone())
+        };
+        let same_place = place(&self.config) == place(&config);
+        self.rules = Arc::new(RuleSet::new(&config.rules));
+        self.config = config;
+        self.metrics.rule_paused.reset();
+        self.show_rules();
+        same_place
+    }
+
+    fn show_rules(&mut self) {
+        let rules = self.config.rules.iter().map(|rule| RuleStatus {
+            name: rule.name.value.clone(),
+            table: rule.table.value.to_string(),
+            ..RuleStatus::default()
+        });
+        self.shared.update(|status| {
+            env!("CARGO_PKG_VERSION").clone_into(&mut status.version);
+            status.slot.clone_from(&self.config.postgres.slot);
+            status.rules = rules.collect();
+            status.phase = Phase::Connecting;
+        });
+    }
+}
+
+/// How a stream came to its end in good order.
+enum Ended {
+    /// There is nothing left to do, or the end was asked for.
+    Done,
+    /// It goes on with another configuration.
+    Reload(Arc<Config>),
 }
 
 /// Runs sessions until the end is asked for, or until trying again would not help.
-pub async fn run(daemon: &Daemon, mut options: Options, mut shutdown: Shutdown) -> Result<()> {
+pub async fn run(
+    daemon: &mut Daemon,
+    mut options: Options,
+    mut orders: mpsc::Receiver<Order>,
+    mut shutdown: Shutdown,
+) -> Result<()> {
     let mut backoff = Backoff::default();
     let mut seen = None;
     loop {
@@ -97,10 +158,15 @@ pub async fn run(daemon: &Daemon, mut options: Options, mut shutdown: Shutdown) 
             Ok(mut session) => {
                 // Adopting is for what was found at the start, not for what may happen later.
                 options.adopt = false;
-                let ended = session.stream(options, &mut shutdown).await;
+                let ended = session.stream(options, &mut orders, &mut shutdown).await;
                 seen = Some(session.checkpoint);
                 match ended {
-                    Ok(()) => return Ok(()),
+                    Ok(Ended::Done) => return Ok(()),
+                    Ok(Ended::Reload(config)) => {
+                        let same_place = daemon.replace(config);
+                        seen = seen.filter(|_| same_place);
+                        continue;
+                    }
                     Err(error) => error,
                 }
             }
@@ -115,7 +181,7 @@ pub async fn run(daemon: &Daemon, mut options: Options, mut shutdown: Shutdown) 
             status.caught_up = false;
             status.last_error = Some(error.to_string());
         });
-        if !error.kind().is_transient() {
+        if !error.kind().is_transient() || options.until_done {
             return Err(error);
         }
         if began.elapsed() > GOOD_SESSION {
@@ -127,13 +193,30 @@ pub async fn run(daemon: &Daemon, mut options: Options, mut shutdown: Shutdown) 
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = shutdown.requested() => return Ok(()),
+            config = reloaded(&mut orders) => {
+                let same_place = daemon.replace(config);
+                seen = seen.filter(|_| same_place);
+            }
+        }
+    }
+}
+
+/// The next configuration, while nothing streams. A pass that was ordered just before the stream ended is given up, and
+/// whoever asked for it hears so.
+async fn reloaded(orders: &mut mpsc::Receiver<Order>) -> Arc<Config> {
+    loop {
+        match orders.recv().await {
+            Some(Order::Reload(config)) => return config,
+            Some(Order::Pass(pass)) => drop(pass),
+            None => std::future::pending().await,
         }
     }
 }
 
 /// Prints the commands of changes from now on, until the end is asked for; touches neither slot nor cache.
 pub async fn dry_run<W: Write + Send + 'static>(daemon: &Daemon, out: W, mut shutdown: Shutdown) -> Result<()> {
-    open::open_dry(daemon, out).await?.stream(Options::default(), &mut shutdown).await
+    let (_, mut orders) = mpsc::channel(1);
+    open::open_dry(daemon, out).await?.stream(Options::default(), &mut orders, &mut shutdown).await.map(drop)
 }
 
 /// The cache and the batch come back with the outcome.
@@ -150,6 +233,8 @@ pub struct Session<C> {
     replication: Replication,
     tables: Tables,
     intake: Intake,
+    messages: Messages,
+    desk: Arc<Desk>,
     /// Fills.
     batch: Batch,
     /// Empty, while none is in flight.
@@ -181,16 +266,22 @@ pub struct Session<C> {
 
 impl<C: Cache + Send + 'static> Session<C> {
     /// Streams until the end is asked for or reached; every error ends the session.
-    async fn stream(&mut self, options: Options, shutdown: &mut Shutdown) -> Result<()> {
+    async fn stream(
+        &mut self,
+        options: Options,
+        orders: &mut mpsc::Receiver<Order>,
+        shutdown: &mut Shutdown,
+    ) -> Result<Ended> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut drain_until = None;
+        let mut ended = Ended::Done;
         loop {
             self.shared.alive();
             let dispatched = self.dispatch();
-            if self.is_done(options, drain_until) {
+            if self.is_done(options, drain_until) || options.until_done && orders.is_empty() {
                 self.finish().await;
-                return Ok(());
+                return Ok(ended);
             }
             let reading = drain_until.is_none() && self.has_room();
             tokio::select! {
@@ -202,6 +293,15 @@ impl<C: Cache + Send + 'static> Session<C> {
                     self.shared.update(|status| status.phase = Phase::Ending);
                     drain_until = Some(Instant::now() + DRAIN_LIMIT);
                 }
+                Some(order) = orders.recv(), if drain_until.is_none() => match order {
+                    Order::Reload(config) => {
+                        // With a last checkpoint the next session does not hear again what commanded this.
+                        self.checkpoint_due = true;
+                        ended = Ended::Reload(config);
+                        drain_until = Some(Instant::now() + DRAIN_LIMIT);
+                    }
+                    Order::Pass(pass) => drop(pass),
+                },
                 filled = readable(&mut self.replication, self.more_buffered, dispatched), if reading => {
                     filled?;
                     self.take_frames().await?;
@@ -234,7 +334,10 @@ impl<C: Cache + Send + 'static> Session<C> {
                 Some(Frame::Data { wal_end, body, .. }) => {
                     self.received = self.received.max(wal_end);
                     let event = pgoutput::parse(body).map_err(undecodable)?;
-                    self.intake.take(event, &mut self.batch)?
+                    let commands = self.messages.hear(&event);
+                    let relation = self.intake.take(event, &mut self.batch)?;
+                    commands.into_iter().for_each(|command| self.desk.obey(command));
+                    relation
                 }
             };
             if let Some(relation) = relation {
@@ -364,6 +467,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             status.acknowledged = self.acks.acknowledged();
             status.lag_bytes = lag_bytes;
             status.caught_up = caught_up;
+            status.warm_done = self.checkpoint.owing.is_empty();
             status.redis_away = self.metrics.circuit_open.get() == 1;
             for rule in &mut status.rules {
                 rule.owing = self.checkpoint.owing.contains_key(&rule.name);

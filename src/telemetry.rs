@@ -3,6 +3,7 @@
 use std::io::IsTerminal;
 
 use clap::ValueEnum;
+use tracing::Level;
 use tracing_subscriber::EnvFilter;
 
 /// The environment variable that says what is logged.
@@ -18,9 +19,9 @@ pub enum LogFormat {
     Json,
 }
 
-/// Starts logging; once in a process.
-pub fn start(format: LogFormat) {
-    let filter = EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+/// Starts logging, at this level where the environment does not say otherwise; once in a process.
+pub fn start(format: LogFormat, level: Level) {
+    let filter = EnvFilter::try_from_env(FILTER_VARIABLE).unwrap_or_else(|_| EnvFilter::new(level.as_str()));
     let logs = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match format {
         LogFormat::Text => logs.with_ansi(std::io::stderr().is_terminal()).with_target(false).init(),

@@ -6,10 +6,8 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use crate::admin::{self, RuleStatus, Shared, Status};
-use crate::cache::checkpoint::RuleSet;
+use crate::admin;
 use crate::config::Config;
-use crate::metrics::Metrics;
 use crate::session::{self, Daemon, Options};
 use crate::shutdown::Shutdown;
 
@@ -39,37 +37,20 @@ pub(super) fn execute(config: &Path, arguments: &Arguments) -> Result<ExitCode> 
 }
 
 async fn run(config: Config, arguments: &Arguments) -> Result<ExitCode> {
-    let daemon = daemon(config);
+    let (mut daemon, orders) = Daemon::new(config);
     let shutdown = Shutdown::listen()?;
     if arguments.dry_run {
         session::dry_run(&daemon, std::io::stdout(), shutdown).await?;
         return Ok(ExitCode::SUCCESS);
     }
-    let bound = admin::serve(&daemon.config.admin, Arc::clone(&daemon.shared), Arc::clone(&daemon.metrics)).await?;
+    let (desk, shared) = (Arc::clone(&daemon.desk), Arc::clone(&daemon.shared));
+    let bound = admin::serve(desk, shared, Arc::clone(&daemon.metrics)).await?;
     if let Some(address) = bound {
         tracing::info!("http://{address}/status and /metrics answer");
     }
-    let options = Options { until_caught_up: arguments.until_caught_up, adopt: arguments.adopt };
-    session::run(&daemon, options, shutdown).await?;
+    Arc::clone(&daemon.desk).reload_on_hangup()?;
+    let options =
+        Options { until_caught_up: arguments.until_caught_up, adopt: arguments.adopt, until_done: false };
+    session::run(&mut daemon, options, orders, shutdown).await?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn daemon(config: Config) -> Daemon {
-    let rules = config.rules.iter().map(|rule| RuleStatus {
-        name: rule.name.value.clone(),
-        table: rule.table.value.to_string(),
-        ..RuleStatus::default()
-    });
-    let status = Status {
-        version: env!("CARGO_PKG_VERSION").to_owned(),
-        slot: config.postgres.slot.clone(),
-        rules: rules.collect(),
-        ..Status::default()
-    };
-    Daemon {
-        rules: Arc::new(RuleSet::new(&config.rules)),
-        config: Arc::new(config),
-        metrics: Arc::new(Metrics::new()),
-        shared: Arc::new(Shared::new(status)),
-    }
 }

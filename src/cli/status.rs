@@ -5,19 +5,16 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
-use crate::admin::Status;
+use crate::admin::{PassStatus, Status};
 use crate::config::AdminConfig;
-use crate::error::{Error, ErrorKind};
+use crate::error::Error;
 
+use super::daemon::{self, Method};
 use super::{Output, block_on, load};
 
 /// How long the daemon may take to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
-/// No status is larger.
-const ANSWER_BYTES_MAX: u64 = 16 << 20;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
@@ -28,11 +25,7 @@ pub(super) struct Arguments {
 
 pub(super) fn execute(config: &Path, arguments: &Arguments) -> Result<ExitCode> {
     let config = load(config)?;
-    let body = block_on(async {
-        tokio::time::timeout(ANSWER_LIMIT, fetch(&config.admin)).await.unwrap_or_else(|_| {
-            Err(Error::new(ErrorKind::Io, "the daemon did not answer").hint("is another program on that address?"))
-        })
-    })??;
+    let body = block_on(fetch(&config.admin))??;
     let mut out = std::io::stdout().lock();
     use std::io::Write;
     match arguments.output {
@@ -45,26 +38,12 @@ pub(super) fn execute(config: &Path, arguments: &Arguments) -> Result<ExitCode> 
     Ok(ExitCode::SUCCESS)
 }
 
-/// GET /status. HTTP/1.0 keeps the answer in one piece, up to the end of the connection.
+/// What `/status` answers.
 pub(super) async fn fetch(config: &AdminConfig) -> Result<String, Error> {
-    let off = || Error::new(ErrorKind::Config, "the admin endpoint is off").hint("set `[admin] listen` to an address");
-    let address = config.listen.ok_or_else(off)?;
-    let away = |error| {
-        Error::new(ErrorKind::Io, format!("no daemon answers on {address}"))
-            .because(error)
-            .hint("start it with `keepstep run`, or name its rules file with --config")
-    };
-    let mut stream = TcpStream::connect(address).await.map_err(away)?;
-    let authorization = config.token.as_ref().map(|token| format!("Authorization: Bearer {}\r\n", token.expose()));
-    let request = format!("GET /status HTTP/1.0\r\nHost: {address}\r\n{}\r\n", authorization.unwrap_or_default());
-    stream.write_all(request.as_bytes()).await.map_err(away)?;
-    let mut answer = String::new();
-    stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer).await.map_err(away)?;
-    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    let status_line = head.lines().next().unwrap_or_default();
-    match status_line.split(' ').nth(1) {
-        Some("200") => Ok(body.to_owned()),
-        _ => Err(Error::new(ErrorKind::Io, format!("the daemon answered `{status_line}`: {}", body.trim()))),
+    let address = daemon::address(config)?;
+    match daemon::ask(config, Method::Get, "/status", ANSWER_LIMIT).await? {
+        Some(answer) => answer.body(ANSWER_LIMIT).await,
+        None => Err(daemon::nobody(address)),
     }
 }
 
@@ -89,6 +68,7 @@ fn table(status: &Status) -> String {
     if let Some(error) = &status.last_error {
         lines.push(format!("last error    {error}"));
     }
+    lines.extend(status.passes.iter().map(|pass| format!("{:<13} {}", pass.purpose, pass_line(pass))));
     for rule in &status.rules {
         let state = match (&rule.paused, rule.owing) {
             (Some(why), _) => format!("paused, only invalidates: {why}"),
@@ -98,4 +78,38 @@ fn table(status: &Status) -> String {
         lines.push(format!("rule          {} on {}: {state}", rule.name, rule.table));
     }
     lines.join("\n") + "\n"
+}
+
+fn pass_line(pass: &PassStatus) -> String {
+    let left = pass.seconds_left.map(|seconds| format!(", {} left", humantime::format_duration(Duration::from_secs(seconds))));
+    format!(
+        "{} for {}: {} of about {} rows, {:.0}/s{}",
+        pass.table,
+        pass.rules.join(", "),
+        pass.rows,
+        pass.rows_total,
+        pass.rows_per_s,
+        left.unwrap_or_default()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pass_is_one_line_of_the_table() {
+        let pass = PassStatus {
+            table: "public.products".to_owned(),
+            rules: vec!["product".to_owned(), "title".to_owned()],
+            purpose: "warm".to_owned(),
+            rows: 1500,
+            rows_total: 6000,
+            rows_per_s: 50.0,
+            seconds_left: Some(90),
+        };
+        let shown = table(&Status { passes: vec![pass], ..Status::default() });
+        let expected = "warm          public.products for product, title: 1500 of about 6000 rows, 50/s, 1m 30s left\n";
+        assert!(shown.contains(expected), "{shown}");
+    }
 }

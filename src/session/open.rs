@@ -16,8 +16,8 @@ use crate::cache::checkpoint::{Checkpoint, Difference, Origin};
 use crate::cache::inspect;
 use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
-use crate::catalog;
-use crate::config::{TableName, diagnostic};
+use crate::catalog::{self, Catalog};
+use crate::config::{Config, TableName, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
@@ -29,6 +29,7 @@ use crate::source::slot::{self, SlotState};
 use super::acks::Acks;
 use super::gap::{self, Situation, SlotFacts, Start};
 use super::intake::Intake;
+use super::orders::Messages;
 use super::report::{self, RuleMetrics};
 use super::tables::Tables;
 use super::{CLAIM_LIMIT, Daemon, Options, STATEMENT_TIMEOUT, Session, limits};
@@ -158,6 +159,8 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         replication: streamed.replication,
         tables: streamed.tables,
         intake: streamed.intake,
+        messages: Messages::new(streamed.proven),
+        desk: Arc::clone(&daemon.desk),
         batch: batch(),
         spare: Some(batch()),
         cache: Some(cache),
@@ -227,16 +230,9 @@ fn epoch_now(before: u64) -> u64 {
 /// later ones pause their rules.
 async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoint) -> Result<(Tables, Intake)> {
     let config = &daemon.config;
-    let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
-    let names: Vec<TableName> = names.into_iter().collect();
-    let catalog = catalog::load(client, &config.postgres.publication, &names).await?;
-    let types = Types::load(client, &catalog.type_oids()).await?;
+    let (catalog, types) = look(config, client).await?;
     if daemon.metrics.sessions_total.get() == 0 {
-        let problems = catalog::check_rules(config, &catalog, &types).diagnostics;
-        if problems.iter().any(|problem| problem.severity == diagnostic::Severity::Error) {
-            let shown = diagnostic::render(&problems, &config.file, false);
-            return Err(Error::new(ErrorKind::Config, format!("the rules do not fit the tables\n\n{shown}")));
-        }
+        refuse_misfits(config, &catalog, &types)?;
     }
     let mut tables = Tables::new(Arc::clone(config), Arc::clone(&daemon.metrics), Arc::clone(&daemon.shared));
     let mut intake = Intake::new(first, Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics));
@@ -244,6 +240,33 @@ async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoi
         intake.bind(table);
     }
     Ok((tables, intake))
+}
+
+/// What the catalog says of the tables that the rules name.
+async fn look(config: &Config, client: &tokio_postgres::Client) -> Result<(Catalog, Types)> {
+    let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
+    let names: Vec<TableName> = names.into_iter().collect();
+    let catalog = catalog::load(client, &config.postgres.publication, &names).await?;
+    let types = Types::load(client, &catalog.type_oids()).await?;
+    Ok((catalog, types))
+}
+
+/// Rules that cannot be kept, with everything that is wrong with them.
+fn refuse_misfits(config: &Config, catalog: &Catalog, types: &Types) -> Result<()> {
+    let problems = catalog::check_rules(config, catalog, types).diagnostics;
+    if problems.iter().all(|problem| problem.severity != diagnostic::Severity::Error) {
+        return Ok(());
+    }
+    let shown = diagnostic::render(&problems, &config.file, false);
+    Err(Error::new(ErrorKind::Config, format!("the rules do not fit the tables\n\n{shown}")))
+}
+
+/// Whether a session of this configuration could begin: both servers answer, and the rules fit the tables.
+pub(super) async fn rehearse(config: &Config) -> Result<()> {
+    let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
+    let (catalog, types) = look(config, &client).await?;
+    refuse_misfits(config, &catalog, &types)?;
+    inspect::try_commands(&config.redis).await
 }
 
 /// Keys of rules that changed or were removed stay as they are in this version; whoever runs it must know.

@@ -91,18 +91,7 @@ pub enum Report {
         repaired: bool,
     },
     /// The last word: the pass is complete.
-    Done {
-        /// Rows read.
-        rows: u64,
-        /// Keys compared.
-        checked: u64,
-        /// Of these, those that were not right.
-        diverged: u64,
-        /// Keys that are absent because their TTL is over.
-        expired: u64,
-        /// Keys that were left out, because they were changing just then.
-        skipped: u64,
-    },
+    Done(Totals),
     /// The last word: the pass ended before it was complete.
     Failed {
         /// Why.
@@ -113,8 +102,23 @@ pub enum Report {
 impl Report {
     /// Whether nothing follows it.
     pub fn is_last(&self) -> bool {
-        matches!(self, Report::Done { .. } | Report::Failed { .. })
+        matches!(self, Report::Done(_) | Report::Failed { .. })
     }
+}
+
+/// What a pass came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Totals {
+    /// Rows read.
+    pub rows: u64,
+    /// Keys compared.
+    pub checked: u64,
+    /// Of these, those that were not right.
+    pub diverged: u64,
+    /// Keys that are absent because their TTL is over.
+    pub expired: u64,
+    /// Keys that were left out, because they were changing just then.
+    pub skipped: u64,
 }
 
 /// How a key differs from its row.
@@ -643,6 +647,8 @@ mod tests {
             r#"{"report":"difference","rule":"product","key":"shop:product:1","kind":"differs","holds":"a\nb","should":null,"repaired":false}"#
         );
         assert_eq!(serde_json::from_str::<Report>(&line).unwrap(), difference);
+        let done = serde_json::to_string(&Report::Done(Totals { rows: 7, ..Totals::default() })).unwrap();
+        assert_eq!(done, r#"{"report":"done","rows":7,"checked":0,"diverged":0,"expired":0,"skipped":0}"#);
         for kind in [Kind::Missing, Kind::Differs, Kind::Orphan, Kind::Ttl] {
             assert_eq!(serde_json::to_value(kind).unwrap(), kind.name());
         }
