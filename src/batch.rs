@@ -45,6 +45,22 @@ pub enum CacheOp<'a> {
     },
 }
 
+/// Which cell it is: 128 bits of hash of its key. No two cells of any cache share one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct CellId(pub u128);
+
+/// Tells cells apart beyond the batch that they are in. Only ids of the same hasher, or a clone of it, compare.
+#[derive(Clone, Debug, Default)]
+pub struct CellHasher([DefaultHashBuilder; 2]);
+
+impl CellHasher {
+    /// The id of the cell of this key.
+    pub fn cell(&self, key: &[u8]) -> CellId {
+        let [high, low] = self.0.each_ref().map(|half| u128::from(half.hash_one(key)));
+        CellId(high << 64 | low)
+    }
+}
+
 /// A key in a batch, to decide about.
 #[derive(Clone, Copy, Debug)]
 pub struct Cell(usize);
@@ -158,6 +174,18 @@ impl Batch {
         let hash_of = |place: &usize| hasher.hash_one(&bytes[entries[*place].key.clone()]);
         self.places.insert_unique(hash, place, hash_of);
         Some(Cell(place))
+    }
+
+    /// The cell's key.
+    pub fn key(&self, cell: Cell) -> &[u8] {
+        &self.bytes[self.entries[cell.0].key.clone()]
+    }
+
+    /// Takes out every cell that is not to be kept. Nothing may be added afterwards.
+    pub fn retain(&mut self, mut keep: impl FnMut(u16, &[u8]) -> bool) {
+        let bytes = &self.bytes;
+        self.entries.retain(|entry| keep(entry.rule, &bytes[entry.key.clone()]));
+        self.places.clear();
     }
 
     /// The cell's key goes.
@@ -301,6 +329,25 @@ mod tests {
             false
         });
         assert!(none.is_none() && batch.is_empty() && batch.byte_len() == 0);
+    }
+
+    #[test]
+    fn what_is_not_kept_is_gone() {
+        let mut batch = Batch::new(LIMITS, 1);
+        for key in ["a", "b", "c"] {
+            set(&mut batch, key, "1");
+        }
+        batch.retain(|_, key| key != b"b");
+        assert_eq!(show(&batch), ["a=1", "c=1"]);
+    }
+
+    #[test]
+    fn cells_are_told_apart_by_their_keys() {
+        let hasher = CellHasher::default();
+        assert_eq!(hasher.cell(b"a"), hasher.clone().cell(b"a"));
+        assert_ne!(hasher.cell(b"a"), hasher.cell(b"b"));
+        let CellId(id) = hasher.cell(b"a");
+        assert_ne!(id >> 64, id & u128::from(u64::MAX), "two hashes, not one twice");
     }
 
     #[test]

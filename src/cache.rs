@@ -6,6 +6,7 @@
 //! - [`inspect`]: what the server says of itself, for `check --connect`.
 //! - [`writer`]: MULTI … EXEC, the fence, and going on after a lost connection.
 //! - [`record`]: commands as text, for `plan` and `run --dry-run`.
+//! - [`scan`]: the keys under the prefix, some at a time.
 //!
 //! **Architecture invariant:** nothing outside this module sends a command that writes, and every reply is looked at.
 
@@ -19,6 +20,7 @@ pub mod commands;
 pub mod connection;
 pub mod inspect;
 pub mod record;
+pub mod scan;
 pub mod writer;
 
 /// What became of a batch.
@@ -30,6 +32,26 @@ pub struct Applied {
     pub invalidated: bool,
 }
 
+/// What Redis holds of a key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Its value; `None` if it is missing, or no string.
+    pub value: Option<Vec<u8>>,
+    /// How long it will be there.
+    pub remaining: Remaining,
+}
+
+/// The reply to PTTL.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Remaining {
+    /// There is no such key.
+    Missing,
+    /// It has no TTL.
+    Forever,
+    /// So many milliseconds.
+    Ms(u64),
+}
+
 /// Where batches go.
 pub trait Cache {
     /// Applies the batch and stores the checkpoint with it, both or neither.
@@ -37,4 +59,7 @@ pub trait Cache {
     /// Waits out a server that is away. An error means that nothing more may be written: fenced out, refused, or
     /// the cache has lost something.
     fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> impl Future<Output = Result<Applied>> + Send;
+
+    /// What the cache holds of each of the batch's cells, in their order.
+    fn read(&mut self, batch: &Batch) -> impl Future<Output = Result<Vec<Held>>> + Send;
 }

@@ -13,8 +13,8 @@ use crate::error::{Error, ErrorKind};
 use crate::telemetry::{self, LogFormat};
 
 mod check;
-mod demo;
 mod daemon;
+mod demo;
 mod pass;
 mod plan;
 mod reference;

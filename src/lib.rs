@@ -18,10 +18,13 @@ pub mod batch;
 
 pub mod cache;
 
+pub mod snapshot;
+
 pub mod session;
 
 pub mod admin;
 pub mod backoff;
+mod canary;
 pub mod error;
 pub mod metrics;
 pub mod sandbox;

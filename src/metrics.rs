@@ -108,7 +108,10 @@ impl Metrics {
                 "Rows read from tables to write or check their keys",
                 &["rule"],
             ),
-            pass_rows_left: gauge("keepstep_pass_rows_left", "Rows that the pass under way has still to read, estimated"),
+            pass_rows_left: gauge(
+                "keepstep_pass_rows_left",
+                "Rows that the pass under way has still to read, estimated",
+            ),
             audit_keys_checked_total: counters(
                 "keepstep_audit_keys_checked_total",
                 "Keys compared with their rows",

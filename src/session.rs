@@ -23,21 +23,24 @@ use tokio::time::MissedTickBehavior;
 use crate::admin::{Phase, RuleStatus, Shared, Status};
 use crate::backoff::Backoff;
 use crate::batch::{Batch, Limits};
-use crate::cache::checkpoint::{Checkpoint, RuleSet};
-use crate::cache::{Applied, Cache};
+use crate::cache::checkpoint::{Checkpoint, Debt, RuleSet};
+use crate::cache::{Applied, Cache, Held};
+use crate::canary::{self, Canary};
 use crate::config::Config;
 use crate::decode::pgoutput;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::model::{Lsn, Position};
 use crate::shutdown::Shutdown;
+use crate::snapshot::visibility::{self, Snapshot};
 use crate::source::replication::{Frame, Replication};
 use crate::source::slot::{self, SlotState};
 
 use acks::Acks;
 use desk::Desk;
-use intake::Intake;
+use intake::{Ask, Intake, UNSETTLED_MAX};
 use orders::{Messages, Order};
+use reads::Reads;
 use report::RuleMetrics;
 use tables::Tables;
 
@@ -47,6 +50,7 @@ pub mod gap;
 pub mod intake;
 pub mod open;
 pub mod orders;
+mod reads;
 mod report;
 pub mod tables;
 
@@ -106,7 +110,12 @@ impl Daemon {
     /// The next session follows this configuration. Whether what was last seen of the cache still says anything.
     fn replace(&mut self, config: Arc<Config>) -> bool {
         let place = |config: &Config| {
-            (config.redis.url.clone(), config.redis.prefix.clone(), config.postgres.url.clone(), config.postgres.slot.clone())
+            (
+                config.redis.url.clone(),
+                config.redis.prefix.clone(),
+                config.postgres.url.clone(),
+                config.postgres.slot.clone(),
+            )
         };
         let same_place = place(&self.config) == place(&config);
         self.rules = Arc::new(RuleSet::new(&config.rules));
@@ -220,7 +229,28 @@ pub async fn dry_run<W: Write + Send + 'static>(daemon: &Daemon, out: W, mut shu
 }
 
 /// The cache and the batch come back with the outcome.
-type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Applied>)> + Send>>;
+type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Outcome>)> + Send>>;
+
+enum Outcome {
+    Applied(Applied),
+    Read(Vec<Held>),
+}
+
+/// What is in flight, or was last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flying {
+    /// A batch of the stream.
+    Stream,
+    /// What was read from tables.
+    Read,
+    /// A question what the cache holds.
+    Comparison {
+        /// No row has these keys.
+        orphans: bool,
+    },
+}
+
+type Settling = Pin<Box<dyn Future<Output = Result<Snapshot>> + Send>>;
 type Looking = Pin<Box<dyn Future<Output = Result<Option<SlotState>>> + Send>>;
 
 /// One stream of changes into one cache.
@@ -242,11 +272,18 @@ pub struct Session<C> {
     /// At home, while no batch is in flight.
     cache: Option<C>,
     in_flight: Option<InFlight<C>>,
+    flying: Flying,
+    reads: Reads,
+    settling: Option<Settling>,
     looking: Option<Looking>,
     /// As Redis holds it.
     checkpoint: Checkpoint,
     /// Up to here every reply of Redis was seen to be good.
     proven: Position,
+    /// Where the stream has come to with the last batch: what may be acknowledged once nothing is pending.
+    reached_low: Lsn,
+    /// The session ends by itself.
+    ends_when_caught_up: bool,
     acks: Acks,
     /// The last look at the received bytes ended before they did.
     more_buffered: bool,
@@ -276,19 +313,26 @@ impl<C: Cache + Send + 'static> Session<C> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut drain_until = None;
         let mut ended = Ended::Done;
+        self.ends_when_caught_up = options.until_caught_up || options.until_done;
         loop {
             self.shared.alive();
+            if drain_until.is_none() {
+                self.start_reads()?;
+            }
             let dispatched = self.dispatch();
-            if self.is_done(options, drain_until) || options.until_done && orders.is_empty() {
+            if self.is_done(options, drain_until) || options.until_done && orders.is_empty() && self.reads.is_idle() {
                 self.finish().await;
                 return Ok(ended);
             }
             let reading = drain_until.is_none() && self.has_room();
+            let finding = drain_until.is_none() && (self.in_flight.is_none() || self.flying == Flying::Stream);
             tokio::select! {
                 biased;
                 (cache, batch, outcome) = optional(&mut self.in_flight) => self.answered(cache, batch, outcome)?,
                 _ = tick.tick() => self.tick(options).await?,
                 slot = optional(&mut self.looking) => self.looked(slot?),
+                snapshot = optional(&mut self.settling) => self.settled(&snapshot?),
+                heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
                     drain_until = Some(Instant::now() + DRAIN_LIMIT);
@@ -300,7 +344,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                         ended = Ended::Reload(config);
                         drain_until = Some(Instant::now() + DRAIN_LIMIT);
                     }
-                    Order::Pass(pass) => drop(pass),
+                    Order::Pass(pass) => self.reads.ask(pass),
                 },
                 filled = readable(&mut self.replication, self.more_buffered, dispatched), if reading => {
                     filled?;
@@ -312,7 +356,8 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Whether anything more may be read: a replay that must stay together goes beyond the limits of a batch.
     fn has_room(&self) -> bool {
-        !self.batch.is_full() || self.intake.replaying()
+        let room = !self.batch.is_full() || self.intake.replaying();
+        room && self.intake.unsettled().len() < UNSETTLED_MAX && !self.intake.overflows()
     }
 
     /// Takes what has been received, until the batch is full: a batch that left out what is here already would only be
@@ -320,7 +365,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     async fn take_frames(&mut self) -> Result<()> {
         self.more_buffered = true;
         while self.has_room() {
-            let relation = match self.replication.next_buffered()? {
+            let ask = match self.replication.next_buffered()? {
                 None => {
                     self.more_buffered = false;
                     break;
@@ -335,15 +380,19 @@ impl<C: Cache + Send + 'static> Session<C> {
                     self.received = self.received.max(wal_end);
                     let event = pgoutput::parse(body).map_err(undecodable)?;
                     let commands = self.messages.hear(&event);
-                    let relation = self.intake.take(event, &mut self.batch)?;
+                    let ask = self.intake.take(event, &mut self.batch)?;
                     commands.into_iter().for_each(|command| self.desk.obey(command));
-                    relation
+                    ask
                 }
             };
-            if let Some(relation) = relation {
-                let bound = tokio::time::timeout(BIND_LIMIT, self.tables.bind(relation, &self.client)).await;
-                let bound = bound.unwrap_or_else(|_| Err(catalog_silent()))?;
-                self.intake.bind(bound);
+            match ask {
+                None => {}
+                Some(Ask::Hear(content)) => self.reads.hear(&content, !self.batch.is_empty()),
+                Some(Ask::Bind(relation)) => {
+                    let bound = tokio::time::timeout(BIND_LIMIT, self.tables.bind(relation, &self.client)).await;
+                    let bound = bound.unwrap_or_else(|_| Err(catalog_silent()))?;
+                    self.intake.bind(bound);
+                }
             }
         }
         match self.reply_requested {
@@ -352,48 +401,111 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
     }
 
-    /// Sends the batch if nothing is in flight and it is complete; whether it did.
+    /// Sends something if nothing is in flight; whether it did. The stream and what is read take turns.
     fn dispatch(&mut self) -> bool {
+        if self.in_flight.is_some() {
+            return false;
+        }
+        match self.flying {
+            Flying::Stream => self.dispatch_read() || self.dispatch_stream(),
+            Flying::Read | Flying::Comparison { .. } => self.dispatch_stream() || self.dispatch_read(),
+        }
+    }
+
+    /// Sends the batch if it is complete.
+    fn dispatch_stream(&mut self) -> bool {
         let ready = if self.intake.is_whole(&self.batch) {
             !self.batch.is_empty() || self.checkpoint_due
         } else {
             self.batch.is_full() && !self.intake.replaying()
         };
-        let (Some(applied), true, true) = (self.batch.applied, ready, self.in_flight.is_none()) else { return false };
+        let (Some(applied), true) = (self.batch.applied, ready) else { return false };
         debug_assert!(applied >= self.checkpoint.applied, "the checkpoint never moves back");
-        let (Some(mut cache), Some(spare)) = (self.cache.take(), self.spare.take()) else { return false };
+        let Some(spare) = self.spare.take() else { return false };
         let batch = std::mem::replace(&mut self.batch, spare);
-        let mut owing = self.checkpoint.owing.clone();
-        self.tables.owing().iter().for_each(|(rule, debt)| debt.enter(rule, &mut owing));
-        let next = Checkpoint {
-            applied,
-            low: batch.low,
-            // Without operations there is no reply that could be bad.
-            good: if batch.is_empty() { applied } else { self.proven },
-            written_us: report::now_us(),
-            owing,
-            ..self.checkpoint.clone()
-        };
+        self.reached_low = batch.low;
+        // Without operations there is no reply that could be bad.
+        let good = if batch.is_empty() { applied } else { self.proven };
+        let next = self.next_checkpoint(applied, self.low(), good);
         self.checkpoint_due = false;
+        self.reads.stream_dispatched();
+        self.fly(batch, next, Flying::Stream)
+    }
+
+    /// Where to start again after a crash: nothing from here on is settled and done with.
+    fn low(&self) -> Lsn {
+        let pending = self.intake.oldest_pending().into_iter().chain(self.reads.oldest_pending());
+        match canary::is(Canary::AckPastLow) {
+            true => self.reached_low,
+            false => pending.fold(self.reached_low, Lsn::min),
+        }
+    }
+
+    fn next_checkpoint(&mut self, applied: Position, low: Lsn, good: Position) -> Checkpoint {
+        let mut owing = self.checkpoint.owing.clone();
+        std::mem::take(&mut self.reads.paid).iter().for_each(|rule| _ = owing.remove(rule));
+        let overcharged = self.intake.take_overcharged().into_iter().map(|rule| {
+            let name = self.config.rules[usize::from(rule)].name.value.clone();
+            (name, Debt::Warm)
+        });
+        for (rule, debt) in self.tables.take_owing().into_iter().chain(overcharged) {
+            self.reads.spoil(&rule);
+            debt.enter(&rule, &mut owing);
+        }
+        let progress = self.reads.progress;
+        Checkpoint { applied, low, good, written_us: report::now_us(), owing, progress, ..self.checkpoint.clone() }
+    }
+
+    fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
+        let Some(mut cache) = self.cache.take() else { return false };
+        self.flying = flying;
         self.in_flight = Some(Box::pin(async move {
-            let outcome = cache.apply(&batch, next).await;
+            let outcome = cache.apply(&batch, next).await.map(Outcome::Applied);
             (cache, batch, outcome)
         }));
         true
     }
 
-    /// Redis has answered for the batch.
-    fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Applied>) -> Result<()> {
+    /// Redis has answered.
+    fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Outcome>) -> Result<()> {
         self.in_flight = None;
         self.cache = Some(cache);
-        let Applied { checkpoint, invalidated } = outcome?;
+        let Applied { checkpoint, invalidated } = match (outcome?, self.flying) {
+            (Outcome::Applied(applied), _) => applied,
+            (Outcome::Read(held), flying) => {
+                self.compared(batch, &held, flying == Flying::Comparison { orphans: true });
+                return Ok(());
+            }
+        };
         self.proven = checkpoint.applied;
         self.checkpoint = checkpoint;
         report::batch(&batch, invalidated, &self.rule_metrics, &self.metrics);
         self.metrics.rules_owing.set(self.checkpoint.owing.len() as i64);
-        batch.clear();
-        self.spare = Some(batch);
+        match self.flying {
+            Flying::Stream => {
+                batch.clear();
+                self.spare = Some(batch);
+                if invalidated {
+                    self.reads.spoil_all();
+                }
+            }
+            Flying::Read | Flying::Comparison { .. } => self.read_answered(batch, invalidated),
+        }
         Ok(())
+    }
+
+    /// What has become of debts, or of `low`, goes into a checkpoint soon, even if no change comes.
+    fn note_progress(&mut self) {
+        self.checkpoint_due = true;
+        if self.batch.applied.is_none() {
+            (self.batch.applied, self.batch.low) = (Some(self.checkpoint.applied), self.reached_low);
+        }
+    }
+
+    /// A snapshot of the primary has come.
+    fn settled(&mut self, snapshot: &Snapshot) {
+        self.settling = None;
+        self.intake.settle(snapshot);
     }
 
     /// Acknowledges, keeps the connection alive, notes idle progress, looks at the slot, shows the status.
@@ -401,17 +513,28 @@ impl<C: Cache + Send + 'static> Session<C> {
         let now = Instant::now();
         self.acks.advance(now, self.checkpoint.low);
         // Asked for a reply, the server tells where its log ends even if there is nothing to send.
-        self.send_status(options.until_caught_up).await?;
+        // So does a stream that has not shown yet that it is past what the cache holds.
+        self.send_status(options.until_caught_up || !self.intake.is_past_start()).await?;
         let behind = self.batch.applied.is_some_and(|applied| applied > self.checkpoint.applied);
         // While a batch is in flight the stored checkpoint is about to be an old one.
-        let unsaid = self.in_flight.is_none() && self.checkpoint.good < self.proven;
-        self.checkpoint_due = behind || unsaid;
-        if unsaid && self.batch.applied.is_none() {
-            (self.batch.applied, self.batch.low) = (Some(self.checkpoint.applied), self.checkpoint.low);
+        let unsaid =
+            self.in_flight.is_none() && (self.checkpoint.good < self.proven || self.checkpoint.low < self.low());
+        self.checkpoint_due |= behind;
+        if unsaid {
+            self.note_progress();
         }
+        self.look_at_visibility();
         self.look_at_slot(now);
         self.show();
         Ok(())
+    }
+
+    /// Asks which of the transactions that were decoded are visible by now.
+    fn look_at_visibility(&mut self) {
+        if self.settling.is_none() && self.intake.unsettled().len() > 0 {
+            let client = Arc::clone(&self.client);
+            self.settling = Some(Box::pin(async move { visibility::look(&client).await }));
+        }
     }
 
     async fn send_status(&mut self, request_reply: bool) -> Result<()> {
@@ -468,6 +591,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             status.lag_bytes = lag_bytes;
             status.caught_up = caught_up;
             status.warm_done = self.checkpoint.owing.is_empty();
+            status.passes = self.reads.status();
             status.redis_away = self.metrics.circuit_open.get() == 1;
             for rule in &mut status.rules {
                 rule.owing = self.checkpoint.owing.contains_key(&rule.name);
@@ -482,7 +606,11 @@ impl<C: Cache + Send + 'static> Session<C> {
             return true;
         }
         let idle = self.in_flight.is_none() && (self.batch.is_empty() || !self.intake.is_whole(&self.batch));
-        let caught_up = options.until_caught_up && self.checkpoint.applied.lsn >= self.flushed_at_start;
+        let caught_up = options.until_caught_up
+            && self.checkpoint.applied.lsn >= self.flushed_at_start
+            && self.reads.is_idle()
+            && !self.intake.has_rereads()
+            && (self.checkpoint.owing.is_empty() || !self.can_pay());
         idle && (drain_until.is_some() || caught_up)
     }
 

@@ -35,6 +35,23 @@ pub struct Checkpoint {
     /// The rules whose keys cannot be trusted yet, by name. A pass over the table pays the debt, and only then it goes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub owing: BTreeMap<String, Debt>,
+    /// How far the read of a table has come that a debt asks for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+}
+
+/// Everything before this page of a table is in the cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Progress {
+    /// The OID of the table.
+    pub table: u32,
+    /// That of its leaf, or its own. Leaves are read in the order of their OIDs.
+    pub leaf: u32,
+    /// The leaf's filenode: another one has its rows elsewhere.
+    pub filenode: u32,
+    /// The next page to read.
+    pub page: u64,
 }
 
 /// What a rule's keys need before they can be trusted. The larger debt includes the smaller.
@@ -180,6 +197,7 @@ pub(crate) mod tests {
             rules: "ab12".into(),
             written_us: 0,
             owing: BTreeMap::new(),
+            progress: None,
         }
     }
 

@@ -12,8 +12,10 @@ use super::connection::{Connection, Failure};
 use super::writer::{into_error, scan};
 
 /// Every command that keepstep sends, as an ACL names it; AUTH needs no permission.
-const COMMANDS: [&str; 13] =
-    ["select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec", "watch", "unwatch", "eval", "wait"];
+const COMMANDS: [&str; 16] = [
+    "dbsize", "pttl", "mget", "select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec", "watch",
+    "unwatch", "eval", "wait",
+];
 
 /// What INFO says, as far as it matters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -111,6 +113,9 @@ pub async fn try_commands(config: &RedisConfig) -> Result<()> {
     let commands = [
         command(&["UNWATCH"]),
         command(&["EVAL", script, "1", &key]),
+        command(&["DBSIZE"]),
+        command(&["PTTL", &key]),
+        command(&["MGET", &key]),
         command(&["WATCH", &key]),
         command(&["GET", &key]),
         command(&["MULTI"]),

@@ -25,7 +25,9 @@ use crate::rules::template::RESERVED;
 
 use super::checkpoint::{Checkpoint, Debt, RuleSet};
 use super::connection::{Connection, Failure};
-use super::{Applied, Cache, commands};
+use super::{Applied, Cache, Held, commands};
+
+mod held;
 
 /// What one SCAN call looks at, and so what one sweep step may delete.
 const SWEEP_STEP_KEYS: u32 = 1000;
@@ -366,6 +368,10 @@ impl Writer {
 }
 
 impl Cache for Writer {
+    async fn read(&mut self, batch: &Batch) -> Result<Vec<Held>> {
+        self.read_held(batch).await
+    }
+
     async fn apply(&mut self, batch: &Batch, mut checkpoint: Checkpoint) -> Result<Applied> {
         let mut backoff = Backoff::default();
         loop {

@@ -147,6 +147,9 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
         match note.what {
             Noted::Keyless => format!("rule `{rule}`: a column of the key is NULL, so the row has no key"),
             Noted::Unrendered(why) => format!("rule `{rule}`: {why}, so the key is deleted"),
+            Noted::Incomplete(_) => format!(
+                "rule `{rule}`: an unchanged TOASTed value is not in the log, so the key is deleted until the row is read again"
+            ),
         }
     });
     Ok(Planned { commands: commands::encode(&batch).iter().map(commands::show).collect(), notes: notes.collect() })

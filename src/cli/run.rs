@@ -49,8 +49,7 @@ async fn run(config: Config, arguments: &Arguments) -> Result<ExitCode> {
         tracing::info!("http://{address}/status and /metrics answer");
     }
     Arc::clone(&daemon.desk).reload_on_hangup()?;
-    let options =
-        Options { until_caught_up: arguments.until_caught_up, adopt: arguments.adopt, until_done: false };
+    let options = Options { until_caught_up: arguments.until_caught_up, adopt: arguments.adopt, until_done: false };
     session::run(&mut daemon, options, orders, shutdown).await?;
     Ok(ExitCode::SUCCESS)
 }

@@ -81,7 +81,8 @@ fn table(status: &Status) -> String {
 }
 
 fn pass_line(pass: &PassStatus) -> String {
-    let left = pass.seconds_left.map(|seconds| format!(", {} left", humantime::format_duration(Duration::from_secs(seconds))));
+    let left =
+        pass.seconds_left.map(|seconds| format!(", {} left", humantime::format_duration(Duration::from_secs(seconds))));
     format!(
         "{} for {}: {} of about {} rows, {:.0}/s{}",
         pass.table,

@@ -110,7 +110,10 @@ mod tests {
         };
         assert_eq!(
             row(&difference(Kind::Differs, Some("a\nb"), Some("é".repeat(70)), true)),
-            format!("product          differs  shop:product:\\u{{1b}}[2J7           a\\nb → {}…  (repaired)", "é".repeat(60))
+            format!(
+                "product          differs  shop:product:\\u{{1b}}[2J7           a\\nb → {}…  (repaired)",
+                "é".repeat(60)
+            )
         );
         assert!(row(&difference(Kind::Orphan, Some("x"), None, false)).ends_with("x → nothing"));
     }

@@ -267,7 +267,7 @@ impl Pattern {
     }
 
     /// Every key that begins with it.
-    pub(super) fn beginning_with(prefix: &[u8]) -> Self {
+    pub fn beginning_with(prefix: &[u8]) -> Self {
         Self::new(prefix, &[Language::anything()])
     }
 

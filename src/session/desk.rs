@@ -275,7 +275,10 @@ mod tests {
         std::fs::write(&path, &before.file.text).unwrap();
         let file = RulesFile { path, text: before.file.text.clone() };
         *desk.in_force() = Arc::new(Config { file, ..Config::clone(&before) });
-        assert!(matches!(desk.reload().await, Err(Refused::Unavailable(_))), "the file is good, the servers are not there");
+        assert!(
+            matches!(desk.reload().await, Err(Refused::Unavailable(_))),
+            "the file is good, the servers are not there"
+        );
         assert!(orders.is_empty(), "the session goes on as before");
     }
 }

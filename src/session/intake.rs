@@ -1,20 +1,30 @@
 //! Events in, batch out; pure: it knows where the stream stands, what is already in the cache, and when a batch may go.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use prometheus::IntCounter;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, CellHasher, Limits};
 use crate::cache::checkpoint::{Checkpoint, RuleSet};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
-use crate::model::{Change, Event, Lsn, OldTuple, Position, Relation};
-use crate::plan::{self, BoundTable, Note, Noted, Scratch, Transaction};
+use crate::model::{Change, Datum, Event, Lsn, OldTuple, Position, Relation, Xid};
+use crate::plan::{self, BoundTable, Note, Noted, RowName, Scratch, Touched, Transaction};
+use crate::snapshot::touches::Touches;
+use crate::snapshot::visibility::Snapshot;
+use crate::source::slot::MESSAGE_PREFIX;
+
+/// How many rows may wait to be read again. Beyond it their rules owe a warm instead.
+const REREADS_MAX: usize = 10_000;
+/// How many transactions may be decoded and not known to be visible. Beyond it the stream waits.
+pub const UNSETTLED_MAX: usize = 1 << 17;
+/// What a change is planned into that is in the cache already, to find what it leaves to be read again.
+const REDO_LIMITS: Limits = Limits { ops: 1, bytes: 64 << 10 };
 
 /// A table and the counters of its changes.
 struct Table {
-    bound: BoundTable,
+    bound: Arc<BoundTable>,
     inserts: IntCounter,
     updates: IntCounter,
     deletes: IntCounter,
@@ -24,8 +34,31 @@ struct Table {
 /// The transaction under way.
 struct Open {
     transaction: Transaction,
+    xid: Xid,
     /// Row changes received so far.
     ordinal: u64,
+}
+
+/// A row whose key was deleted because the log did not carry all of its value.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reread {
+    /// The OID of its table.
+    pub relation: u32,
+    /// The rule.
+    pub rule: u16,
+    /// Which row.
+    pub name: RowName,
+    /// Of the transaction: where to start again while this is not done.
+    pub commit_lsn: Lsn,
+}
+
+/// What somebody else has to do for the stream to go on.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ask {
+    /// A relation's shape is not the one bound: it must be bound before the next event.
+    Bind(Relation),
+    /// A logical message of keepstep's own.
+    Hear(Box<[u8]>),
 }
 
 /// The state between the events of one stream.
@@ -42,6 +75,17 @@ pub struct Intake {
     notes: Vec<Note>,
     /// Rule and reason of what was warned of already: once a session is enough for a log, the metric counts.
     warned: HashSet<(u16, &'static str)>,
+    /// Transactions that are not known to be visible yet, in the order of their commits.
+    unsettled: VecDeque<(Xid, Lsn)>,
+    /// What the stream touches, while tables are read.
+    touches: Option<Touches>,
+    /// Rows to be read again, in the order of their commits.
+    rereads: VecDeque<Reread>,
+    /// Rules with more rows to be read again than may wait.
+    overcharged: HashSet<u16>,
+    redo: Batch,
+    /// The stream has come to what the cache does not hold.
+    past_good: bool,
     rules: Arc<RuleSet>,
     metrics: Arc<Metrics>,
 }
@@ -58,6 +102,12 @@ impl Intake {
             scratch: Scratch::default(),
             notes: Vec::new(),
             warned: HashSet::new(),
+            unsettled: VecDeque::new(),
+            touches: None,
+            rereads: VecDeque::new(),
+            overcharged: HashSet::new(),
+            redo: Batch::new(REDO_LIMITS, rules.names.len()),
+            past_good: checkpoint.low >= checkpoint.good.lsn,
             rules,
             metrics,
         }
@@ -68,7 +118,18 @@ impl Intake {
         let name = format!("{}.{}", bound.relation.schema, bound.relation.name);
         let counter = |op| self.metrics.changes_total.with_label_values(&[name.as_str(), op]);
         let [inserts, updates, deletes, truncates] = ["insert", "update", "delete", "truncate"].map(counter);
+        let bound = Arc::new(bound);
         self.tables.insert(bound.relation.oid, Table { bound, inserts, updates, deletes, truncates });
+    }
+
+    /// The tables as they are bound now.
+    pub fn tables(&self) -> impl Iterator<Item = &Arc<BoundTable>> {
+        self.tables.values().map(|table| &table.bound)
+    }
+
+    /// The table of this OID, as it is bound now.
+    pub fn table(&self, oid: u32) -> Option<&Arc<BoundTable>> {
+        self.tables.get(&oid).map(|table| &table.bound)
     }
 
     /// The shape that the table has for now.
@@ -76,24 +137,28 @@ impl Intake {
         self.tables.get(&oid).map(|table| &table.bound.relation)
     }
 
-    /// Takes one event into the batch. A relation whose shape is not the one bound is returned: it must be bound before
-    /// the next event.
-    pub fn take(&mut self, event: Event<'_>, batch: &mut Batch) -> Result<Option<Relation>> {
+    /// Takes one event into the batch.
+    pub fn take(&mut self, event: Event<'_>, batch: &mut Batch) -> Result<Option<Ask>> {
         match event {
             Event::Relation(relation) => {
-                return Ok(Some(relation).filter(|relation| self.relation(relation.oid) != Some(relation)));
+                let unknown = self.relation(relation.oid) != Some(&relation);
+                return Ok(unknown.then_some(Ask::Bind(relation)));
             }
-            Event::Begin { commit_lsn, commit_time, .. } => {
+            Event::Begin { commit_lsn, commit_time, xid } => {
                 let transaction = Transaction { commit_lsn, commit_time };
-                if self.open.replace(Open { transaction, ordinal: 0 }).is_some() {
+                if self.open.replace(Open { transaction, xid, ordinal: 0 }).is_some() {
                     return Err(protocol("a transaction begins inside another"));
                 }
             }
             Event::Change { relation, change } => self.change(relation, change, batch)?,
             Event::Truncate { relations } => self.truncate(&relations, batch)?,
             Event::Commit { end_lsn, .. } => {
-                self.open.take().ok_or_else(|| protocol("a commit without a transaction"))?;
+                let open = self.open.take().ok_or_else(|| protocol("a commit without a transaction"))?;
+                self.unsettled.push_back((open.xid, open.transaction.commit_lsn));
                 self.reached(Position::end(end_lsn), end_lsn, batch);
+            }
+            Event::Message { prefix, content, .. } if prefix == MESSAGE_PREFIX.as_bytes() => {
+                return Ok(Some(Ask::Hear(content.into())));
             }
             Event::Message { .. } | Event::Other => {}
         }
@@ -105,6 +170,79 @@ impl Intake {
         if self.open.is_none() && Position::end(wal_end) > self.at {
             self.reached(Position::end(wal_end), wal_end, batch);
         }
+        self.past_good |= self.open.is_none() && wal_end >= self.good.lsn;
+    }
+
+    /// Whether everything that comes now is new to the cache, so that what tables say can be merged with it.
+    pub fn is_past_start(&self) -> bool {
+        self.past_good && !self.replaying()
+    }
+
+    /// The oldest transaction that is not settled, or that left rows to be read again: where to start after a crash.
+    pub fn oldest_pending(&self) -> Option<Lsn> {
+        let unsettled = self.unsettled.front().map(|(_, commit_lsn)| *commit_lsn);
+        let reread = self.rereads.front().map(|reread| reread.commit_lsn);
+        unsettled.into_iter().chain(reread).min()
+    }
+
+    /// The transactions that are not known to be visible.
+    pub fn unsettled(&self) -> impl ExactSizeIterator<Item = Xid> {
+        self.unsettled.iter().map(|(xid, _)| *xid)
+    }
+
+    /// A snapshot of the primary sees these.
+    pub fn settle(&mut self, snapshot: &Snapshot) {
+        self.unsettled.retain(|(xid, _)| !snapshot.sees(*xid));
+    }
+
+    /// From now on what the stream touches is noted, as it may be already.
+    pub fn note_touches(&mut self, hasher: &CellHasher) {
+        self.touches.get_or_insert_default();
+        let noting = || Touched { hasher: hasher.clone(), cells: Vec::new() };
+        self.scratch.touched.get_or_insert_with(noting);
+    }
+
+    /// No table is read any more.
+    pub fn forget_touches(&mut self) {
+        self.touches = None;
+        self.scratch.touched = None;
+    }
+
+    /// Whether more was noted than may be kept.
+    pub fn overflows(&self) -> bool {
+        self.touches.as_ref().is_some_and(Touches::overflows)
+    }
+
+    /// What was noted.
+    pub fn touches(&mut self) -> Option<&mut Touches> {
+        self.touches.as_mut()
+    }
+
+    /// Rows of the oldest table that waits, up to so many.
+    pub fn take_rereads(&mut self, most: usize) -> Vec<Reread> {
+        let Some(relation) = self.rereads.front().map(|reread| reread.relation) else { return Vec::new() };
+        let count = self.rereads.iter().take(most).take_while(|reread| reread.relation == relation).count();
+        self.rereads.drain(..count).collect()
+    }
+
+    /// These were not read after all.
+    pub fn put_back(&mut self, rereads: Vec<Reread>) {
+        rereads.into_iter().rev().for_each(|reread| self.rereads.push_front(reread));
+    }
+
+    /// Whether rows wait to be read again.
+    pub fn has_rereads(&self) -> bool {
+        !self.rereads.is_empty()
+    }
+
+    /// The rows of these rules cannot be read again one by one.
+    pub fn overcharge(&mut self, rules: impl Iterator<Item = u16>) {
+        self.overcharged.extend(rules);
+    }
+
+    /// The rules with more rows to be read again than may wait: reading their tables does that too.
+    pub fn take_overcharged(&mut self) -> HashSet<u16> {
+        std::mem::take(&mut self.overcharged)
     }
 
     /// Whether the batch holds whole transactions only, and everything that must go out together. What is under way may
@@ -120,11 +258,19 @@ impl Intake {
     }
 
     fn change(&mut self, relation: u32, change: Change<'_>, batch: &mut Batch) -> Result<()> {
-        let Some((position, transaction)) = self.next_position()? else { return Ok(()) };
+        let (position, transaction, xid) = self.next_position()?;
         let table =
             self.tables.get(&relation).ok_or_else(|| protocol("a change of a relation that was not described"))?;
         if !fits(&change, table.bound.relation.columns.len()) {
             return Err(protocol("a row with more or fewer columns than its relation"));
+        }
+        if position <= self.good {
+            if is_incomplete(&change) {
+                plan::change(&table.bound, change, transaction, &mut self.scratch, &mut self.redo, &mut self.notes);
+                self.redo.clear();
+                self.report(relation, position, transaction);
+            }
+            return Ok(());
         }
         match change {
             Change::Insert { .. } => table.inserts.inc(),
@@ -133,34 +279,44 @@ impl Intake {
         }
         plan::change(&table.bound, change, transaction, &mut self.scratch, batch, &mut self.notes);
         if !self.notes.is_empty() {
-            self.report(relation, position);
+            self.report(relation, position, transaction);
+        }
+        if let (Some(noted), Some(touches)) = (&mut self.scratch.touched, &mut self.touches) {
+            noted.cells.drain(..).for_each(|cell| touches.cell(xid, cell));
         }
         self.reached(position, transaction.commit_lsn, batch);
         Ok(())
     }
 
     fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
-        let Some((position, transaction)) = self.next_position()? else { return Ok(()) };
+        let (position, transaction, xid) = self.next_position()?;
+        if position <= self.good {
+            return Ok(());
+        }
         for relation in relations {
             let table =
                 self.tables.get(relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
             table.truncates.inc();
             plan::truncate(&table.bound, transaction, batch);
+            if let Some(touches) = &mut self.touches {
+                table.bound.rules.iter().for_each(|rule| touches.rule(xid, rule.rule));
+            }
         }
         self.reached(position, transaction.commit_lsn, batch);
         Ok(())
     }
 
-    /// Counts a row change; `None` if it is in the cache already.
-    fn next_position(&mut self) -> Result<Option<(Position, Transaction)>> {
+    /// Counts a row change.
+    fn next_position(&mut self) -> Result<(Position, Transaction, Xid)> {
         let open = self.open.as_mut().ok_or_else(|| protocol("a change outside of a transaction"))?;
         open.ordinal += 1;
         let position = Position { lsn: open.transaction.commit_lsn, ordinal: open.ordinal };
-        Ok((position > self.good).then_some((position, open.transaction)))
+        Ok((position, open.transaction, open.xid))
     }
 
     fn reached(&mut self, position: Position, low: Lsn, batch: &mut Batch) {
         // What was skipped does not move the checkpoint back.
+        self.past_good |= position >= self.good;
         if position > self.good {
             self.at = position;
             batch.applied = Some(position);
@@ -169,7 +325,7 @@ impl Intake {
     }
 
     /// Counts and logs what the plan noted: rule, table and position, never row data.
-    fn report(&mut self, relation: u32, position: Position) {
+    fn report(&mut self, relation: u32, position: Position, transaction: Transaction) {
         let Some(table) = self.tables.get(&relation) else { return };
         let Relation { schema, name, .. } = &table.bound.relation;
         let table = format_args!("{schema}.{name}");
@@ -180,6 +336,16 @@ impl Intake {
                     self.metrics.keyless_total.with_label_values(&[rule]).inc();
                     tracing::debug!(rule, %table, %position, "a row without a key");
                 }
+                Noted::Incomplete(row) => {
+                    let why = plan::Unrendered::UnchangedToast.label();
+                    self.metrics.unrendered_total.with_label_values(&[rule, why]).inc();
+                    if self.rereads.len() < REREADS_MAX {
+                        let commit_lsn = transaction.commit_lsn;
+                        self.rereads.push_back(Reread { relation, rule: note.rule, name: row, commit_lsn });
+                    } else {
+                        self.overcharged.insert(note.rule);
+                    }
+                }
                 Noted::Unrendered(why) => {
                     self.metrics.unrendered_total.with_label_values(&[rule, why.label()]).inc();
                     if self.warned.insert((note.rule, why.label())) {
@@ -189,6 +355,12 @@ impl Intake {
             }
         }
     }
+}
+
+/// Whether the log did not carry all of the new row.
+fn is_incomplete(change: &Change<'_>) -> bool {
+    let (new, _) = change.images();
+    new.is_some_and(|new| new.datums().any(|datum| datum == Datum::UnchangedToast))
 }
 
 /// Whether each image has a value for each column.
@@ -227,7 +399,7 @@ mod tests {
             Stream { intake, batch: Batch::new(Limits { ops: 2, bytes: 1000 }, 1) }
         }
 
-        fn take(&mut self, event: Event<'_>) -> Result<Option<Relation>> {
+        fn take(&mut self, event: Event<'_>) -> Result<Option<Ask>> {
             self.intake.take(event, &mut self.batch)
         }
 
@@ -367,6 +539,6 @@ mod tests {
         let known = bound(RULE, &["id", "version"]).relation;
         assert_eq!(stream.take(Event::Relation(known.clone())).expect("a relation"), None);
         let altered = bound(RULE, &["id", "version", "more"]).relation;
-        assert_eq!(stream.take(Event::Relation(altered.clone())).expect("a relation"), Some(altered));
+        assert_eq!(stream.take(Event::Relation(altered.clone())).expect("a relation"), Some(Ask::Bind(altered)));
     }
 }

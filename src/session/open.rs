@@ -30,9 +30,10 @@ use super::acks::Acks;
 use super::gap::{self, Situation, SlotFacts, Start};
 use super::intake::Intake;
 use super::orders::Messages;
+use super::reads::Reads;
 use super::report::{self, RuleMetrics};
 use super::tables::Tables;
-use super::{CLAIM_LIMIT, Daemon, Options, STATEMENT_TIMEOUT, Session, limits};
+use super::{CLAIM_LIMIT, Daemon, Flying, Options, STATEMENT_TIMEOUT, Session, limits};
 
 /// Opens a session on the real cache.
 pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
@@ -93,7 +94,7 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
         status.database.clone_from(&checkpoint.origin.database);
     });
     let flushed = identity.flush_lsn;
-    let streamed = Streamed { client, replication, tables, intake, checkpoint, proven, flushed, acks };
+    let streamed = Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks };
     Ok(session(daemon, streamed, writer))
 }
 
@@ -111,7 +112,7 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W)
     tracing::info!("printing the commands of changes from now on; nothing is written");
     let (flushed, proven) = (identity.flush_lsn, checkpoint.good);
     let acks = Acks::new(Lsn::default(), config.postgres.replay_window);
-    let streamed = Streamed { client, replication, tables, intake, checkpoint, proven, flushed, acks };
+    let streamed = Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks };
     Ok(session(daemon, streamed, Recorder::new(out)))
 }
 
@@ -136,6 +137,7 @@ async fn claim_with(writer: &mut Writer, nothing: &Batch, first: Checkpoint) -> 
 
 /// What a session is made of, besides the cache.
 struct Streamed {
+    info: ConnInfo,
     client: tokio_postgres::Client,
     replication: Replication,
     tables: Tables,
@@ -165,8 +167,13 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         spare: Some(batch()),
         cache: Some(cache),
         in_flight: None,
+        flying: Flying::Stream,
+        reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress),
+        settling: None,
         looking: None,
         received: streamed.checkpoint.low,
+        reached_low: streamed.checkpoint.low,
+        ends_when_caught_up: false,
         acks: streamed.acks,
         checkpoint: streamed.checkpoint,
         proven: streamed.proven,
@@ -217,6 +224,7 @@ fn beginning(start: Start, stored: Option<&Checkpoint>, origin: Origin, rules: &
             rules: rules.to_owned(),
             written_us: report::now_us(),
             owing: BTreeMap::new(),
+            progress: None,
         },
     }
 }
@@ -277,7 +285,11 @@ async fn warn_of_changed_rules(daemon: &Daemon, writer: &Writer, stored: Option<
     let Some(before) = writer.read_rules().await? else { return Ok(()) };
     let Difference { added, changed, removed } = daemon.rules.difference(&before);
     if !(added.is_empty() && changed.is_empty()) {
-        tracing::warn!(?added, ?changed, "new or changed rules: keys appear, or change their form, only as their rows change");
+        tracing::warn!(
+            ?added,
+            ?changed,
+            "new or changed rules: keys appear, or change their form, only as their rows change"
+        );
     }
     if !removed.is_empty() {
         tracing::warn!(rules = ?removed, "removed rules: the keys that they wrote stay, and are no longer kept right");

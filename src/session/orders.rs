@@ -16,6 +16,7 @@ use tokio::sync::mpsc;
 use crate::config::{Config, MessageCommands, Rule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Event, Position};
+pub use crate::snapshot::audit::Kind;
 use crate::source::slot::MESSAGE_PREFIX;
 use crate::suggest::nearest;
 
@@ -119,32 +120,6 @@ pub struct Totals {
     pub expired: u64,
     /// Keys that were left out, because they were changing just then.
     pub skipped: u64,
-}
-
-/// How a key differs from its row.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Kind {
-    /// The row has no key.
-    Missing,
-    /// It holds something else.
-    Differs,
-    /// No row has it.
-    Orphan,
-    /// It lives too long, or not long enough.
-    Ttl,
-}
-
-impl Kind {
-    /// As in JSON, in tables and as a label of metrics.
-    pub fn name(self) -> &'static str {
-        match self {
-            Kind::Missing => "missing",
-            Kind::Differs => "differs",
-            Kind::Orphan => "orphan",
-            Kind::Ttl => "ttl",
-        }
-    }
 }
 
 /// The reports of a pass, as whoever asked receives them: up to one last word, which never fails to come.

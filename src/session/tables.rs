@@ -38,9 +38,9 @@ impl Tables {
         Tables { config, metrics, shared, owing: BTreeMap::new() }
     }
 
-    /// What rules owe because they did not fit their table.
-    pub fn owing(&self) -> &BTreeMap<String, Debt> {
-        &self.owing
+    /// What rules have come to owe because they did not fit their table.
+    pub fn take_owing(&mut self) -> BTreeMap<String, Debt> {
+        std::mem::take(&mut self.owing)
     }
 
     /// Binds every table that the rules name and the catalog has, as it is now.

@@ -301,6 +301,7 @@ pub(crate) fn checkpoint(rules: &RuleSet) -> Checkpoint {
         rules: rules.digest.clone(),
         written_us: 0,
         owing: BTreeMap::new(),
+        progress: None,
     }
 }
 

@@ -1,0 +1,891 @@
+//! Tables that are read while the stream goes on: which, what for, and when what was read may go out.
+//!
+//! What is read goes out between two batches of the stream, one piece at a time, by the same writer. The rules of
+//! [`crate::snapshot`] hold: a piece waits until the marker of its chunk has come out of the stream and everything
+//! before the marker is in Redis; cells that the stream has touched with transactions that the chunk does not see are
+//! left alone.
+//!
+//! Debts come first (what a rule owes stands in the checkpoint until a pass has paid it), then what somebody asked for,
+//! then the audit. One table is read at a time; single rows (values that the log did not carry) are read in between.
+
+use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use super::intake::Reread;
+use super::orders::{PassOrder, Purpose, Report, Totals};
+use super::{Flying, Outcome, Session};
+use crate::admin::PassStatus;
+use crate::backoff::Backoff;
+use crate::batch::{Batch, CacheOp, CellHasher};
+use crate::cache::checkpoint::{Debt, Progress};
+use crate::cache::{Cache, Held};
+use crate::canary::{self, Canary};
+use crate::catalog::sql_identifier;
+use crate::config::Config;
+use crate::error::{Error, Result};
+use crate::model::Lsn;
+use crate::plan::{self, BoundTable};
+use crate::rules::bind::BoundRule;
+use crate::rules::pattern::Pattern;
+use crate::snapshot::audit::{self, Kind, Verdict};
+use crate::snapshot::reader::{self, Chunk, Closed, Found, Handle, Of, RowsJob, Setting, TableJob};
+use crate::snapshot::touches::Newer;
+use crate::source::conninfo::ConnInfo;
+
+/// How many rows are read again at a time.
+const REREADS_AT_A_TIME: usize = 500;
+/// A reader that has had nothing to do for so long ends its connections.
+const IDLE_LIMIT: Duration = Duration::from_secs(30);
+/// How often a part of the tables is audited.
+const AUDIT_EVERY: Duration = Duration::from_secs(60);
+
+/// Everything about reading that lasts for a session.
+pub(super) struct Reads {
+    config: Arc<Config>,
+    postgres: ConnInfo,
+    hasher: CellHasher,
+    reading: Option<Reading>,
+    /// What somebody asked for, one after the other.
+    asked: VecDeque<Asked>,
+    /// Everything that committed before the slot began is known to be visible.
+    barrier_passed: bool,
+    /// As far as every reply was seen to be good.
+    pub(super) progress: Option<Progress>,
+    /// Rules that owe nothing any more.
+    pub(super) paid: BTreeSet<String>,
+    backoff: Backoff,
+    not_before: Instant,
+    audited: Instant,
+}
+
+/// A pass over the tables of some rules that somebody asked for.
+struct Asked {
+    order: PassOrder,
+    /// Those that are still to be read; `None` before it begins.
+    tables: Option<VecDeque<u32>>,
+    totals: Totals,
+    /// What is still to be said.
+    unsaid: VecDeque<Report>,
+}
+
+/// A reader and what it is at.
+struct Reading {
+    handle: Handle,
+    token: String,
+    /// The newest chunk whose marker has come out of the stream.
+    marked: u64,
+    /// The batch that fills holds what came before that marker.
+    behind_stream: bool,
+    chunk: Option<Chunk>,
+    /// What must be dealt with before anything else is taken from the reader.
+    head: Option<Head>,
+    pass: Option<Pass>,
+    /// Rows that are being read again.
+    rereads: Vec<Reread>,
+    used: Instant,
+}
+
+enum Head {
+    /// Rendered rows.
+    Piece(Batch),
+    /// Cells that were found to be wrong.
+    Repair(Batch),
+    /// Keys of which some may be orphans.
+    Candidates(Batch),
+}
+
+/// The read of one table.
+struct Pass {
+    table: Arc<BoundTable>,
+    /// The rules that are read for, or swept.
+    rules: Vec<u16>,
+    purpose: Why,
+    /// Keys that Redis held when the pass began, and nobody has rendered or touched since.
+    unseen: HashSet<crate::batch::CellId>,
+    /// Something went wrong for these rules meanwhile, or they owe anew: the debt stays.
+    spoiled: bool,
+    began: Instant,
+    rows: u64,
+    share: f64,
+}
+
+/// What a table is read for.
+#[derive(Clone, Copy, PartialEq)]
+enum Why {
+    /// What its rules owe.
+    Debt(Debt),
+    /// The first of [`Reads::asked`].
+    Asked(Purpose),
+}
+
+impl Why {
+    fn name(self) -> &'static str {
+        match self {
+            Why::Debt(Debt::Warm) | Why::Asked(Purpose::Warm) => "warm",
+            Why::Debt(Debt::Reconcile) => "reconcile",
+            Why::Asked(Purpose::Verify { .. }) => "verify",
+        }
+    }
+}
+
+impl Reads {
+    /// Nothing is read yet.
+    pub(super) fn new(config: Arc<Config>, postgres: ConnInfo, progress: Option<Progress>) -> Self {
+        let now = Instant::now();
+        Reads {
+            config,
+            postgres,
+            hasher: CellHasher::default(),
+            reading: None,
+            asked: VecDeque::new(),
+            barrier_passed: false,
+            progress,
+            paid: BTreeSet::new(),
+            backoff: Backoff::default(),
+            not_before: now,
+            audited: now,
+        }
+    }
+
+    /// The oldest transaction that left rows which are being read again.
+    pub(super) fn oldest_pending(&self) -> Option<Lsn> {
+        self.reading.as_ref()?.rereads.iter().map(|reread| reread.commit_lsn).min()
+    }
+
+    /// Somebody wants tables read.
+    pub(super) fn ask(&mut self, order: PassOrder) {
+        let asked = Asked { order, tables: None, totals: Totals::default(), unsaid: VecDeque::new() };
+        self.asked.push_back(asked);
+    }
+
+    /// Whether nothing is being read, and nobody has asked for it.
+    pub(super) fn is_idle(&self) -> bool {
+        let busy = |reading: &Reading| reading.pass.is_some() || !reading.rereads.is_empty();
+        self.asked.is_empty() && !self.reading.as_ref().is_some_and(busy)
+    }
+
+    /// A rule owes something that it did not owe when its pass began.
+    pub(super) fn spoil(&mut self, rule: &str) {
+        self.paid.remove(rule);
+        let config = Arc::clone(&self.config);
+        if let Some(pass) = self.pass_mut() {
+            pass.spoiled |= pass.rules.iter().any(|number| config.rules[usize::from(*number)].name.value == rule);
+        }
+    }
+
+    /// Everything for which cells were deleted where they should have been written.
+    pub(super) fn spoil_all(&mut self) {
+        if let Some(pass) = self.pass_mut() {
+            pass.spoiled = true;
+        }
+    }
+
+    fn pass_mut(&mut self) -> Option<&mut Pass> {
+        self.reading.as_mut()?.pass.as_mut()
+    }
+
+    /// The stream's own operations up to the marker are on their way to Redis.
+    pub(super) fn stream_dispatched(&mut self) {
+        if let Some(reading) = &mut self.reading {
+            reading.behind_stream = false;
+        }
+    }
+
+    /// A logical message of keepstep's own; `filling` says whether operations stand before it that are not in Redis.
+    pub(super) fn hear(&mut self, content: &[u8], filling: bool) {
+        let Some(reading) = &mut self.reading else { return };
+        if let Some(chunk) = reader::marked_chunk(content, &reading.token) {
+            reading.marked = reading.marked.max(chunk);
+            reading.behind_stream |= filling;
+        }
+    }
+
+    /// The table that is read, for `/status`.
+    pub(super) fn status(&self) -> Vec<PassStatus> {
+        let pass = self.reading.as_ref().and_then(|reading| reading.pass.as_ref());
+        let shown = pass.map(|pass| {
+            let relation = &pass.table.relation;
+            let names = pass.rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone());
+            let mut status = PassStatus {
+                table: format!("{}.{}", relation.schema, relation.name),
+                rules: names.collect(),
+                purpose: pass.purpose.name().to_owned(),
+                rows_total: pass.rows_total(),
+                ..PassStatus::default()
+            };
+            status.advance(pass.rows, pass.began.elapsed());
+            status
+        });
+        shown.into_iter().collect()
+    }
+
+    /// The reader, started if there is none.
+    fn reading(&mut self, origin: &crate::cache::checkpoint::Origin) -> Result<&mut Reading> {
+        if self.reading.is_none() {
+            let token = format!("{:016x}", getrandom::u64().unwrap_or_default());
+            let limits = super::limits(&self.config);
+            let handle = reader::start(Setting {
+                postgres: self.postgres.clone(),
+                publication: self.config.postgres.publication.clone(),
+                origin: origin.clone(),
+                redis: self.config.redis.clone(),
+                limits,
+                rules: self.config.rules.len(),
+                hasher: self.hasher.clone(),
+                token: token.clone(),
+                rows_per_s: self.config.postgres.warm_rate,
+            });
+            self.reading = Some(Reading {
+                handle,
+                token,
+                marked: 0,
+                behind_stream: false,
+                chunk: None,
+                head: None,
+                pass: None,
+                rereads: Vec::new(),
+                used: Instant::now(),
+            });
+        }
+        Ok(self.reading.as_mut().expect("it was started just now"))
+    }
+}
+
+impl Pass {
+    /// How many rows there are, by what was read so far.
+    fn rows_total(&self) -> u64 {
+        if self.share > 0.0 { (self.rows as f64 / self.share) as u64 } else { 0 }
+    }
+}
+
+/// What the session has to see to.
+pub(super) enum Heard {
+    /// From the reader; `None` if it is gone without a word.
+    Found(Option<Found>),
+    /// Whoever asked can be told something; `None` if nobody listens any more.
+    Listener(Option<mpsc::OwnedPermit<Report>>),
+}
+
+/// Waits for the next; `finding` says whether the reader may say anything.
+pub(super) async fn heard(reads: &mut Reads, finding: bool) -> Heard {
+    let Reads { reading, asked, .. } = reads;
+    tokio::select! {
+        biased;
+        listener = listener(asked.front()) => Heard::Listener(listener),
+        found = found(reading.as_mut()), if finding => Heard::Found(found),
+    }
+}
+
+async fn found(reading: Option<&mut Reading>) -> Option<Found> {
+    match reading {
+        Some(reading) if reading.head.is_none() => reading.handle.found.recv().await,
+        _ => std::future::pending().await,
+    }
+}
+
+/// A place in the channel of whoever asked, while something is to be said.
+async fn listener(asked: Option<&Asked>) -> Option<mpsc::OwnedPermit<Report>> {
+    match asked.filter(|asked| !asked.unsaid.is_empty()) {
+        Some(asked) => asked.order.reports.clone().reserve_owned().await.ok(),
+        None => std::future::pending().await,
+    }
+}
+
+impl<C: Cache + Send + 'static> Session<C> {
+    /// Starts what is due, if the stream has come far enough.
+    pub(super) fn start_reads(&mut self) -> Result<()> {
+        let now = Instant::now();
+        if !self.intake.is_past_start() || now < self.reads.not_before {
+            return Ok(());
+        }
+        self.start_rereads()?;
+        self.give_up_changed();
+        if self.reads.pass_mut().is_none() && self.reads.paid.is_empty() {
+            match self.next_pass() {
+                Some((pass, job)) => self.start_pass(pass, job)?,
+                None => self.rest(now),
+            }
+        }
+        Ok(())
+    }
+
+    /// Nothing to do: the audit's turn, or none.
+    fn rest(&mut self, now: Instant) {
+        let idle = self.reads.is_idle();
+        if idle && now.duration_since(self.reads.audited) >= AUDIT_EVERY {
+            self.reads.audited = now;
+            self.ask_for_audit();
+        }
+        let unused = |reading: &Reading| now.duration_since(reading.used) > IDLE_LIMIT;
+        if idle && self.reads.reading.as_ref().is_some_and(unused) {
+            self.reads.reading = None;
+            self.intake.forget_touches();
+        }
+    }
+
+    /// The rules that say `audit`, by the largest share of each table.
+    fn ask_for_audit(&mut self) {
+        let shares = self.config.rules.iter().map(|rule| rule.write.as_ref().and_then(|write| write.audit));
+        let audited: Vec<(u16, f64)> = (0..).zip(shares).filter_map(|(rule, share)| Some((rule, share?))).collect();
+        let Some(sample) = audited.iter().map(|(_, share)| *share).reduce(f64::max) else { return };
+        let (reports, _) = mpsc::channel(1);
+        let purpose = Purpose::Verify { sample, repair: false };
+        let rules = audited.into_iter().map(|(rule, _)| rule).collect();
+        self.reads.ask(PassOrder { rules, purpose, filter: None, reports });
+    }
+
+    fn start_rereads(&mut self) -> Result<()> {
+        let under_way = self.reads.reading.as_ref().is_some_and(|reading| !reading.rereads.is_empty());
+        if under_way || !self.intake.has_rereads() {
+            return Ok(());
+        }
+        let rereads = self.intake.take_rereads(REREADS_AT_A_TIME);
+        let table = rereads.first().and_then(|first| self.intake.table(first.relation));
+        let Some((table, condition)) = table.and_then(|table| Some((table, condition(table, &rereads)?))) else {
+            // The table has another shape by now: all of it is read instead.
+            self.intake.overcharge(rereads.iter().map(|reread| reread.rule));
+            return Ok(());
+        };
+        let wanted: BTreeSet<u16> = rereads.iter().map(|reread| reread.rule).collect();
+        let table = only(table, |rule| wanted.contains(&rule.rule));
+        let reading = self.reads.reading(&self.checkpoint.origin)?;
+        reading.rereads = rereads;
+        // The channel has room: one job at a time is under way.
+        let _ = reading.handle.rows.try_send(RowsJob { table, condition });
+        Ok(())
+    }
+
+    /// A table that was bound anew is read anew.
+    fn give_up_changed(&mut self) {
+        let bound =
+            |pass: &Pass| self.intake.table(pass.table.relation.oid).is_some_and(|now| Arc::ptr_eq(now, &pass.table));
+        let changed =
+            self.reads.reading.as_ref().and_then(|reading| reading.pass.as_ref()).is_some_and(|pass| !bound(pass));
+        if changed && self.in_flight.is_none() {
+            tracing::info!("a table that is being read has changed its shape: it is read again");
+            self.end_reading();
+        }
+    }
+
+    /// Ends the reader; what it was at is begun again later.
+    fn end_reading(&mut self) {
+        let Some(reading) = self.reads.reading.take() else { return };
+        self.intake.put_back(reading.rereads);
+        self.intake.forget_touches();
+        if let (Some(pass), Some(asked)) = (reading.pass, self.reads.asked.front_mut()) {
+            if matches!(pass.purpose, Why::Asked(_)) {
+                asked.tables.get_or_insert_default().push_front(pass.table.relation.oid);
+            }
+        }
+    }
+
+    /// Whether some rule owes and can pay.
+    pub(super) fn can_pay(&self) -> bool {
+        self.next_debt().is_some()
+    }
+
+    /// What is to be read next.
+    fn next_pass(&mut self) -> Option<(Pass, TableJob)> {
+        self.next_debt().or_else(|| self.next_asked())
+    }
+
+    /// The first table with a rule that owes and can pay.
+    fn next_debt(&self) -> Option<(Pass, TableJob)> {
+        let owing = &self.checkpoint.owing;
+        let debt = |rule: &BoundRule| owing.get(&self.config.rules[usize::from(rule.rule)].name.value).copied();
+        let can_pay =
+            |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.json.is_some());
+        let tables = self.intake.tables();
+        let first = tables
+            .filter_map(|table| Some((table.rules.iter().find(can_pay)?.rule, table)))
+            .min_by_key(|(rule, _)| *rule);
+        let table = Arc::clone(first?.1);
+        let owes: Vec<(&BoundRule, Debt)> =
+            table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
+        let worst = owes.iter().map(|(_, debt)| *debt).max()?;
+        let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
+        let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
+        let owned: Vec<(u16, Pattern)> = reconciled.flat_map(|rule| self.searched(rule)).collect();
+        let same_table = |progress: &Progress| progress.table == table.relation.oid;
+        let progress = self.reads.progress.filter(same_table).filter(|_| worst == Debt::Warm);
+        let job = TableJob {
+            table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
+            filter: None,
+            sample: 1.0,
+            progress,
+            owned,
+            barrier: !self.reads.barrier_passed,
+        };
+        Some((pass(&table, rules, Why::Debt(worst)), job))
+    }
+
+    /// The patterns of the rule's keys that are searched for orphans.
+    fn searched(&self, rule: &BoundRule) -> Option<(u16, Pattern)> {
+        let write = rule.write.as_ref().filter(|write| is_readable(rule) && rule.on.delete && !write.keep_on_delete)?;
+        Some((rule.rule, write.key.pattern.clone()))
+    }
+
+    /// The next table of what somebody asked for.
+    fn next_asked(&mut self) -> Option<(Pass, TableJob)> {
+        loop {
+            let asked = self.reads.asked.front_mut()?;
+            let wanted =
+                |table: &&Arc<BoundTable>| table.rules.iter().any(|rule| asked.order.rules.contains(&rule.rule));
+            let all = || self.intake.tables().filter(wanted).map(|table| table.relation.oid).collect();
+            let Some(oid) = asked.tables.get_or_insert_with(all).pop_front() else {
+                // It goes once this is said.
+                if !asked.unsaid.back().is_some_and(Report::is_last) {
+                    asked.unsaid.push_back(Report::Done(asked.totals));
+                }
+                return None;
+            };
+            let Some(table) = self.intake.table(oid).map(Arc::clone) else { continue };
+            let rules: Vec<u16> = asked.order.rules.clone();
+            let (purpose, filter) = (asked.order.purpose, asked.order.filter.clone());
+            let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
+            let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
+            let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
+            let job = TableJob {
+                table: only(&table, |rule| wanted(&rule)),
+                filter,
+                sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
+                progress: None,
+                owned: owned.collect(),
+                barrier: false,
+            };
+            let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
+            return Some((pass(&table, rules, Why::Asked(purpose)), job));
+        }
+    }
+
+    fn start_pass(&mut self, pass: Pass, job: TableJob) -> Result<()> {
+        let names: Vec<&str> =
+            pass.rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.as_str()).collect();
+        let relation = &pass.table.relation;
+        tracing::info!(table = %format_args!("{}.{}", relation.schema, relation.name), rules = ?names, "{} begins", pass.purpose.name());
+        let reading = self.reads.reading(&self.checkpoint.origin)?;
+        reading.pass = Some(pass);
+        // The channel has room: one job at a time is under way.
+        let _ = reading.handle.tables.try_send(job);
+        Ok(())
+    }
+
+    /// Sees to it.
+    pub(super) fn heard(&mut self, heard: Heard) -> Result<()> {
+        match heard {
+            Heard::Found(found) => self.found(found),
+            Heard::Listener(listener) => {
+                self.say(listener);
+                Ok(())
+            }
+        }
+    }
+
+    /// The reader has something to say.
+    fn found(&mut self, found: Option<Found>) -> Result<()> {
+        let hasher = self.reads.hasher.clone();
+        let Some(reading) = &mut self.reads.reading else { return Ok(()) };
+        reading.used = Instant::now();
+        match found {
+            None => self.end_reading(),
+            Some(Found::Failed(error)) => return self.reading_failed(error),
+            Some(Found::Begin(answer)) => {
+                self.intake.note_touches(&hasher);
+                // A reader that does not listen any more has failed, and says so.
+                let _ = answer.send(self.intake.unsettled().collect());
+            }
+            Some(Found::Settled(Of::Table)) => self.sweep_debts(),
+            Some(Found::Settled(Of::Rows)) => {}
+            Some(Found::Part) => reading.pass.iter_mut().for_each(|pass| pass.unseen.clear()),
+            Some(Found::Present(cells)) => reading.pass.iter_mut().for_each(|pass| pass.unseen.extend(&cells)),
+            Some(Found::Opened(chunk)) => {
+                self.strike_touched();
+                if let (Some(touches), Some(reading)) = (self.intake.touches(), &mut self.reads.reading) {
+                    touches.forget_seen(&chunk.snapshot);
+                    reading.chunk = Some(chunk);
+                }
+            }
+            Some(Found::Piece(batch)) => reading.head = Some(Head::Piece(batch)),
+            Some(Found::Candidates(batch)) => reading.head = Some(Head::Candidates(batch)),
+            Some(Found::Closed(closed)) => self.closed(&closed),
+            Some(Found::Done(Of::Rows)) => reading.rereads.clear(),
+            Some(Found::Done(Of::Table)) => self.pass_done(),
+        }
+        Ok(())
+    }
+
+    /// Cells that the stream has decided are no orphans.
+    fn strike_touched(&mut self) {
+        if let (Some(touches), Some(pass)) = (self.intake.touches(), self.reads.pass_mut()) {
+            if !pass.unseen.is_empty() {
+                touches.cells().for_each(|cell| _ = pass.unseen.remove(&cell));
+            }
+        }
+    }
+
+    /// Keys that rules only delete exist, and are stale, after a gap. What is written by rules that no read can render
+    /// goes too: when in doubt, invalidate.
+    fn sweep_debts(&mut self) {
+        self.reads.barrier_passed = true;
+        let Some(pass) = self.reads.reading.as_ref().and_then(|reading| reading.pass.as_ref()) else { return };
+        if pass.purpose != Why::Debt(Debt::Reconcile) {
+            return;
+        }
+        let owing = &self.checkpoint.owing;
+        let owes = |rule: &&BoundRule| {
+            owing.get(&self.config.rules[usize::from(rule.rule)].name.value) == Some(&Debt::Reconcile)
+        };
+        for rule in pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule)).filter(owes) {
+            let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
+            unreadable.chain(&rule.delete).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
+        }
+        if self.batch.applied.is_none() {
+            (self.batch.applied, self.batch.low) = (Some(self.checkpoint.applied), self.reached_low);
+        }
+    }
+
+    /// A chunk of a table is in Redis, or compared.
+    fn closed(&mut self, closed: &Closed) {
+        let Some(pass) = self.reads.pass_mut() else { return };
+        pass.rows += closed.rows;
+        pass.share = closed.share;
+        let (rows, rows_total, purpose, rules) = (pass.rows, pass.rows_total(), pass.purpose, pass.rules.clone());
+        self.metrics.pass_rows_left.set(i64::try_from(rows_total.saturating_sub(rows)).unwrap_or(i64::MAX));
+        for rule in &rules {
+            let name = &self.config.rules[usize::from(*rule)].name.value;
+            self.metrics.warm_rows_total.with_label_values(&[name.as_str()]).inc_by(closed.rows);
+        }
+        match purpose {
+            Why::Debt(Debt::Warm) => self.reads.progress = closed.progress,
+            Why::Debt(Debt::Reconcile) => {}
+            Why::Asked(_) => {
+                if let Some(asked) = self.reads.asked.front_mut() {
+                    asked.totals.rows += closed.rows;
+                    let rule = |rule: &u16| self.config.rules[usize::from(*rule)].name.value.clone();
+                    let said = rules.iter().map(|number| Report::Progress { rule: rule(number), rows, rows_total });
+                    asked.unsaid.extend(said);
+                }
+            }
+        }
+    }
+
+    /// Everything that was read is in Redis, or compared.
+    fn pass_done(&mut self) {
+        let Some(pass) = self.reads.reading.as_mut().and_then(|reading| reading.pass.take()) else { return };
+        self.intake.forget_touches();
+        self.metrics.pass_rows_left.set(0);
+        let relation = &pass.table.relation;
+        let table = format!("{}.{}", relation.schema, relation.name);
+        tracing::info!(
+            table,
+            rows = pass.rows,
+            seconds = pass.began.elapsed().as_secs_f64(),
+            "{} done",
+            pass.purpose.name()
+        );
+        if !matches!(pass.purpose, Why::Debt(_)) {
+            return;
+        }
+        self.reads.progress = None;
+        if pass.spoiled {
+            self.wait_before_reading();
+            return;
+        }
+        self.reads.backoff.reset();
+        let names = pass.rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone());
+        self.reads.paid.extend(names);
+        self.note_progress();
+    }
+
+    fn wait_before_reading(&mut self) {
+        self.reads.not_before = Instant::now() + self.reads.backoff.next_wait();
+    }
+
+    /// The reader could not go on.
+    fn reading_failed(&mut self, error: Error) -> Result<()> {
+        let asked = self.reads.pass_mut().is_some_and(|pass| matches!(pass.purpose, Why::Asked(_)));
+        self.end_reading();
+        self.wait_before_reading();
+        if error.kind().is_transient() {
+            tracing::warn!(%error, "reading tables is tried again");
+            return Ok(());
+        }
+        if asked {
+            if let Some(asked) = self.reads.asked.front_mut() {
+                asked.tables = Some(VecDeque::new());
+                asked.unsaid.push_back(Report::Failed { error: error.to_string() });
+            }
+            return Ok(());
+        }
+        if self.ends_when_caught_up {
+            return Err(error);
+        }
+        tracing::error!(%error, "tables cannot be read; it is tried again");
+        self.shared.update(|status| status.last_error = Some(error.to_string()));
+        Ok(())
+    }
+
+    /// Sends, or compares, what was read, if it is its turn.
+    pub(super) fn dispatch_read(&mut self) -> bool {
+        let Some(reading) = &mut self.reads.reading else { return false };
+        match reading.head.take() {
+            None => false,
+            Some(Head::Candidates(batch)) => self.dispatch_candidates(batch),
+            Some(head) if !reading.may_go() => {
+                reading.head = Some(head);
+                false
+            }
+            Some(Head::Piece(batch)) => self.dispatch_piece(batch),
+            Some(Head::Repair(batch)) => {
+                let batch = self.without_newer(batch);
+                self.fly_read(batch)
+            }
+        }
+    }
+
+    fn dispatch_piece(&mut self, batch: Batch) -> bool {
+        let hasher = self.reads.hasher.clone();
+        let Some(reading) = &mut self.reads.reading else { return false };
+        let of_table = reading.chunk.as_ref().is_some_and(|chunk| chunk.of == Of::Table);
+        let wanted = reading.chunk.as_ref().is_some_and(|chunk| chunk.rows_wanted);
+        let mut verify = false;
+        if let Some(pass) = reading.pass.as_mut().filter(|_| of_table) {
+            verify = matches!(pass.purpose, Why::Asked(Purpose::Verify { .. }));
+            if !pass.unseen.is_empty() {
+                batch.ops().for_each(|(_, op)| _ = pass.unseen.remove(&hasher.cell(key(op))));
+            }
+        }
+        if !wanted {
+            self.recycle(batch);
+            return false;
+        }
+        let before = batch.len();
+        let batch = self.without_newer(batch);
+        if verify {
+            if let Some(asked) = self.reads.asked.front_mut() {
+                asked.totals.skipped += (before - batch.len()) as u64;
+            }
+            return self.fly_comparison(batch, false);
+        }
+        self.fly_read(batch)
+    }
+
+    /// Keys that nobody has rendered or touched since the pass began: no row has them.
+    fn dispatch_candidates(&mut self, mut batch: Batch) -> bool {
+        self.strike_touched();
+        let hasher = self.reads.hasher.clone();
+        let Some(pass) = self.reads.pass_mut() else { return false };
+        batch.retain(|_, key| pass.unseen.contains(&hasher.cell(key)));
+        match pass.purpose {
+            Why::Asked(Purpose::Verify { .. }) => self.fly_comparison(batch, true),
+            _ => self.fly_read(batch),
+        }
+    }
+
+    /// What the stream has not said something newer of.
+    fn without_newer(&mut self, mut batch: Batch) -> Batch {
+        let chunk = self.reads.reading.as_ref().and_then(|reading| reading.chunk.as_ref());
+        let newer = match (chunk, self.intake.touches()) {
+            (Some(chunk), Some(touches)) if !canary::is(Canary::MarkerOnly) => touches.newer_than(&chunk.snapshot),
+            _ => Newer::default(),
+        };
+        if !newer.is_empty() {
+            batch.retain(|rule, key| !newer.has(rule, self.reads.hasher.cell(key)));
+        }
+        batch
+    }
+
+    fn recycle(&mut self, mut batch: Batch) {
+        batch.clear();
+        if let Some(reading) = &self.reads.reading {
+            // One too many is simply dropped.
+            let _ = reading.handle.spare.try_send(batch);
+        }
+    }
+
+    fn fly_read(&mut self, batch: Batch) -> bool {
+        if batch.is_empty() {
+            self.recycle(batch);
+            return false;
+        }
+        let next = self.next_checkpoint(self.checkpoint.applied, self.checkpoint.low, self.proven);
+        self.fly(batch, next, Flying::Read)
+    }
+
+    fn fly_comparison(&mut self, batch: Batch, orphans: bool) -> bool {
+        if batch.is_empty() {
+            self.recycle(batch);
+            return false;
+        }
+        let Some(mut cache) = self.cache.take() else { return false };
+        self.flying = Flying::Comparison { orphans };
+        self.in_flight = Some(Box::pin(async move {
+            let outcome = cache.read(&batch).await.map(Outcome::Read);
+            (cache, batch, outcome)
+        }));
+        true
+    }
+
+    /// What was read is in Redis.
+    pub(super) fn read_answered(&mut self, batch: Batch, invalidated: bool) {
+        if invalidated {
+            self.reads.spoil_all();
+        }
+        self.recycle(batch);
+    }
+
+    /// Redis has said what it holds.
+    pub(super) fn compared(&mut self, mut batch: Batch, held: &[Held], orphans: bool) {
+        let unsure = self.intake.has_rereads() || self.reads.oldest_pending().is_some();
+        let Some(asked) = self.reads.asked.front_mut() else { return self.recycle(batch) };
+        let Purpose::Verify { repair, .. } = asked.order.purpose else { return self.recycle(batch) };
+        let mut wrong = HashSet::new();
+        for (place, ((rule, op), held)) in batch.ops().zip(held).enumerate() {
+            let rule = &self.config.rules[usize::from(rule)];
+            let ttl_ms = rule.write.as_ref().and_then(|write| write.ttl).map(|ttl| ttl.as_millis() as u64);
+            let verdict = match audit::judge(op, held, ttl_ms) {
+                Verdict::Wrong(_) if orphans => Verdict::Wrong(Kind::Orphan),
+                // A row that is read again has no key meanwhile.
+                Verdict::Wrong(Kind::Missing) if unsure => {
+                    asked.totals.skipped += 1;
+                    continue;
+                }
+                verdict => verdict,
+            };
+            asked.totals.checked += 1;
+            let name = rule.name.value.as_str();
+            self.metrics.audit_keys_checked_total.with_label_values(&[name]).inc();
+            match verdict {
+                Verdict::Right => {}
+                Verdict::Expired => asked.totals.expired += 1,
+                Verdict::Wrong(kind) => {
+                    asked.totals.diverged += 1;
+                    self.metrics.audit_keys_diverged_total.with_label_values(&[name, kind.name()]).inc();
+                    let key = String::from_utf8_lossy(key(op)).into_owned();
+                    tracing::warn!(rule = name, key, kind = kind.name(), applied = %self.checkpoint.applied, "a key has diverged");
+                    wrong.insert(place);
+                    asked.unsaid.push_back(difference(name, key, kind, op, held, repair));
+                }
+            }
+        }
+        let mut place = 0;
+        batch.retain(|_, _| {
+            place += 1;
+            repair && wrong.contains(&(place - 1))
+        });
+        match (batch.is_empty(), &mut self.reads.reading) {
+            (false, Some(reading)) => reading.head = Some(Head::Repair(batch)),
+            _ => self.recycle(batch),
+        }
+    }
+
+    /// Says one thing to whoever asked; `None` if nobody listens any more.
+    fn say(&mut self, listener: Option<mpsc::OwnedPermit<Report>>) {
+        let Some(asked) = self.reads.asked.front_mut() else { return };
+        let Some(report) = asked.unsaid.pop_front() else { return };
+        let last = report.is_last();
+        match listener {
+            Some(permit) => drop(permit.send(report)),
+            // Nobody waits for what is left to be said, but what was begun is ended in good order.
+            None => asked.unsaid.retain(Report::is_last),
+        }
+        if last {
+            self.reads.asked.pop_front();
+        }
+    }
+}
+
+impl Reading {
+    /// Whether everything that the chunk sees is in Redis.
+    fn may_go(&self) -> bool {
+        let marked = self.chunk.as_ref().is_some_and(|chunk| chunk.number <= self.marked);
+        (marked || canary::is(Canary::VisibilityOnly)) && !self.behind_stream
+    }
+}
+
+fn difference(rule: &str, key: String, kind: Kind, op: CacheOp<'_>, held: &Held, repaired: bool) -> Report {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let should = match op {
+        CacheOp::Set { value, .. } => Some(text(value)),
+        CacheOp::Delete { .. } => None,
+    };
+    Report::Difference { rule: rule.to_owned(), key, kind, holds: held.value.as_deref().map(text), should, repaired }
+}
+
+fn key(op: CacheOp<'_>) -> &[u8] {
+    match op {
+        CacheOp::Set { key, .. } | CacheOp::Delete { key } => key,
+    }
+}
+
+fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
+    Pass {
+        table: Arc::clone(table),
+        rules,
+        purpose,
+        unseen: HashSet::new(),
+        spoiled: false,
+        began: Instant::now(),
+        rows: 0,
+        share: 0.0,
+    }
+}
+
+/// Whether the table says what the rule's keys hold: not where some operations do not count.
+fn is_readable(rule: &BoundRule) -> bool {
+    rule.write.as_ref().is_some_and(|write| write.json.is_some()) && rule.on.insert && rule.on.update
+}
+
+/// The table with some of its rules.
+fn only(table: &BoundTable, wanted: impl Fn(&BoundRule) -> bool) -> BoundTable {
+    let rules = table.rules.iter().filter(|rule| wanted(rule)).cloned().collect();
+    BoundTable { relation: table.relation.clone(), rules }
+}
+
+/// The rows, as an SQL condition; `None` if the table has not these columns any more.
+fn condition(table: &BoundTable, rereads: &[Reread]) -> Option<String> {
+    let row = |reread: &Reread| {
+        let columns = reread.name.iter().map(|(place, value)| {
+            let name = sql_identifier(&table.relation.columns.get(*place)?.name);
+            Some(match value {
+                Some(text) => format!("{name} = {}", literal(text)?),
+                None => format!("{name} IS NULL"),
+            })
+        });
+        Some(format!("({})", columns.collect::<Option<Vec<_>>>()?.join(" AND ")))
+    };
+    Some(rereads.iter().map(row).collect::<Option<Vec<_>>>()?.join(" OR "))
+}
+
+/// As SQL wants it, whatever `standard_conforming_strings` says.
+fn literal(text: &[u8]) -> Option<String> {
+    let text = str::from_utf8(text).ok()?.replace('\'', "''");
+    Some(if text.contains('\\') { format!(" E'{}'", text.replace('\\', "\\\\")) } else { format!("'{text}'") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::tests::bound;
+
+    #[test]
+    fn rows_are_named_in_sql() {
+        let table = bound("key = \"r:{id}:{c?none}\"\nvalue = \"json\"\ncolumns = [\"id\"]", &["id", "c"]);
+        let reread = |id: &str, c: Option<&str>| Reread {
+            relation: 1,
+            rule: 0,
+            name: vec![(0, Some(id.as_bytes().into())), (1, c.map(|c| c.as_bytes().into()))],
+            commit_lsn: Lsn(1),
+        };
+        let rows = [reread("1", Some("it's")), reread("a\\b", None)];
+        assert_eq!(
+            condition(&table, &rows).as_deref(),
+            Some(r"(id = '1' AND c = 'it''s') OR (id =  E'a\\b' AND c IS NULL)")
+        );
+        let gone = Reread { name: vec![(7, None)], ..reread("1", None) };
+        assert_eq!(condition(&table, &[gone]), None);
+    }
+}

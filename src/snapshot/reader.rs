@@ -1,0 +1,681 @@
+//! The task that reads tables: chunk after chunk, rendered into batches that the session takes when it is their turn.
+//!
+//! It has connections of its own, so nothing here holds up the stream. What it finds goes to the session through a
+//! bounded channel, in order; while the session cannot take more, COPY waits, and with it Postgres. Between two chunks
+//! of a table it reads single rows that changes have asked for ([`RowsJob`]).
+
+use std::pin::pin;
+use std::time::{Duration, Instant};
+
+use futures_util::TryStreamExt;
+use tokio::sync::{mpsc, oneshot};
+use tokio_postgres::Client;
+use tokio_postgres::types::Type;
+
+use super::copy_text::Row;
+use super::visibility::Snapshot;
+use crate::batch::{Batch, CellHasher, CellId, Limits};
+use crate::cache::checkpoint::{Origin, Progress};
+use crate::cache::scan::Scan;
+use crate::canary::{self, Canary};
+use crate::catalog::{sql_identifier, sql_table};
+use crate::config::{RedisConfig, TableName};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::{Datum, Relation, Xid};
+use crate::plan::{self, BoundTable, Noted};
+use crate::rules::pattern::Pattern;
+use crate::source::client;
+use crate::source::conninfo::ConnInfo;
+use crate::source::query_error;
+use crate::source::slot::MESSAGE_PREFIX;
+
+/// No statement of a chunk takes longer; one that waits for Redis so long gives its snapshot back.
+const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a chunk should take: no snapshot is held for much longer.
+const CHUNK_TARGET: Duration = Duration::from_millis(200);
+/// Pages of the first chunk; later ones adapt to the target.
+const CHUNK_PAGES_FIRST: u64 = 64;
+/// Pages of a chunk at most: 256 MiB of heap.
+const CHUNK_PAGES_MAX: u64 = 32_768;
+/// Pages of a chunk where only a sample is read: what is left out lies between chunks.
+const SAMPLE_PAGES: u64 = 8;
+/// How often the pass over a leaf may begin again because the leaf was rewritten.
+const REWRITES_MAX: u32 = 10;
+/// How many pieces wait for the session.
+const FOUND_MAX: usize = 2;
+/// How many jobs wait for the reader.
+const JOBS_MAX: usize = 4;
+/// How many keys are looked for at a time in a search for orphans: 16 bytes each. Where Redis holds more, the table is
+/// read once for each part of them.
+const PARTITION_KEYS_MAX: u64 = 1 << 20;
+/// How long apart looks at whether a transaction is visible are: it nearly always is at the first.
+const SETTLE_PAUSE: Duration = Duration::from_millis(2);
+const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// When to say what is waited for.
+const SETTLE_WARN: Duration = Duration::from_secs(10);
+
+/// Everything the reader needs to know of its surroundings.
+pub struct Setting {
+    /// Where the tables are.
+    pub postgres: ConnInfo,
+    /// The publication, whose row filters hold for reads too.
+    pub publication: String,
+    /// Whose stream the reads are merged into: a read from anybody else must not be.
+    pub origin: Origin,
+    /// Where keys are looked for.
+    pub redis: RedisConfig,
+    /// The size of a piece.
+    pub limits: Limits,
+    /// The number of rules.
+    pub rules: usize,
+    /// Tells cells apart, here as in the session.
+    pub hasher: CellHasher,
+    /// In each marker, so that those of an earlier reader are not taken for its own.
+    pub token: String,
+    /// Rows a second at most; `None` is no limit.
+    pub rows_per_s: Option<u64>,
+}
+
+/// A table to be read.
+pub struct TableJob {
+    /// Its shape as the stream has it, and the rules whose values are rendered; none if nothing is to be read.
+    pub table: BoundTable,
+    /// Only rows that meet this condition.
+    pub filter: Option<String>,
+    /// The share of its pages that are read.
+    pub sample: f64,
+    /// Where an earlier read of it ended.
+    pub progress: Option<Progress>,
+    /// The keys that are looked for in Redis, to find those that no row renders: their rules and patterns.
+    pub owned: Vec<(u16, Pattern)>,
+    /// Transactions that committed before the slot began may be invisible still: wait for them.
+    pub barrier: bool,
+}
+
+/// Single rows to be read again.
+pub struct RowsJob {
+    /// The table's shape as the stream has it, and the rules whose values are rendered.
+    pub table: BoundTable,
+    /// Which rows, as an SQL condition.
+    pub condition: String,
+}
+
+/// What the reader has to say, in order.
+pub enum Found {
+    /// Note what the stream touches from now on, and say what it brought before that may not be settled.
+    Begin(oneshot::Sender<Vec<Xid>>),
+    /// All that was decoded before is visible now.
+    Settled(Of),
+    /// Another part of the keys is looked for: those of the part before are forgotten.
+    Part,
+    /// Keys of the rules that Redis holds.
+    Present(Vec<CellId>),
+    /// A chunk begins; its pieces follow.
+    Opened(Chunk),
+    /// Rendered rows, or keys to be deleted where a row has none.
+    Piece(Batch),
+    /// The chunk ends.
+    Closed(Closed),
+    /// Keys that Redis holds: those among them that nobody has rendered or touched are orphans.
+    Candidates(Batch),
+    /// The job is done.
+    Done(Of),
+    /// The job, and the reader, ended.
+    Failed(Error),
+}
+
+/// Which of the two jobs: rows are read between the chunks of a table.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// A [`TableJob`].
+    Table,
+    /// A [`RowsJob`].
+    Rows,
+}
+
+/// The end of a chunk of a table.
+pub struct Closed {
+    /// Rows that it had.
+    pub rows: u64,
+    /// The share of the table's pages that are behind it, as far as is known.
+    pub share: f64,
+    /// Where to go on after a restart.
+    pub progress: Option<Progress>,
+}
+
+/// What a chunk was read with.
+pub struct Chunk {
+    /// Whose it is.
+    pub of: Of,
+    /// The number that its marker bears.
+    pub number: u64,
+    /// What it sees.
+    pub snapshot: Snapshot,
+    /// Whether its rows are wanted, or only which keys have a row.
+    pub rows_wanted: bool,
+}
+
+/// The session's end of a reader.
+pub struct Handle {
+    /// Tables to read.
+    pub tables: mpsc::Sender<TableJob>,
+    /// Rows to read, as soon as the chunk under way has ended.
+    pub rows: mpsc::Sender<RowsJob>,
+    /// What it finds.
+    pub found: mpsc::Receiver<Found>,
+    /// Batches that may be used again.
+    pub spare: mpsc::Sender<Batch>,
+}
+
+/// Starts a reader; it ends when the handle is dropped.
+pub fn start(setting: Setting) -> Handle {
+    let (tables, table_jobs) = mpsc::channel(JOBS_MAX);
+    let (rows, row_jobs) = mpsc::channel(JOBS_MAX);
+    let (sender, found) = mpsc::channel(FOUND_MAX);
+    let (spare, spares) = mpsc::channel(FOUND_MAX + 2);
+    tokio::spawn(async move {
+        let failed = sender.clone();
+        if let Err(Stop::Failed(error)) = read(setting, sender, spares, table_jobs, row_jobs).await {
+            // Nobody listens any more if this fails.
+            let _ = failed.send(Found::Failed(error)).await;
+        }
+    });
+    Handle { tables, rows, found, spare }
+}
+
+/// Why a job ended early.
+enum Stop {
+    /// The session is gone.
+    Abandoned,
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Stop::Failed(error)
+    }
+}
+
+type Outcome<T> = std::result::Result<T, Stop>;
+
+async fn read(
+    setting: Setting,
+    found: mpsc::Sender<Found>,
+    spares: mpsc::Receiver<Batch>,
+    mut tables: mpsc::Receiver<TableJob>,
+    rows: mpsc::Receiver<RowsJob>,
+) -> Outcome<()> {
+    let client = client::connect(&setting.postgres, STATEMENT_TIMEOUT).await?;
+    let marker = client::connect(&setting.postgres, STATEMENT_TIMEOUT).await?;
+    // With more, a marker would wait for a standby and hold back what VACUUM may remove.
+    run(&marker, "SET synchronous_commit = local").await?;
+    let mut reader = Reader { setting, client, marker, found, spares, rows, chunk: 0, row: Row::default() };
+    loop {
+        tokio::select! {
+            biased;
+            job = reader.rows.recv() => match job {
+                Some(job) => reader.rows(&job).await?,
+                None => return Ok(()),
+            },
+            job = tables.recv() => match job {
+                Some(job) => reader.table(&job).await?,
+                None => return Ok(()),
+            },
+        }
+    }
+}
+
+struct Reader {
+    setting: Setting,
+    /// Reads.
+    client: Client,
+    /// Writes markers, and looks at what is visible.
+    marker: Client,
+    found: mpsc::Sender<Found>,
+    spares: mpsc::Receiver<Batch>,
+    rows: mpsc::Receiver<RowsJob>,
+    /// The number of the last chunk.
+    chunk: u64,
+    row: Row,
+}
+
+/// What one chunk reads, in SQL.
+struct Selection<'a> {
+    table: &'a BoundTable,
+    of: Of,
+    /// `LOCK TABLE …`
+    lock: String,
+    /// `FROM … WHERE …`
+    from: String,
+    /// The relation of which filenode and size are told.
+    oid: u32,
+    rows_wanted: bool,
+}
+
+/// A leaf, and which of how many it is.
+struct Place {
+    oid: u32,
+    /// Its name in SQL.
+    table: String,
+    before: usize,
+    leaves: usize,
+}
+
+/// What a look at a leaf says.
+#[derive(Clone, Copy)]
+struct Leaf {
+    /// `None` if it has none: a partitioned table.
+    filenode: Option<u32>,
+    pages: u64,
+}
+
+impl Reader {
+    async fn say(&self, found: Found) -> Outcome<()> {
+        self.found.send(found).await.map_err(|_| Stop::Abandoned)
+    }
+
+    /// Steps 1 and 2 of the mechanism.
+    async fn settle(&self, of: Of) -> Outcome<()> {
+        let (answer, decoded) = oneshot::channel();
+        self.say(Found::Begin(answer)).await?;
+        let decoded = decoded.await.map_err(|_| Stop::Abandoned)?;
+        let all_seen = |snapshot: &Snapshot| decoded.iter().all(|xid| snapshot.sees(*xid));
+        self.wait_until("a commit that waits for a standby", all_seen).await?;
+        self.say(Found::Settled(of)).await
+    }
+
+    /// Transactions that committed before a slot's first position, and so are not in the stream, can still be invisible.
+    /// All of them began before this one.
+    async fn barrier(&self) -> Result<()> {
+        if canary::is(Canary::NoBarrier) {
+            return Ok(());
+        }
+        let row = query_one(&self.marker, "select pg_current_xact_id()::text", &[]).await?;
+        let xid: u64 = parse(&row, 0)?;
+        self.wait_until("transactions that began before the slot", |snapshot| snapshot.is_past(xid)).await
+    }
+
+    async fn wait_until(&self, what: &str, holds: impl Fn(&Snapshot) -> bool) -> Result<()> {
+        let (began, mut pause, mut warned) = (Instant::now(), SETTLE_PAUSE, false);
+        loop {
+            let row = query_one(&self.marker, "select pg_current_snapshot()::text", &[]).await?;
+            if holds(&parse(&row, 0)?) {
+                return Ok(());
+            }
+            if !warned && began.elapsed() > SETTLE_WARN {
+                warned = true;
+                let blocked_by = self.blockers().await?;
+                tracing::warn!(blocked_by, "reading tables waits for {what}");
+            }
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(SETTLE_PAUSE_MAX);
+        }
+    }
+
+    /// The oldest transactions that are under way, so that somebody can end them.
+    async fn blockers(&self) -> Result<String> {
+        let sql = "select coalesce(string_agg(who, ', '), 'nobody whom this role may see')
+            from (select 'PID ' || pid || ' (' || coalesce(state, '?') || ', since ' || xact_start || ')' as who
+                    from pg_catalog.pg_stat_activity
+                   where backend_xid is not null and pid <> pg_backend_pid()
+                   union all
+                  select 'prepared transaction ' || gid || ' (since ' || prepared || ')'
+                    from pg_catalog.pg_prepared_xacts
+                   limit 5) blockers";
+        parse(&query_one(&self.marker, sql, &[]).await?, 0)
+    }
+
+    /// Reads a table for all its keys, part by part.
+    async fn table(&mut self, job: &TableJob) -> Outcome<()> {
+        if job.barrier {
+            self.barrier().await?;
+        }
+        let partitions = if job.owned.is_empty() { 1 } else { self.partitions().await? };
+        for partition in 0..partitions {
+            let within = |cell: CellId| cell.0 % u128::from(partitions) == u128::from(partition);
+            self.say(Found::Part).await?;
+            self.keys(job, within, Keys::Present).await?;
+            self.settle(Of::Table).await?;
+            if !job.table.rules.is_empty() {
+                self.leaves(job, partition == 0).await?;
+            }
+            self.keys(job, within, Keys::Candidates).await?;
+        }
+        self.say(Found::Done(Of::Table)).await
+    }
+
+    async fn partitions(&self) -> Result<u64> {
+        Ok(Scan::key_count(&self.setting.redis).await?.div_ceil(PARTITION_KEYS_MAX).max(1))
+    }
+
+    /// Goes through the keys that Redis holds and the rules own.
+    async fn keys(&mut self, job: &TableJob, wanted: impl Fn(CellId) -> bool, as_what: Keys) -> Outcome<()> {
+        if job.owned.is_empty() {
+            return Ok(());
+        }
+        let mut scan = Scan::open(&self.setting.redis).await?;
+        while let Some(keys) = scan.next().await? {
+            let owner = |key: &[u8]| job.owned.iter().find(|(_, pattern)| pattern.matches(key)).map(|(rule, _)| *rule);
+            let cells = keys.iter().filter_map(|key| {
+                let cell = self.setting.hasher.cell(key);
+                let rule = owner(key).filter(|_| wanted(cell))?;
+                Some((rule, key, cell))
+            });
+            let found = match as_what {
+                Keys::Present => Found::Present(cells.map(|(.., cell)| cell).collect()),
+                Keys::Candidates => {
+                    let mut batch = Batch::new(self.setting.limits, self.setting.rules);
+                    for (rule, key, _) in cells {
+                        batch.cell(rule, |out| {
+                            out.extend_from_slice(key);
+                            true
+                        });
+                    }
+                    Found::Candidates(batch)
+                }
+            };
+            self.say(found).await?;
+        }
+        Ok(())
+    }
+
+    async fn leaves(&mut self, job: &TableJob, rows_wanted: bool) -> Outcome<()> {
+        let relation = &job.table.relation;
+        let condition = self.condition(relation, job.filter.as_deref()).await?;
+        let leaves = leaves(&self.client, relation.oid).await?;
+        // Those before it were read to their end, by the same order.
+        let done = |progress: &Progress| leaves.iter().position(|(oid, _)| *oid == progress.leaf);
+        let skipped = job.progress.as_ref().and_then(done).unwrap_or(0);
+        for (index, (oid, name)) in leaves.iter().enumerate().skip(skipped) {
+            let progress = job.progress.as_ref().filter(|progress| progress.leaf == *oid);
+            let place = Place { oid: *oid, table: sql_table(name), before: index, leaves: leaves.len() };
+            self.leaf(job, &place, &condition, progress, rows_wanted).await?;
+        }
+        Ok(())
+    }
+
+    /// What rows must meet, besides where they are.
+    async fn condition(&self, relation: &Relation, filter: Option<&str>) -> Result<String> {
+        let sql = "select to_jsonb(p) ->> 'rowfilter' from pg_catalog.pg_publication_tables p
+            where p.pubname = $1 and p.schemaname = $2 and p.tablename = $3";
+        let parameters = [&self.setting.publication, &relation.schema, &relation.name];
+        let parameters = parameters.map(|text| (text as &(dyn tokio_postgres::types::ToSql + Sync), Type::TEXT));
+        let row = self.client.query_typed_opt(sql, &parameters).await.map_err(failed)?;
+        let published: Option<String> = row.map(|row| row.try_get(0).map_err(failed)).transpose()?.flatten();
+        let conditions = [published.as_deref(), filter].into_iter().flatten().map(|sql| format!(" AND ({sql})"));
+        Ok(conditions.collect())
+    }
+
+    /// Reads a leaf from page to page. If it is rewritten meanwhile, every row may be elsewhere: it begins again.
+    async fn leaf(
+        &mut self,
+        job: &TableJob,
+        place: &Place,
+        condition: &str,
+        progress: Option<&Progress>,
+        rows_wanted: bool,
+    ) -> Outcome<()> {
+        let (table, oid) = (&place.table, place.oid);
+        let mut known = self.look(&self.client, oid).await?.1;
+        let (mut next, mut rewrites) = (0, 0);
+        if let Some(progress) = progress.filter(|progress| Some(progress.filenode) == known.filenode) {
+            next = progress.page;
+        }
+        let mut pages = if job.sample < 1.0 { SAMPLE_PAGES } else { CHUNK_PAGES_FIRST };
+        while next < known.pages {
+            self.rows_asked_for().await?;
+            let end = next + pages;
+            if job.sample < 1.0 && random_share() >= job.sample {
+                next = end;
+                continue;
+            }
+            let began = Instant::now();
+            let selection = Selection {
+                table: &job.table,
+                of: Of::Table,
+                lock: format!("LOCK TABLE ONLY {table} IN ACCESS SHARE MODE"),
+                from: format!("FROM ONLY {table} WHERE ctid >= '({next},0)' AND ctid < '({end},0)'{condition}"),
+                oid,
+                rows_wanted,
+            };
+            let filenode = if canary::is(Canary::NoFilenode) { None } else { known.filenode };
+            match self.chunk(&selection, filenode).await? {
+                Read::Rewritten(_) if rewrites == REWRITES_MAX => {
+                    return Err(
+                        Error::new(ErrorKind::PostgresAway, format!("{table} is rewritten all the time")).into()
+                    );
+                }
+                Read::Rewritten(leaf) => {
+                    tracing::info!(%table, "the table was rewritten while it was read: it is read again");
+                    (known, next, rewrites) = (leaf, 0, rewrites + 1);
+                    continue;
+                }
+                Read::Rows(rows) => {
+                    next = end;
+                    let at = |filenode| Progress { table: job.table.relation.oid, leaf: oid, filenode, page: next };
+                    let of_leaf = (next as f64 / known.pages as f64).min(1.0);
+                    let share = (place.before as f64 + of_leaf) / place.leaves as f64;
+                    self.say(Found::Closed(Closed { rows, share, progress: known.filenode.map(at) })).await?;
+                    self.pace(rows, began.elapsed()).await;
+                }
+            }
+            if job.sample >= 1.0 {
+                pages = adapted(pages, began.elapsed());
+            }
+        }
+        Ok(())
+    }
+
+    /// `warm_rate`
+    async fn pace(&self, rows: u64, took: Duration) {
+        if let Some(rows_per_s) = self.setting.rows_per_s {
+            let least = Duration::from_secs_f64(rows as f64 / rows_per_s as f64);
+            tokio::time::sleep(least.saturating_sub(took)).await;
+        }
+    }
+
+    /// Rows that changes have asked for meanwhile.
+    async fn rows_asked_for(&mut self) -> Outcome<()> {
+        while let Ok(job) = self.rows.try_recv() {
+            self.rows(&job).await?;
+        }
+        Ok(())
+    }
+
+    async fn rows(&mut self, job: &RowsJob) -> Outcome<()> {
+        self.settle(Of::Rows).await?;
+        let relation = &job.table.relation;
+        let name = TableName { schema: relation.schema.clone(), name: relation.name.clone() };
+        let table = sql_table(&name);
+        let condition = self.condition(relation, Some(&job.condition)).await?;
+        let selection = Selection {
+            table: &job.table,
+            of: Of::Rows,
+            lock: format!("LOCK TABLE {table} IN ACCESS SHARE MODE"),
+            from: format!("FROM {table} WHERE true{condition}"),
+            oid: relation.oid,
+            rows_wanted: true,
+        };
+        self.chunk(&selection, None).await?;
+        self.say(Found::Done(Of::Rows)).await
+    }
+
+    /// Steps 3 and 4. `filenode` is what the leaf must still have.
+    async fn chunk(&mut self, selection: &Selection<'_>, filenode: Option<u32>) -> Outcome<Read> {
+        // Taking the lock takes no snapshot, so whoever held it before is visible in the one that follows.
+        run(&self.client, &format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}", selection.lock)).await?;
+        let (snapshot, leaf) = self.look(&self.client, selection.oid).await?;
+        if filenode.is_some() && leaf.filenode != filenode {
+            run(&self.client, "ROLLBACK").await?;
+            return Ok(Read::Rewritten(leaf));
+        }
+        self.chunk += 1;
+        let content = marker(&self.setting.token, self.chunk);
+        let sql = "select pg_logical_emit_message(true, $1, $2)::text";
+        query_one(&self.marker, sql, &[(&MESSAGE_PREFIX, Type::TEXT), (&content, Type::TEXT)]).await?;
+        let chunk = Chunk { of: selection.of, number: self.chunk, snapshot, rows_wanted: selection.rows_wanted };
+        self.say(Found::Opened(chunk)).await?;
+        let rows = self.copy(selection).await?;
+        run(&self.client, "COMMIT").await?;
+        Ok(Read::Rows(rows))
+    }
+
+    /// The snapshot of the transaction, and the relation as it is now; from the server that the stream comes from.
+    async fn look(&self, client: &Client, oid: u32) -> Result<(Snapshot, Leaf)> {
+        let sql = "select pg_current_snapshot()::text, (select system_identifier::text from pg_control_system()),
+            left(pg_walfile_name(pg_current_wal_lsn()), 8), pg_relation_filenode($1)::text,
+            coalesce(pg_relation_size($1) / current_setting('block_size')::int8, 0)::text";
+        let row = query_one(client, sql, &[(&oid, Type::OID)]).await?;
+        let text = |column| row.try_get::<_, Option<&str>>(column).map_err(failed);
+        let timeline = text(2)?.and_then(|digits| u32::from_str_radix(digits, 16).ok());
+        let origin = &self.setting.origin;
+        if text(1)? != Some(&origin.system) || timeline != Some(origin.timeline) {
+            let message = "a query connection leads to another server than the replication stream";
+            return Err(Error::new(ErrorKind::PostgresAway, message));
+        }
+        let leaf = Leaf { filenode: text(3)?.and_then(|node| node.parse().ok()), pages: parse(&row, 4)? };
+        Ok((parse(&row, 0)?, leaf))
+    }
+
+    /// COPY, rendered row by row.
+    async fn copy(&mut self, selection: &Selection<'_>) -> Outcome<u64> {
+        let relation = &selection.table.relation;
+        let columns: Vec<String> = relation.columns.iter().map(|column| sql_identifier(&column.name)).collect();
+        let sql = format!("COPY (SELECT {} {}) TO STDOUT", columns.join(", "), selection.from);
+        let mut lines = pin!(self.client.copy_out(&sql).await.map_err(failed)?);
+        let (mut rows, mut notes, mut random) = (0, Vec::new(), rows_seed(self.chunk));
+        let mut row = std::mem::take(&mut self.row);
+        let mut datums: Vec<Datum<'static>> = Vec::new();
+        let mut batch = self.empty();
+        while let Some(line) = lines.try_next().await.map_err(failed)? {
+            let read = row.read(&line, columns.len());
+            read.map_err(|error| Error::new(ErrorKind::Protocol, "cannot read what COPY sent").because(error))?;
+            let mut image = plan::recycled(datums);
+            image.extend(row.datums());
+            plan::row(selection.table, &image, &mut random, &mut batch, &mut notes);
+            datums = plan::recycled(image);
+            rows += 1;
+            for note in notes.drain(..) {
+                if let Noted::Unrendered(why) = note.what {
+                    tracing::debug!(rule = note.rule, %why, "a row has no value");
+                }
+            }
+            if batch.is_full() {
+                let full = std::mem::replace(&mut batch, self.empty());
+                self.say(Found::Piece(full)).await?;
+            }
+        }
+        self.row = row;
+        self.say(Found::Piece(batch)).await?;
+        Ok(rows)
+    }
+
+    fn empty(&mut self) -> Batch {
+        self.spares.try_recv().unwrap_or_else(|_| Batch::new(self.setting.limits, self.setting.rules))
+    }
+}
+
+/// What keys are looked for as.
+#[derive(Clone, Copy)]
+enum Keys {
+    Present,
+    Candidates,
+}
+
+/// How a chunk went.
+enum Read {
+    /// So many rows.
+    Rows(u64),
+    /// The leaf is not the one that the pass began with.
+    Rewritten(Leaf),
+}
+
+/// The content of a marker.
+fn marker(token: &str, chunk: u64) -> String {
+    format!("marker {token} {chunk}")
+}
+
+/// The number of the chunk that the marker is of, if it is of this reader.
+pub fn marked_chunk(content: &[u8], token: &str) -> Option<u64> {
+    let rest = str::from_utf8(content).ok()?.strip_prefix("marker ")?;
+    rest.strip_prefix(token)?.strip_prefix(' ')?.parse().ok()
+}
+
+/// The leaves of a table, in an order that does not change, or the table itself.
+async fn leaves(client: &Client, oid: u32) -> Result<Vec<(u32, TableName)>> {
+    let sql = "select c.oid::text, n.nspname::text, c.relname::text
+        from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
+        where c.relkind = 'r' and (c.oid = $1 or c.oid in (select relid from pg_catalog.pg_partition_tree($1) where isleaf))
+        order by c.oid";
+    let rows = client.query_typed(sql, &[(&oid, Type::OID)]).await.map_err(failed)?;
+    rows.iter().map(|row| Ok((parse(row, 0)?, TableName { schema: parse(row, 1)?, name: parse(row, 2)? }))).collect()
+}
+
+/// As many pages as should take as long as a chunk may.
+fn adapted(pages: u64, took: Duration) -> u64 {
+    let next = if took < CHUNK_TARGET / 2 {
+        pages * 2
+    } else if took > CHUNK_TARGET * 2 {
+        pages / 2
+    } else {
+        pages
+    };
+    next.clamp(1, CHUNK_PAGES_MAX)
+}
+
+fn random_share() -> f64 {
+    getrandom::u32().map_or(0.0, |random| f64::from(random) / (f64::from(u32::MAX) + 1.0))
+}
+
+/// Where TTL jitter begins, another one for each chunk.
+fn rows_seed(chunk: u64) -> u64 {
+    getrandom::u64().unwrap_or(chunk)
+}
+
+async fn run(client: &Client, sql: &str) -> Result<()> {
+    client.batch_execute(sql).await.map_err(failed)
+}
+
+async fn query_one(
+    client: &Client,
+    sql: &str,
+    parameters: &[(&(dyn tokio_postgres::types::ToSql + Sync), Type)],
+) -> Result<tokio_postgres::Row> {
+    client.query_typed_one(sql, parameters).await.map_err(failed)
+}
+
+/// A column that Postgres sent as text.
+fn parse<T: std::str::FromStr>(row: &tokio_postgres::Row, column: usize) -> Result<T> {
+    let text: &str = row.try_get(column).map_err(failed)?;
+    text.parse()
+        .map_err(|_| Error::new(ErrorKind::Protocol, "Postgres answered a question about a table with something else"))
+}
+
+fn failed(error: tokio_postgres::Error) -> Error {
+    query_error("cannot read a table", error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn markers_are_of_one_reader() {
+        let content = marker("ab12", 7);
+        assert_eq!(marked_chunk(content.as_bytes(), "ab12"), Some(7));
+        for (content, token) in
+            [("marker ab12 7", "ab1"), ("marker ab12", "ab12"), ("heartbeat", "ab12"), ("marker ab12 x", "ab12")]
+        {
+            assert_eq!(marked_chunk(content.as_bytes(), token), None, "{content}");
+        }
+    }
+
+    #[test]
+    fn chunks_come_near_their_target() {
+        assert_eq!(adapted(64, Duration::from_millis(10)), 128);
+        assert_eq!(adapted(64, Duration::from_millis(200)), 64);
+        assert_eq!(adapted(64, Duration::from_secs(1)), 32);
+        assert_eq!(adapted(1, Duration::from_secs(1)), 1);
+        assert_eq!(adapted(CHUNK_PAGES_MAX, Duration::ZERO), CHUNK_PAGES_MAX);
+    }
+}
