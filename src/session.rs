@@ -107,22 +107,17 @@ impl Daemon {
         (daemon, orders)
     }
 
-    /// The next session follows this configuration. Whether what was last seen of the cache still says anything.
-    fn replace(&mut self, config: Arc<Config>) -> bool {
-        let place = |config: &Config| {
-            (
-                config.redis.url.clone(),
-                config.redis.prefix.clone(),
-                config.postgres.url.clone(),
-                config.postgres.slot.clone(),
-            )
-        };
-        let same_place = place(&self.config) == place(&config);
+    /// The next session follows this configuration. What was `seen` last of a cache says nothing of another one.
+    fn replace(&mut self, config: Arc<Config>, seen: &mut Option<Checkpoint>) {
+        let (redis, postgres) = (&self.config.redis, &self.config.postgres);
+        let same_cache = redis.url == config.redis.url && redis.prefix == config.redis.prefix;
+        if !same_cache || postgres.url != config.postgres.url || postgres.slot != config.postgres.slot {
+            *seen = None;
+        }
         self.rules = Arc::new(RuleSet::new(&config.rules));
         self.config = config;
         self.metrics.rule_paused.reset();
         self.show_rules();
-        same_place
     }
 
     fn show_rules(&mut self) {
@@ -136,16 +131,9 @@ impl Daemon {
             status.slot.clone_from(&self.config.postgres.slot);
             status.rules = rules.collect();
             status.phase = Phase::Connecting;
+            status.warm_done = false;
         });
     }
-}
-
-/// How a stream came to its end in good order.
-enum Ended {
-    /// There is nothing left to do, or the end was asked for.
-    Done,
-    /// It goes on with another configuration.
-    Reload(Arc<Config>),
 }
 
 /// Runs sessions until the end is asked for, or until trying again would not help.
@@ -169,13 +157,13 @@ pub async fn run(
                 options.adopt = false;
                 let ended = session.stream(options, &mut orders, &mut shutdown).await;
                 seen = Some(session.checkpoint);
+                let goes_on = session.successor.is_some();
+                if let Some(config) = session.successor {
+                    daemon.replace(config, &mut seen);
+                }
                 match ended {
-                    Ok(Ended::Done) => return Ok(()),
-                    Ok(Ended::Reload(config)) => {
-                        let same_place = daemon.replace(config);
-                        seen = seen.filter(|_| same_place);
-                        continue;
-                    }
+                    Ok(()) if goes_on => continue,
+                    Ok(()) => return Ok(()),
                     Err(error) => error,
                 }
             }
@@ -188,6 +176,7 @@ pub async fn run(
         daemon.shared.update(|status| {
             status.phase = Phase::Connecting;
             status.caught_up = false;
+            status.warm_done = false;
             status.last_error = Some(error.to_string());
         });
         if !error.kind().is_transient() || options.until_done {
@@ -202,10 +191,7 @@ pub async fn run(
         tokio::select! {
             () = tokio::time::sleep(wait) => {}
             () = shutdown.requested() => return Ok(()),
-            config = reloaded(&mut orders) => {
-                let same_place = daemon.replace(config);
-                seen = seen.filter(|_| same_place);
-            }
+            config = reloaded(&mut orders) => daemon.replace(config, &mut seen),
         }
     }
 }
@@ -225,7 +211,7 @@ async fn reloaded(orders: &mut mpsc::Receiver<Order>) -> Arc<Config> {
 /// Prints the commands of changes from now on, until the end is asked for; touches neither slot nor cache.
 pub async fn dry_run<W: Write + Send + 'static>(daemon: &Daemon, out: W, mut shutdown: Shutdown) -> Result<()> {
     let (_, mut orders) = mpsc::channel(1);
-    open::open_dry(daemon, out).await?.stream(Options::default(), &mut orders, &mut shutdown).await.map(drop)
+    open::open_dry(daemon, out).await?.stream(Options::default(), &mut orders, &mut shutdown).await
 }
 
 /// The cache and the batch come back with the outcome.
@@ -265,6 +251,8 @@ pub struct Session<C> {
     intake: Intake,
     messages: Messages,
     desk: Arc<Desk>,
+    /// What the next session follows, once it was ordered.
+    successor: Option<Arc<Config>>,
     /// Fills.
     batch: Batch,
     /// Empty, while none is in flight.
@@ -308,11 +296,10 @@ impl<C: Cache + Send + 'static> Session<C> {
         options: Options,
         orders: &mut mpsc::Receiver<Order>,
         shutdown: &mut Shutdown,
-    ) -> Result<Ended> {
+    ) -> Result<()> {
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut drain_until = None;
-        let mut ended = Ended::Done;
         self.ends_when_caught_up = options.until_caught_up || options.until_done;
         loop {
             self.shared.alive();
@@ -322,7 +309,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             let dispatched = self.dispatch();
             if self.is_done(options, drain_until) || options.until_done && orders.is_empty() && self.reads.is_idle() {
                 self.finish().await;
-                return Ok(ended);
+                return Ok(());
             }
             let reading = drain_until.is_none() && self.has_room();
             let finding = drain_until.is_none() && (self.in_flight.is_none() || self.flying == Flying::Stream);
@@ -341,7 +328,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                     Order::Reload(config) => {
                         // With a last checkpoint the next session does not hear again what commanded this.
                         self.checkpoint_due = true;
-                        ended = Ended::Reload(config);
+                        self.successor = Some(config);
                         drain_until = Some(Instant::now() + DRAIN_LIMIT);
                     }
                     Order::Pass(pass) => self.reads.ask(pass),

@@ -28,7 +28,8 @@ pub(super) fn execute(config: &Path) -> Result<ExitCode> {
     let body = body.map_err(unusable)?;
     let Reloaded { rules, notes } = serde_json::from_str(&body).context("the daemon is of another version")?;
     let mut out = std::io::stdout().lock();
-    writeln!(out, "the daemon follows the rules file as it is now: {rules} rules")?;
+    let plural = if rules == 1 { "" } else { "s" };
+    writeln!(out, "the daemon follows the rules file as it is now ({rules} rule{plural})")?;
     notes.iter().try_for_each(|note| writeln!(out, "note: {note}"))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -124,6 +124,8 @@ fn mistakes_in_the_servers() {
         postgres("url = \"postgresql://db\"\nmax_retained = \"1 byte\""),
         postgres("url = \"postgresql://db\"\nprefix = \"shop:\""),
         postgres("url = \"postgresql://db\"\npassword = \"hunter2\""),
+        postgres("url = \"postgresql://db\"\nwarm_rate = 5000\nquery_connections = 0"),
+        postgres("url = \"postgresql://db\"\nwarm_rate = \"5000\"\nmessage_commands = [\"warm\", \"verfy\"]"),
         redis("url = \"http://cache\""),
         redis("url = \"redis+cluster://cache\""),
         redis("url = \"redis://cache\"\nalso_prefix = [\"old:\"]"),
@@ -262,6 +264,13 @@ fn mistakes_in_how_long_keys_live() {
 }
 
 #[test]
+fn mistakes_in_how_keys_are_filled_and_compared() {
+    let shown = rules_with_key(["warm = \"false\"", "warm = 1", "audit = \"1%\"", "audit = 0.01", "audit = false"]);
+    insta::assert_snapshot!(shown);
+    assert!(said(&format!("{SERVERS}{RULE}warm = true\n")).iter().any(|said| said.title.contains("needs `key`")));
+}
+
+#[test]
 fn one_default_is_one_remark() {
     let rule = |name: &str| format!("[rule.{name}]\n{}", KEY.replace("product:", &format!("{name}:")));
     let text = format!("{SERVERS}[defaults]\nttl = \"1d\"\n{}{}", rule("a"), rule("b"));
@@ -274,16 +283,20 @@ fn one_default_is_one_remark() {
 fn a_whole_file_is_resolved() {
     let text = format!(
         "[postgres]\nurl = \"${{DATABASE_URL}}\"\nheartbeat = \"off\"\non_gap = \"stop\"\n\
+         warm_rate = \"5000/s\"\nquery_connections = 4\nmessage_commands = [\"reload\", \"warm\"]\n\
          [redis]\nurl = \"${{REDIS_URL}}\"\nprefix = \"shop:v1:\"\nbatch_bytes = \"1MiB\"\n\
          [admin]\nlisten = \"off\"\ntoken = \"${{SECRET}}\"\n\
-         [defaults]\nttl = \"1d\"\njitter = \"10%\"\nwrite = \"present\"\n\
+         [defaults]\nttl = \"1d\"\njitter = \"10%\"\nwrite = \"present\"\naudit = \"1%/min\"\nwarm = false\n\
          [rule.product]\n{KEY}jitter = \"5%\"\nvars = {{ page = \"{{id}}/\" }}\ndelete = [\"page:{{page|md5}}\"]\n\
          [rule.all]\ntable = 'public.\"a.\"\"b\"\"\"'\non = [\"insert\", \"delete\"]\nkey = \"all:{{id}}\"\n\
-         value = \"json\"\ncolumns = [\"*\"]\nttl = \"off\"\nwrite = \"always\"\n"
+         value = \"json\"\ncolumns = [\"*\"]\nttl = \"off\"\nwrite = \"always\"\naudit = \"off\"\nwarm = true\n"
     );
     let config = read(&text);
     assert_eq!(config.postgres.url.expose(), "postgresql://shop:hunter2@db/shop");
     assert_eq!((config.postgres.heartbeat, config.postgres.on_gap), (None, OnGap::Stop));
+    assert_eq!((config.postgres.warm_rate, config.postgres.query_connections), (Some(5000), 4));
+    let commands = MessageCommands { warm: true, verify: false, reload: true };
+    assert_eq!(config.postgres.message_commands, commands);
     assert_eq!(config.redis.url.expose(), "redis+unix:///run/redis.sock");
     assert_eq!((config.redis.prefix.as_str(), config.redis.batch_bytes), ("shop:v1:", 1 << 20));
     assert_eq!(config.admin.listen, None);
@@ -295,12 +308,14 @@ fn a_whole_file_is_resolved() {
     let write = product.write.as_ref().unwrap();
     assert_eq!((write.ttl, write.present_only), (Some(Duration::from_secs(86_400)), true));
     assert_eq!(write.jitter.to_bits(), 0.05_f64.to_bits());
+    assert_eq!((write.warm, write.audit), (false, Some(0.01)));
     assert_eq!(&text[write.key.span.clone()], "\"product:{id}\"");
 
     assert_eq!(all.table.value, TableName { schema: "public".to_owned(), name: "a.\"b\"".to_owned() });
     assert_eq!((all.on, all.on_given), (Operations { update: false, ..Operations::ALL }, true));
     let write = all.write.as_ref().unwrap();
     assert_eq!((write.ttl, write.present_only, &write.columns.value), (None, false, &ColumnSelection::All));
+    assert_eq!((write.warm, write.audit), (true, None));
 }
 
 #[test]
@@ -313,6 +328,7 @@ fn fingerprints_follow_what_decides_keys_and_values() {
         base.replace("[\"a\", \"b\"]", "[ 'b', 'a' ]"),
         base.replace("strings = [\"id\", \"name\"]\n", "") + "strings = [\"name\", \"id\"]\n",
         format!("{base}on = [\"delete\", \"insert\", \"update\"]\n"),
+        format!("{base}warm = false\naudit = \"1%/h\"\n"),
         format!("[defaults]\njitter = \"0%\"\n{base}"),
     ];
     for rule in same {
@@ -379,8 +395,9 @@ fn the_defaults_of_the_table_are_those_that_hold() {
     };
     let described = |text: &str| {
         let Config { file: _, postgres, redis, admin, rules } = read(text);
-        let fingerprints: Vec<_> = rules.into_iter().map(|rule| rule.fingerprint).collect();
-        format!("{postgres:?} {redis:?} {admin:?} {fingerprints:?}")
+        let unprinted = |rule: &Rule| rule.write.as_ref().map(|write| (write.warm, write.audit));
+        let rules: Vec<_> = rules.iter().map(|rule| (&rule.fingerprint, unprinted(rule))).collect();
+        format!("{postgres:?} {redis:?} {admin:?} {rules:?}")
     };
     assert_eq!(described(&file_of(given)), described(&file_of(needed)));
 }

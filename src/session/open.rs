@@ -163,6 +163,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         intake: streamed.intake,
         messages: Messages::new(streamed.proven),
         desk: Arc::clone(&daemon.desk),
+        successor: None,
         batch: batch(),
         spare: Some(batch()),
         cache: Some(cache),

@@ -12,6 +12,7 @@ mod faults;
 mod gaps;
 mod harness;
 mod large;
+mod orders;
 mod pgbench;
 mod provision;
 mod redis_side;

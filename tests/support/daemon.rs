@@ -50,8 +50,19 @@ impl Daemon {
 
     /// What the admin endpoint answers: status and body; `None` where nothing answers.
     pub(crate) async fn get(&self, path: &str) -> Option<(u16, String)> {
+        self.request("GET", path, "").await
+    }
+
+    /// The same of a command, sent with more headers, each with its `\r\n`.
+    pub(crate) async fn post(&self, target: &str, headers: &str) -> Option<(u16, String)> {
+        self.request("POST", target, headers).await
+    }
+
+    async fn request(&self, method: &str, target: &str, headers: &str) -> Option<(u16, String)> {
         let mut stream = TcpStream::connect(("127.0.0.1", self.admin)).await.ok()?;
-        let request = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        let request = format!(
+            "{method} {target} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n{headers}\r\n"
+        );
         stream.write_all(request.as_bytes()).await.ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.ok()?;
