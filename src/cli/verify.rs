@@ -111,7 +111,7 @@ mod tests {
         assert_eq!(
             row(&difference(Kind::Differs, Some("a\nb"), Some("é".repeat(70)), true)),
             format!(
-                "product          differs  shop:product:\\u{{1b}}[2J7           a\\nb → {}…  (repaired)",
+                "product          differs  shop:product:\\u{{1b}}[2J7          a\\nb → {}…  (repaired)",
                 "é".repeat(60)
             )
         );

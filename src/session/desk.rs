@@ -214,7 +214,7 @@ mod tests {
     use crate::session::orders::Purpose;
 
     fn desk() -> (Arc<Desk>, mpsc::Receiver<Order>) {
-        let text = "[postgres]\nurl = \"postgresql://127.0.0.1:1/x\"\nmessage_commands = [\"warm\"]\n\
+        let text = "[postgres]\nurl = \"postgresql://postgres@127.0.0.1:1/x\"\nmessage_commands = [\"warm\"]\n\
                     [redis]\nurl = \"redis://127.0.0.1:1\"\n\
                     [rule.a]\ntable = \"public.a\"\nkey = \"a:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
         let file = RulesFile { path: "/nowhere/keepstep.toml".into(), text: text.to_owned() };

@@ -104,7 +104,8 @@ async fn a_rules_file_that_cannot_be_followed_changes_nothing_and_is_answered() 
     // As whoever sends a signal finds out.
     stage.rules("nonsense");
     hang_up(&daemon);
-    wait_for("all refusals in the log", async || (daemon.log().matches("was not taken").count() == 5).then_some(())).await;
+    wait_for("all refusals in the log", async || (daemon.log().matches("was not taken").count() == 5).then_some(()))
+        .await;
 
     assert_eq!(daemon.metric("keepstep_sessions_total").await, Some(1.0), "the stream was never interrupted");
     stage.execute("insert into products values (1, 'Pen')").await;
@@ -150,9 +151,7 @@ async fn messages_are_obeyed_where_they_are_listed_and_once() {
     let stage = Stage::set();
     let mut daemon = stand(&stage).await;
     let say = async |content: &str, end: &str| {
-        stage
-            .execute(&format!("begin; select pg_logical_emit_message(true, 'keepstep', '{content}'); {end}"))
-            .await;
+        stage.execute(&format!("begin; select pg_logical_emit_message(true, 'keepstep', '{content}'); {end}")).await;
     };
     say(r#"{"command": "reload"}"#, "commit").await;
     wait_for("the refusal", async || daemon.log().contains("does not list it").then_some(())).await;
