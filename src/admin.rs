@@ -89,7 +89,7 @@ pub struct RuleStatus {
     pub table: String,
     /// Why it only invalidates for now.
     pub paused: Option<String>,
-    /// Whether it deleted keys where it should have written them.
+    /// Whether its keys are yet to be made right from its table.
     pub owing: bool,
 }
 

@@ -11,6 +11,7 @@
 //! **Architecture invariant:** nothing outside this module sends a command that writes, and every reply is looked at.
 
 use crate::batch::Batch;
+use crate::catalog::signature::Signatures;
 use crate::error::Result;
 
 use checkpoint::Checkpoint;
@@ -62,4 +63,12 @@ pub trait Cache {
 
     /// What the cache holds of each of the batch's cells, in their order.
     fn read(&mut self, batch: &Batch) -> impl Future<Output = Result<Vec<Held>>> + Send;
+    /// What the catalog says of the tables now, to be stored with the next batch, whose checkpoint holds what follows
+    /// from it.
+    fn remember(&mut self, catalog: &Signatures);
+
+    /// Looks whether the cache still holds what it was last seen to hold, while nothing is written to it.
+    ///
+    /// A server that is away is no error: it is looked at again. An error means the same as that of [`Cache::apply`].
+    fn probe(&mut self) -> impl Future<Output = Result<()>> + Send;
 }

@@ -12,6 +12,7 @@ use crate::model::{Relation, ReplicaIdentity};
 
 mod check;
 mod load;
+pub mod signature;
 
 pub use check::{Checked, check_rules};
 pub use load::load;

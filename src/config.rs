@@ -264,6 +264,11 @@ pub struct Operations {
 impl Operations {
     /// Every operation.
     pub const ALL: Operations = Operations { insert: true, update: true, delete: true };
+
+    /// Whether each of these is among the others.
+    pub fn is_within(self, others: Operations) -> bool {
+        (others.insert || !self.insert) && (others.update || !self.update) && (others.delete || !self.delete)
+    }
 }
 
 /// Write-through: the row is rendered into a key.

@@ -31,6 +31,7 @@ pub struct Metrics {
     pub unrendered_total: IntCounterVec,
     pub keyless_total: IntCounterVec,
     pub rules_owing: IntGauge,
+    pub reconciles_total: IntCounterVec,
     pub out_of_memory_batches: IntCounter,
     pub warm_rows_total: IntCounterVec,
     pub pass_rows_left: IntGauge,
@@ -98,7 +99,13 @@ impl Metrics {
                 "Row images without a key, because a column in it was NULL",
                 &["rule"],
             ),
-            rules_owing: gauge("keepstep_rules_owing", "Rules that deleted keys where they should have written them"),
+            rules_owing: gauge("keepstep_rules_owing", "Rules whose keys are yet to be made right from their table"),
+            reconciles_total: counters(
+                "keepstep_reconciles_total",
+                "Times that keys had to be made right from the tables: cache_lost, slot_lost, slot_moved, promoted, \
+                 went_back, rules_changed, catalog, owing (left by an earlier session) or asked",
+                &["reason"],
+            ),
             out_of_memory_batches: counter(
                 "keepstep_out_of_memory_batches_total",
                 "Batches that deleted instead of writing because Redis was out of memory",

@@ -26,7 +26,8 @@ use crate::batch::{Batch, Limits};
 use crate::cache::checkpoint::{Checkpoint, Debt, RuleSet};
 use crate::cache::{Applied, Cache, Held};
 use crate::canary::{self, Canary};
-use crate::config::Config;
+use crate::catalog::signature::Signatures;
+use crate::config::{Config, OnGap};
 use crate::decode::pgoutput;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
@@ -34,31 +35,37 @@ use crate::model::{Lsn, Position};
 use crate::shutdown::Shutdown;
 use crate::snapshot::visibility::{self, Snapshot};
 use crate::source::replication::{Frame, Replication};
-use crate::source::slot::{self, SlotState};
 
 use acks::Acks;
+use debts::Debts;
 use desk::Desk;
 use intake::{Ask, Intake, UNSETTLED_MAX};
+use look::Looked;
 use orders::{Messages, Order};
+use probe::Probing;
 use reads::Reads;
 use report::RuleMetrics;
 use tables::Tables;
 
 pub mod acks;
+pub mod debts;
 pub mod desk;
 pub mod gap;
 pub mod intake;
+mod look;
 pub mod open;
 pub mod orders;
+mod probe;
 mod reads;
+mod renewal;
 mod report;
 pub mod tables;
 
 /// How often the session looks after what no event asks for. Postgres hears of us as often, which keeps the connection
 /// even where nothing can be read for now (`wal_sender_timeout` is 60 s by default).
 const TICK: Duration = Duration::from_secs(1);
-/// How often the slot is looked at.
-const SLOT_EVERY: Duration = Duration::from_secs(10);
+/// How often slot and catalog are looked at.
+const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How long an orderly end may take.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// No query of ours may take longer: the loop waits for those that bind a table.
@@ -179,7 +186,7 @@ pub async fn run(
             status.warm_done = false;
             status.last_error = Some(error.to_string());
         });
-        if !error.kind().is_transient() || options.until_done {
+        if !is_tried_again(&error, daemon.config.postgres.on_gap) || options.until_done {
             return Err(error);
         }
         if began.elapsed() > GOOD_SESSION {
@@ -206,6 +213,11 @@ async fn reloaded(orders: &mut mpsc::Receiver<Order>) -> Arc<Config> {
             None => std::future::pending().await,
         }
     }
+}
+
+/// A gap that shows while streaming is looked at by the next session, and mended there.
+fn is_tried_again(error: &Error, on_gap: OnGap) -> bool {
+    error.kind().is_transient() || (error.kind() == ErrorKind::Gap && on_gap == OnGap::Reconcile)
 }
 
 /// Prints the commands of changes from now on, until the end is asked for; touches neither slot nor cache.
@@ -237,7 +249,7 @@ enum Flying {
 }
 
 type Settling = Pin<Box<dyn Future<Output = Result<Snapshot>> + Send>>;
-type Looking = Pin<Box<dyn Future<Output = Result<Option<SlotState>>> + Send>>;
+type Looking = Pin<Box<dyn Future<Output = Result<Looked>> + Send>>;
 
 /// One stream of changes into one cache.
 pub struct Session<C> {
@@ -257,15 +269,23 @@ pub struct Session<C> {
     batch: Batch,
     /// Empty, while none is in flight.
     spare: Option<Batch>,
-    /// At home, while no batch is in flight.
+    /// At home, while no batch is in flight and nobody looks after it.
     cache: Option<C>,
     in_flight: Option<InFlight<C>>,
     flying: Flying,
     reads: Reads,
     settling: Option<Settling>,
+    probing: Option<Probing<C>>,
+    /// When Redis last answered.
+    answered_at: Instant,
     looking: Option<Looking>,
     /// As Redis holds it.
     checkpoint: Checkpoint,
+    debts: Debts,
+    /// What the catalog said of the tables at the last look.
+    signatures: Signatures,
+    /// The cache has not been told of them.
+    signatures_unsaid: bool,
     /// Up to here every reply of Redis was seen to be good.
     proven: Position,
     /// Where the stream has come to with the last batch: what may be acknowledged once nothing is pending.
@@ -281,7 +301,7 @@ pub struct Session<C> {
     flushed_at_start: Lsn,
     /// The same as it was when the slot was looked at last.
     server_end: Lsn,
-    slot_looked_at: Option<Instant>,
+    looked_at: Option<Instant>,
     heartbeat_sent: Instant,
     /// The server has asked to hear from us.
     reply_requested: bool,
@@ -317,7 +337,8 @@ impl<C: Cache + Send + 'static> Session<C> {
                 biased;
                 (cache, batch, outcome) = optional(&mut self.in_flight) => self.answered(cache, batch, outcome)?,
                 _ = tick.tick() => self.tick(options).await?,
-                slot = optional(&mut self.looking) => self.looked(slot?),
+                looked = optional(&mut self.looking) => self.looked(looked?),
+                (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(&snapshot?),
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
@@ -390,7 +411,7 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Sends something if nothing is in flight; whether it did. The stream and what is read take turns.
     fn dispatch(&mut self) -> bool {
-        if self.in_flight.is_some() {
+        if self.in_flight.is_some() || self.cache.is_none() {
             return false;
         }
         match self.flying {
@@ -429,16 +450,14 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     fn next_checkpoint(&mut self, applied: Position, low: Lsn, good: Position) -> Checkpoint {
-        let mut owing = self.checkpoint.owing.clone();
-        std::mem::take(&mut self.reads.paid).iter().for_each(|rule| _ = owing.remove(rule));
-        let overcharged = self.intake.take_overcharged().into_iter().map(|rule| {
-            let name = self.config.rules[usize::from(rule)].name.value.clone();
-            (name, Debt::Warm)
-        });
-        for (rule, debt) in self.tables.take_owing().into_iter().chain(overcharged) {
-            self.reads.spoil(&rule);
-            debt.enter(&rule, &mut owing);
+        self.tables.take_owing().iter().for_each(|(rule, debt)| self.debts.owe(rule, *debt));
+        for rule in self.intake.take_overcharged() {
+            self.debts.owe(&self.config.rules[usize::from(rule)].name.value, Debt::Warm);
         }
+        if let (true, Some(cache)) = (std::mem::take(&mut self.signatures_unsaid), &mut self.cache) {
+            cache.remember(&self.signatures);
+        }
+        let owing = self.debts.next(&self.checkpoint.owing);
         let progress = self.reads.progress;
         Checkpoint { applied, low, good, written_us: report::now_us(), owing, progress, ..self.checkpoint.clone() }
     }
@@ -464,19 +483,22 @@ impl<C: Cache + Send + 'static> Session<C> {
                 return Ok(());
             }
         };
+        self.answered_at = Instant::now();
         self.proven = checkpoint.applied;
         self.checkpoint = checkpoint;
+        if invalidated {
+            // What a pass under way has written may be among what was deleted.
+            self.checkpoint.owing.iter().for_each(|(rule, debt)| self.debts.owe(rule, *debt));
+        }
+        self.debts.stored(&self.checkpoint.owing);
         report::batch(&batch, invalidated, &self.rule_metrics, &self.metrics);
         self.metrics.rules_owing.set(self.checkpoint.owing.len() as i64);
         match self.flying {
             Flying::Stream => {
                 batch.clear();
                 self.spare = Some(batch);
-                if invalidated {
-                    self.reads.spoil_all();
-                }
             }
-            Flying::Read | Flying::Comparison { .. } => self.read_answered(batch, invalidated),
+            Flying::Read | Flying::Comparison { .. } => self.recycle(batch),
         }
         Ok(())
     }
@@ -495,7 +517,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.intake.settle(snapshot);
     }
 
-    /// Acknowledges, keeps the connection alive, notes idle progress, looks at the slot, shows the status.
+    /// Acknowledges, keeps the connection alive, notes idle progress, looks after slot, catalog and cache, shows the
+    /// status.
     async fn tick(&mut self, options: Options) -> Result<()> {
         let now = Instant::now();
         self.acks.advance(now, self.checkpoint.low);
@@ -504,14 +527,14 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.send_status(options.until_caught_up || !self.intake.is_past_start()).await?;
         let behind = self.batch.applied.is_some_and(|applied| applied > self.checkpoint.applied);
         // While a batch is in flight the stored checkpoint is about to be an old one.
-        let unsaid =
-            self.in_flight.is_none() && (self.checkpoint.good < self.proven || self.checkpoint.low < self.low());
+        let unsaid = self.checkpoint.good < self.proven || self.checkpoint.low < self.low() || self.debts.is_due();
         self.checkpoint_due |= behind;
-        if unsaid {
+        if unsaid && self.in_flight.is_none() {
             self.note_progress();
         }
         self.look_at_visibility();
-        self.look_at_slot(now);
+        self.look(now);
+        self.probe_if_idle(now);
         self.show();
         Ok(())
     }
@@ -527,38 +550,6 @@ impl<C: Cache + Send + 'static> Session<C> {
     async fn send_status(&mut self, request_reply: bool) -> Result<()> {
         self.reply_requested = false;
         self.replication.send_status(self.acks.acknowledged(), request_reply).await
-    }
-
-    /// Reads the slot's state in the background; now and then moves an idle slot forward first.
-    fn look_at_slot(&mut self, now: Instant) {
-        let due = self.slot_looked_at.is_none_or(|last| now.duration_since(last) >= SLOT_EVERY);
-        if self.looking.is_some() || !due {
-            return;
-        }
-        self.slot_looked_at = Some(now);
-        let beats = |every| now.duration_since(self.heartbeat_sent) >= every;
-        let heartbeat = self.config.postgres.heartbeat.is_some_and(beats);
-        if heartbeat {
-            self.heartbeat_sent = now;
-        }
-        let (client, name) = (Arc::clone(&self.client), self.config.postgres.slot.clone());
-        self.looking = Some(Box::pin(async move {
-            if heartbeat {
-                slot::heartbeat(&client).await?;
-            }
-            slot::slot_state(&client, &name).await
-        }));
-    }
-
-    fn looked(&mut self, slot: Option<SlotState>) {
-        self.looking = None;
-        // A slot that is gone ends the stream by itself, with the server's own words.
-        if let Some(slot) = slot {
-            if let (Some(Lsn(start)), Some(retained)) = (slot.restart_lsn, slot.retained_bytes) {
-                self.server_end = Lsn(start.saturating_add(retained));
-            }
-            report::slot(&slot, self.config.postgres.max_retained, &self.metrics, &self.shared);
-        }
     }
 
     /// What `/status` and the gauges say now.

@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use crate::batch::Batch;
+use crate::catalog::signature::Signatures;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::checkpoint::Checkpoint;
@@ -39,5 +40,11 @@ impl<W: Write + Send> Cache for Recorder<W> {
     /// There is no cache.
     async fn read(&mut self, batch: &Batch) -> Result<Vec<Held>> {
         Ok(vec![Held { value: None, remaining: Remaining::Missing }; batch.len()])
+    }
+
+    fn remember(&mut self, _: &Signatures) {}
+
+    async fn probe(&mut self) -> Result<()> {
+        Ok(())
     }
 }

@@ -17,6 +17,7 @@ use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
 use crate::batch::{Batch, CacheOp};
+use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
@@ -28,6 +29,10 @@ use super::connection::{Connection, Failure};
 use super::{Applied, Cache, Held, commands};
 
 mod held;
+
+use instance::Instance;
+
+mod instance;
 
 /// What one SCAN call looks at, and so what one sweep step may delete.
 const SWEEP_STEP_KEYS: u32 = 1000;
@@ -60,6 +65,10 @@ pub struct Writer {
     stored: Option<Checkpoint>,
     /// The rules as they are now stand beside the checkpoint.
     rules_written: bool,
+    /// What the catalog says of the tables, for the next batch.
+    catalog: Option<Signatures>,
+    /// The server process that was found behind the last connection.
+    instance: Option<Instance>,
 }
 
 impl Writer {
@@ -80,6 +89,8 @@ impl Writer {
             connection: None,
             stored: None,
             rules_written: false,
+            catalog: None,
+            instance: None,
         })
     }
 
@@ -97,14 +108,26 @@ impl Writer {
 
     /// The rules that wrote the cache, by name; `None` if that is not known.
     pub async fn read_rules(&self) -> Result<Option<BTreeMap<String, String>>> {
-        let read = async {
-            let mut connection = Connection::open(&self.config).await?;
-            connection.send_one(get(&RuleSet::key(&self.config.prefix))).await
-        };
+        let stored = self.read(&RuleSet::key(&self.config.prefix)).await?;
+        Ok(stored.and_then(|stored| serde_json::from_slice(&stored).ok()))
+    }
+
+    /// What the catalog said of the tables when the cache was last right; `None` if that is not known.
+    pub async fn read_catalog(&self) -> Result<Option<Signatures>> {
+        Ok(self.read(&self.catalog_key()).await?.and_then(|stored| Signatures::decode(&stored)))
+    }
+
+    /// The value of a key, through a connection of its own.
+    async fn read(&self, key: &str) -> Result<Option<Vec<u8>>> {
+        let read = async { Connection::open(&self.config).await?.send_one(get(key)).await };
         match read.await.map_err(into_error)? {
-            Value::BulkString(stored) => Ok(serde_json::from_slice(&stored).ok()),
+            Value::BulkString(stored) => Ok(Some(stored)),
             _ => Ok(None),
         }
+    }
+
+    fn catalog_key(&self) -> String {
+        format!("{}{RESERVED}catalog", self.config.prefix)
     }
 
     /// Makes this daemon the one that writes; only for whoever holds the slot. `expected` is the checkpoint that the
@@ -129,27 +152,34 @@ impl Writer {
     async fn try_apply(&mut self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), Failure> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.resume(checkpoint).await?,
+            None => self.resume(Some(checkpoint)).await?,
         };
         self.sweep_all(&mut connection, batch, checkpoint).await?;
         let mut transaction = commands::encode(batch);
         if !self.rules_written {
             transaction.push(set(&RuleSet::key(&self.config.prefix), &self.rules.encode()));
         }
+        if let Some(catalog) = &self.catalog {
+            transaction.push(set(&self.catalog_key(), &catalog.encode()));
+        }
         transaction.push(set(&self.checkpoint_key, &checkpoint.encode()));
         self.transact(&mut connection, transaction, Some(checkpoint)).await?;
         self.rules_written = true;
+        self.catalog = None;
         self.connection = Some(connection);
         Ok(())
     }
 
     /// A new connection in the middle of a session: the checkpoint in Redis must be the last one known, or that of the
     /// batch whose outcome was not seen, or the intent to sweep for it.
-    async fn resume(&mut self, in_flight: &Checkpoint) -> Result<Connection, Failure> {
+    async fn resume(&mut self, in_flight: Option<&Checkpoint>) -> Result<Connection, Failure> {
         let mut connection = Connection::open(&self.config).await?;
         let (fence, stored) = self.watch(&mut connection).await?;
         self.check_fence(fence.as_deref())?;
-        if stored != self.stored && stored.as_ref() != Some(in_flight) && stored != self.intent(in_flight) {
+        let of_batch = |stored: &Checkpoint| {
+            in_flight.is_some_and(|next| stored == next || self.intent(next).as_ref() == Some(stored))
+        };
+        if stored != self.stored && !stored.as_ref().is_some_and(of_batch) {
             return Err(Failure::Final(self.went_back(stored.as_ref())));
         }
         self.stored = stored;
@@ -279,7 +309,7 @@ impl Writer {
     async fn invalidate(&mut self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), Failure> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
-            None => self.resume(checkpoint).await?,
+            None => self.resume(Some(checkpoint)).await?,
         };
         self.sweep_all(&mut connection, batch, checkpoint).await?;
         let keys: Vec<&[u8]> = batch.ops().map(|(_, CacheOp::Delete { key } | CacheOp::Set { key, .. })| key).collect();
@@ -315,9 +345,36 @@ impl Writer {
         [watch, get(&self.fence_key), get(&self.checkpoint_key)]
     }
 
-    async fn watch(&self, connection: &mut Connection) -> Result<(Option<String>, Option<Checkpoint>), Failure> {
-        let replies = connection.send(self.watch_commands()).await?;
-        self.watched(&replies)
+    /// The fence and the checkpoint, from now on watched, and who holds them.
+    async fn watch(&mut self, connection: &mut Connection) -> Result<(Option<String>, Option<Checkpoint>), Failure> {
+        let replies = connection.send(Instance::commands().into_iter().chain(self.watch_commands())).await?;
+        let instance = Instance::from_replies(&replies[..2])?;
+        if let Some(became) = self.instance.as_ref().and_then(|before| before.became(&instance)) {
+            tracing::warn!("{became}; whether it holds what was acknowledged is compared");
+        }
+        self.instance = Some(instance);
+        self.watched(&replies[2..])
+    }
+
+    /// Whether fence and checkpoint are what this daemon wrote last, through the connection that is open, or a new one
+    /// where that turns out to be dead.
+    async fn try_probe(&mut self) -> Result<(), Failure> {
+        if let Some(mut connection) = self.connection.take() {
+            match self.watch(&mut connection).await {
+                Ok((fence, stored)) => {
+                    self.check_fence(fence.as_deref())?;
+                    if stored != self.stored {
+                        return Err(Failure::Final(self.went_back(stored.as_ref())));
+                    }
+                    self.connection = Some(connection);
+                    return Ok(());
+                }
+                Err(Failure::Away(error)) if error.kind() == ErrorKind::RedisAway => {}
+                Err(failure) => return Err(failure),
+            }
+        }
+        self.connection = Some(self.resume(None).await?);
+        Ok(())
     }
 
     /// The fence and the checkpoint from the replies to [`Writer::watch_commands`].
@@ -403,6 +460,28 @@ impl Cache for Writer {
             }
             tokio::time::sleep(wait).await;
         }
+    }
+
+    fn remember(&mut self, catalog: &Signatures) {
+        self.catalog = Some(catalog.clone());
+    }
+
+    async fn probe(&mut self) -> Result<()> {
+        let error = match self.try_probe().await {
+            Ok(()) => {
+                self.metrics.circuit_open.set(0);
+                return Ok(());
+            }
+            Err(Failure::Changed) => return Ok(()),
+            Err(Failure::OutOfMemory) => out_of_memory(),
+            Err(Failure::Away(error)) if error.kind() == ErrorKind::RedisAway => error,
+            Err(Failure::Away(error) | Failure::Final(error)) => return Err(error),
+        };
+        if self.metrics.circuit_open.get() == 0 {
+            tracing::warn!(%error, "Redis is away; changes will wait");
+        }
+        self.metrics.circuit_open.set(1);
+        Ok(())
     }
 }
 

@@ -72,7 +72,7 @@ fn table(status: &Status) -> String {
     for rule in &status.rules {
         let state = match (&rule.paused, rule.owing) {
             (Some(why), _) => format!("paused, only invalidates: {why}"),
-            (None, true) => "deleted keys where it should have written them".to_owned(),
+            (None, true) => "its keys are yet to be made right from the table".to_owned(),
             (None, false) => "in step".to_owned(),
         };
         lines.push(format!("rule          {} on {}: {state}", rule.name, rule.table));

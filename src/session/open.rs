@@ -12,28 +12,30 @@ use std::time::{Duration, Instant};
 use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
-use crate::cache::checkpoint::{Checkpoint, Difference, Origin};
+use crate::cache::checkpoint::{Checkpoint, Debt, Origin};
 use crate::cache::inspect;
 use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
+use crate::catalog::signature::{self, Signatures};
 use crate::catalog::{self, Catalog};
-use crate::config::{Config, TableName, diagnostic};
+use crate::config::{Config, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
-use crate::source::client;
 use crate::source::conninfo::ConnInfo;
 use crate::source::replication::{Replication, SystemIdentity, Walsender};
 use crate::source::slot::{self, SlotState};
+use crate::source::{client, query_error};
 
 use super::acks::Acks;
-use super::gap::{self, Situation, SlotFacts, Start};
+use super::debts::{Debts, Opening, Reason};
+use super::gap::{self, Place, Situation, SlotFacts, Start, Why};
 use super::intake::Intake;
 use super::orders::Messages;
 use super::reads::Reads;
 use super::report::{self, RuleMetrics};
 use super::tables::Tables;
-use super::{CLAIM_LIMIT, Daemon, Flying, Options, STATEMENT_TIMEOUT, Session, limits};
+use super::{CLAIM_LIMIT, Daemon, Flying, Options, STATEMENT_TIMEOUT, Session, limits, look, renewal};
 
 /// Opens a session on the real cache.
 pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
@@ -43,42 +45,50 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
         tracing::warn!(parameters = ?info.dropped, "parameters of `[postgres] url` that mean nothing here are ignored");
     }
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
+    on_primary(&client).await?;
     // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
-    let slot = slot::slot_state(&client, &config.postgres.slot).await?;
-    if let Some(pid) = slot.as_ref().and_then(|slot| slot.active_pid) {
-        let taken =
-            format!("another daemon, or one that just ended, streams slot `{}` (PID {pid})", config.postgres.slot);
-        return Err(Error::new(ErrorKind::Fenced, taken));
-    }
+    let slot = free_slot(&client, &config.postgres.slot).await?;
     let mut writer = Writer::new(config.redis.clone(), Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics))?;
     let stored = writer.read_checkpoint().await?;
     let mut walsender = Walsender::connect(&info).await?;
     let identity = walsender.identify_system().await?;
     let origin = origin(&identity, &config.postgres.slot);
-    let born_at = slot::birth_note(&client, &config.postgres.publication, &origin.slot).await?;
-    // Looked at only where nothing else can tell: it goes through all keys.
-    let nothing_known = stored.is_none() && born_at.is_none() && seen.is_none();
     let situation = Situation {
         origin: &origin,
         flush_lsn: identity.flush_lsn,
         slot: slot.as_ref().map(slot_facts),
-        born_at,
+        born_at: slot::birth_note(&client, &config.postgres.publication, &origin.slot).await?,
         stored: stored.as_ref(),
         seen,
-        cache_has_keys: nothing_known && !inspect::keys(&config.redis, 1).await?.is_empty(),
+        // Looked at only where nothing else can tell: it goes through all keys.
+        cache_has_keys: stored.is_none() && seen.is_none() && !inspect::keys(&config.redis, 1).await?.is_empty(),
     };
-    let start = gap::examine(&situation, options.adopt)?;
-    let confirmed = slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default();
-    let first = beginning(start, stored.as_ref(), origin, &daemon.rules.digest);
-    warn_of_changed_rules(daemon, &writer, stored.as_ref()).await?;
+    let start = gap::examine(&situation, options.adopt, config.postgres.on_gap)?;
+    let catalog = signature::look(&client, &config.postgres.publication, &look::tables(config)).await?;
+    let Opening { owing, reasons } = owed(daemon, &writer, start, &catalog.signatures).await?;
+    let confirmed = match (start, &slot) {
+        (Start::Anew { from: Place::NewSlot, .. }, old) => {
+            renewal::renew(daemon, &info, &client, old.as_ref().is_some_and(|slot| slot.failover)).await?
+        }
+        (_, slot) => slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default(),
+    };
+    let before = stored.iter().chain(seen).map(|checkpoint| checkpoint.epoch).max().unwrap_or_default();
+    let first = match start {
+        Start::Resume { stored, new_epoch: true } => Checkpoint { epoch: epoch_now(before), ..stored.clone() },
+        Start::Resume { stored, new_epoch: false } => stored.clone(),
+        Start::Anew { .. } => anew(confirmed, epoch_now(before), origin),
+    };
+    let first = Checkpoint { rules: daemon.rules.digest.clone(), owing, ..first };
 
     // What was acknowledged was seen to be good; what lies behind it and `applied` is applied again.
     let proven = first.good.max(Position::end(confirmed));
-    let (tables, intake) = bind(daemon, &client, &Checkpoint { good: proven, ..first.clone() }).await?;
+    let (mut tables, intake) = bind(daemon, &client, &Checkpoint { good: proven, ..first.clone() }).await?;
+    tables.carried(&catalog.carried);
     let from = first.low.min(proven.lsn);
     let replication = walsender.start(&first.origin.slot, &config.postgres.publication, from).await?;
     not_moved(&client, &first).await?;
     writer.claim(stored.clone()).await?;
+    writer.remember(&catalog.signatures);
     let held = Duration::from_micros(report::now_us().saturating_sub(first.written_us));
     let mut acks = Acks::new(confirmed, config.postgres.replay_window);
     acks.held(first.low, held);
@@ -86,15 +96,10 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
         Some(stored) if stored == first => stored,
         _ => claim_with(&mut writer, &Batch::new(limits(config), 0), first).await?,
     };
-    tracing::info!(epoch = checkpoint.epoch, from = %checkpoint.low, slot = %checkpoint.origin.slot, "streaming");
-    daemon.metrics.sessions_total.inc();
-    daemon.metrics.up.set(1);
-    daemon.shared.update(|status| {
-        status.phase = Phase::Active;
-        status.database.clone_from(&checkpoint.origin.database);
-    });
-    let flushed = identity.flush_lsn;
-    let streamed = Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks };
+    begun(daemon, &checkpoint, &reasons);
+    let (flushed, signatures) = (identity.flush_lsn, catalog.signatures);
+    let streamed =
+        Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures };
     Ok(session(daemon, streamed, writer))
 }
 
@@ -105,15 +110,80 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W)
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
     let mut walsender = Walsender::connect(&info).await?;
     let identity = walsender.identify_system().await?;
-    let start = Start::Anew { from: Lsn::default() };
-    let checkpoint = beginning(start, None, origin(&identity, &config.postgres.slot), &daemon.rules.digest);
+    let origin = origin(&identity, &config.postgres.slot);
+    let checkpoint = anew(Lsn::default(), epoch_now(0), origin);
+    let catalog = signature::look(&client, &config.postgres.publication, &look::tables(config)).await?;
     let (tables, intake) = bind(daemon, &client, &checkpoint).await?;
     let replication = walsender.start_temporary(&config.postgres.publication).await?;
     tracing::info!("printing the commands of changes from now on; nothing is written");
-    let (flushed, proven) = (identity.flush_lsn, checkpoint.good);
+    let (flushed, proven, signatures) = (identity.flush_lsn, checkpoint.good, catalog.signatures);
     let acks = Acks::new(Lsn::default(), config.postgres.replay_window);
-    let streamed = Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks };
+    let streamed =
+        Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures };
     Ok(session(daemon, streamed, Recorder::new(out)))
+}
+
+/// A standby may be about to be promoted: nothing that is missing there says anything yet.
+async fn on_primary(client: &tokio_postgres::Client) -> Result<()> {
+    let doing = "cannot tell a primary from a standby";
+    let row = client.query_typed_one("select pg_is_in_recovery()", &[]).await;
+    match row.and_then(|row| row.try_get(0)).map_err(|error| query_error(doing, error))? {
+        false => Ok(()),
+        true => Err(Error::new(ErrorKind::PostgresAway, "this server is a standby, and keys follow the primary")
+            .hint("list every host in `[postgres] url`, with `target_session_attrs=primary`")),
+    }
+}
+
+/// The slot, which nobody may be streaming.
+async fn free_slot(client: &tokio_postgres::Client, name: &str) -> Result<Option<SlotState>> {
+    let slot = slot::slot_state(client, name).await?;
+    match slot.as_ref().and_then(|slot| slot.active_pid) {
+        None => Ok(slot),
+        Some(pid) => {
+            let taken = format!("another daemon, or one that just ended, streams slot `{name}` (PID {pid})");
+            Err(Error::new(ErrorKind::Fenced, taken))
+        }
+    }
+}
+
+/// What the rules owe when the session begins.
+async fn owed(daemon: &Daemon, writer: &Writer, start: Start<'_>, catalog: &Signatures) -> Result<Opening> {
+    let rules = &daemon.config.rules;
+    let stored = match start {
+        Start::Resume { stored, .. } => stored,
+        Start::Anew { why: Why::Lost(reason), .. } => return Ok(Opening::after_loss(rules, reason)),
+        Start::Anew { why: Why::FirstStart { cache_has_keys }, .. } => {
+            return Ok(Opening::first_start(rules, cache_has_keys));
+        }
+    };
+    let mut opening = Opening::resumed(&stored.owing, rules);
+    if stored.rules != daemon.rules.digest {
+        let before = writer.read_rules().await?;
+        opening.compare_rules(before.as_ref(), &daemon.rules, rules);
+        warn_of_removed_rules(daemon, before.as_ref());
+    }
+    let differing = match writer.read_catalog().await? {
+        Some(before) => look::differing(catalog, &before, rules),
+        None => rules.iter().collect(),
+    };
+    differing.iter().for_each(|rule| opening.add(&rule.name.value, Debt::Reconcile, Reason::Catalog));
+    Ok(opening)
+}
+
+/// Says that the session has begun.
+fn begun(daemon: &Daemon, checkpoint: &Checkpoint, reasons: &BTreeSet<Reason>) {
+    for reason in reasons {
+        daemon.metrics.reconciles_total.with_label_values(&[reason.label()]).inc();
+    }
+    let Checkpoint { epoch, low, origin, owing, .. } = checkpoint;
+    tracing::info!(epoch, from = %low, slot = %origin.slot, ?owing, "streaming");
+    daemon.metrics.sessions_total.inc();
+    daemon.metrics.up.set(1);
+    daemon.metrics.rules_owing.set(owing.len() as i64);
+    daemon.shared.update(|status| {
+        status.phase = Phase::Active;
+        status.database.clone_from(&origin.database);
+    });
 }
 
 /// The slot is this walsender's now. If somebody else read it after it was looked at, the server has silently begun later.
@@ -146,6 +216,7 @@ struct Streamed {
     proven: Position,
     flushed: Lsn,
     acks: Acks,
+    signatures: Signatures,
 }
 
 fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
@@ -171,17 +242,22 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         flying: Flying::Stream,
         reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress),
         settling: None,
+        probing: None,
+        answered_at: now,
         looking: None,
         received: streamed.checkpoint.low,
         reached_low: streamed.checkpoint.low,
         ends_when_caught_up: false,
         acks: streamed.acks,
         checkpoint: streamed.checkpoint,
+        debts: Debts::default(),
+        signatures: streamed.signatures,
+        signatures_unsaid: false,
         proven: streamed.proven,
         more_buffered: false,
         flushed_at_start: streamed.flushed,
         server_end: streamed.flushed,
-        slot_looked_at: None,
+        looked_at: None,
         heartbeat_sent: now,
         reply_requested: false,
         checkpoint_due: false,
@@ -206,27 +282,19 @@ fn slot_facts(slot: &SlotState) -> SlotFacts<'_> {
     }
 }
 
-/// The checkpoint that the session begins with.
-fn beginning(start: Start, stored: Option<&Checkpoint>, origin: Origin, rules: &str) -> Checkpoint {
-    match (start, stored) {
-        (Start::Resume { new_epoch }, Some(stored)) => Checkpoint {
-            epoch: if new_epoch { epoch_now(stored.epoch) } else { stored.epoch },
-            rules: rules.to_owned(),
-            ..stored.clone()
-        },
-        (Start::Resume { .. }, None) => unreachable!("there is a checkpoint to resume from"),
-        (Start::Anew { from }, stored) => Checkpoint {
-            version: Checkpoint::VERSION,
-            origin,
-            epoch: epoch_now(stored.map_or(0, |stored| stored.epoch)),
-            applied: Position::end(from),
-            low: from,
-            good: Position::end(from),
-            rules: rules.to_owned(),
-            written_us: report::now_us(),
-            owing: BTreeMap::new(),
-            progress: None,
-        },
+/// A new history that begins here, of no rules yet.
+fn anew(from: Lsn, epoch: u64, origin: Origin) -> Checkpoint {
+    Checkpoint {
+        version: Checkpoint::VERSION,
+        origin,
+        epoch,
+        applied: Position::end(from),
+        low: from,
+        good: Position::end(from),
+        rules: String::new(),
+        written_us: report::now_us(),
+        owing: BTreeMap::new(),
+        progress: None,
     }
 }
 
@@ -239,7 +307,7 @@ fn epoch_now(before: u64) -> u64 {
 /// later ones pause their rules.
 async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoint) -> Result<(Tables, Intake)> {
     let config = &daemon.config;
-    let (catalog, types) = look(config, client).await?;
+    let (catalog, types) = read_catalog(config, client).await?;
     if daemon.metrics.sessions_total.get() == 0 {
         refuse_misfits(config, &catalog, &types)?;
     }
@@ -252,10 +320,8 @@ async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoi
 }
 
 /// What the catalog says of the tables that the rules name.
-async fn look(config: &Config, client: &tokio_postgres::Client) -> Result<(Catalog, Types)> {
-    let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
-    let names: Vec<TableName> = names.into_iter().collect();
-    let catalog = catalog::load(client, &config.postgres.publication, &names).await?;
+async fn read_catalog(config: &Config, client: &tokio_postgres::Client) -> Result<(Catalog, Types)> {
+    let catalog = catalog::load(client, &config.postgres.publication, &look::tables(config)).await?;
     let types = Types::load(client, &catalog.type_oids()).await?;
     Ok((catalog, types))
 }
@@ -273,27 +339,15 @@ fn refuse_misfits(config: &Config, catalog: &Catalog, types: &Types) -> Result<(
 /// Whether a session of this configuration could begin: both servers answer, and the rules fit the tables.
 pub(super) async fn rehearse(config: &Config) -> Result<()> {
     let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
-    let (catalog, types) = look(config, &client).await?;
+    let (catalog, types) = read_catalog(config, &client).await?;
     refuse_misfits(config, &catalog, &types)?;
     inspect::try_commands(&config.redis).await
 }
 
-/// Keys of rules that changed or were removed stay as they are in this version; whoever runs it must know.
-async fn warn_of_changed_rules(daemon: &Daemon, writer: &Writer, stored: Option<&Checkpoint>) -> Result<()> {
-    if stored.is_none_or(|stored| stored.rules == daemon.rules.digest) {
-        return Ok(());
-    }
-    let Some(before) = writer.read_rules().await? else { return Ok(()) };
-    let Difference { added, changed, removed } = daemon.rules.difference(&before);
-    if !(added.is_empty() && changed.is_empty()) {
-        tracing::warn!(
-            ?added,
-            ?changed,
-            "new or changed rules: keys appear, or change their form, only as their rows change"
-        );
-    }
+/// Keys of rules that were removed stay as they are; whoever runs it must know.
+fn warn_of_removed_rules(daemon: &Daemon, before: Option<&BTreeMap<String, String>>) {
+    let removed = before.map(|before| daemon.rules.difference(before).removed).unwrap_or_default();
     if !removed.is_empty() {
         tracing::warn!(rules = ?removed, "removed rules: the keys that they wrote stay, and are no longer kept right");
     }
-    Ok(())
 }

@@ -54,8 +54,6 @@ pub(super) struct Reads {
     barrier_passed: bool,
     /// As far as every reply was seen to be good.
     pub(super) progress: Option<Progress>,
-    /// Rules that owe nothing any more.
-    pub(super) paid: BTreeSet<String>,
     backoff: Backoff,
     not_before: Instant,
     audited: Instant,
@@ -105,8 +103,6 @@ struct Pass {
     purpose: Why,
     /// Keys that Redis held when the pass began, and nobody has rendered or touched since.
     unseen: HashSet<crate::batch::CellId>,
-    /// Something went wrong for these rules meanwhile, or they owe anew: the debt stays.
-    spoiled: bool,
     began: Instant,
     rows: u64,
     share: f64,
@@ -143,7 +139,6 @@ impl Reads {
             asked: VecDeque::new(),
             barrier_passed: false,
             progress,
-            paid: BTreeSet::new(),
             backoff: Backoff::default(),
             not_before: now,
             audited: now,
@@ -165,22 +160,6 @@ impl Reads {
     pub(super) fn is_idle(&self) -> bool {
         let busy = |reading: &Reading| reading.pass.is_some() || !reading.rereads.is_empty();
         self.asked.is_empty() && !self.reading.as_ref().is_some_and(busy)
-    }
-
-    /// A rule owes something that it did not owe when its pass began.
-    pub(super) fn spoil(&mut self, rule: &str) {
-        self.paid.remove(rule);
-        let config = Arc::clone(&self.config);
-        if let Some(pass) = self.pass_mut() {
-            pass.spoiled |= pass.rules.iter().any(|number| config.rules[usize::from(*number)].name.value == rule);
-        }
-    }
-
-    /// Everything for which cells were deleted where they should have been written.
-    pub(super) fn spoil_all(&mut self) {
-        if let Some(pass) = self.pass_mut() {
-            pass.spoiled = true;
-        }
     }
 
     fn pass_mut(&mut self) -> Option<&mut Pass> {
@@ -303,7 +282,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
         self.start_rereads()?;
         self.give_up_changed();
-        if self.reads.pass_mut().is_none() && self.reads.paid.is_empty() {
+        if self.reads.pass_mut().is_none() {
             match self.next_pass() {
                 Some((pass, job)) => self.start_pass(pass, job)?,
                 None => self.rest(now),
@@ -394,7 +373,7 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// The first table with a rule that owes and can pay.
     fn next_debt(&self) -> Option<(Pass, TableJob)> {
-        let owing = &self.checkpoint.owing;
+        let owing = self.debts.next(&self.checkpoint.owing);
         let debt = |rule: &BoundRule| owing.get(&self.config.rules[usize::from(rule.rule)].name.value).copied();
         let can_pay =
             |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.json.is_some());
@@ -466,6 +445,9 @@ impl<C: Cache + Send + 'static> Session<C> {
             pass.rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.as_str()).collect();
         let relation = &pass.table.relation;
         tracing::info!(table = %format_args!("{}.{}", relation.schema, relation.name), rules = ?names, "{} begins", pass.purpose.name());
+        if matches!(pass.purpose, Why::Debt(_)) {
+            names.iter().for_each(|rule| self.debts.begin(rule));
+        }
         let reading = self.reads.reading(&self.checkpoint.origin)?;
         reading.pass = Some(pass);
         // The channel has room: one job at a time is under way.
@@ -534,7 +516,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         if pass.purpose != Why::Debt(Debt::Reconcile) {
             return;
         }
-        let owing = &self.checkpoint.owing;
+        let owing = self.debts.next(&self.checkpoint.owing);
         let owes = |rule: &&BoundRule| {
             owing.get(&self.config.rules[usize::from(rule.rule)].name.value) == Some(&Debt::Reconcile)
         };
@@ -590,13 +572,15 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         self.reads.progress = None;
-        if pass.spoiled {
-            self.wait_before_reading();
-            return;
+        let mut paid = true;
+        for rule in &pass.rules {
+            paid &= self.debts.settle(&self.config.rules[usize::from(*rule)].name.value);
         }
-        self.reads.backoff.reset();
-        let names = pass.rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone());
-        self.reads.paid.extend(names);
+        match paid {
+            true => self.reads.backoff.reset(),
+            // Something went wrong for these rules meanwhile, or they owe anew.
+            false => self.wait_before_reading(),
+        }
         self.note_progress();
     }
 
@@ -698,7 +682,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         batch
     }
 
-    fn recycle(&mut self, mut batch: Batch) {
+    pub(super) fn recycle(&mut self, mut batch: Batch) {
         batch.clear();
         if let Some(reading) = &self.reads.reading {
             // One too many is simply dropped.
@@ -727,14 +711,6 @@ impl<C: Cache + Send + 'static> Session<C> {
             (cache, batch, outcome)
         }));
         true
-    }
-
-    /// What was read is in Redis.
-    pub(super) fn read_answered(&mut self, batch: Batch, invalidated: bool) {
-        if invalidated {
-            self.reads.spoil_all();
-        }
-        self.recycle(batch);
     }
 
     /// Redis has said what it holds.
@@ -827,7 +803,6 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
         rules,
         purpose,
         unseen: HashSet::new(),
-        spoiled: false,
         began: Instant::now(),
         rows: 0,
         share: 0.0,

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use crate::admin::Shared;
 use crate::cache::checkpoint::Debt;
 use crate::catalog::{self, Catalog};
-use crate::config::{Config, TableName};
+use crate::config::{Config, Operations, TableName};
 use crate::decode::types::Types;
 use crate::error::Result;
 use crate::metrics::Metrics;
@@ -30,17 +30,52 @@ pub struct Tables {
     metrics: Arc<Metrics>,
     shared: Arc<Shared>,
     owing: BTreeMap<String, Debt>,
+    paused: BTreeMap<String, Paused>,
+}
+
+/// Why a rule is paused.
+#[derive(Debug, Default)]
+struct Paused {
+    /// It does not fit the shape that the stream describes.
+    misfit: Option<String>,
+    /// The publication does not carry what it needs.
+    uncarried: Option<String>,
 }
 
 impl Tables {
     /// Nothing is owed yet.
     pub fn new(config: Arc<Config>, metrics: Arc<Metrics>, shared: Arc<Shared>) -> Self {
-        Tables { config, metrics, shared, owing: BTreeMap::new() }
+        Tables { config, metrics, shared, owing: BTreeMap::new(), paused: BTreeMap::new() }
     }
 
-    /// What rules have come to owe because they did not fit their table.
+    /// What rules have come to owe since the last call, because they did not fit their table.
     pub fn take_owing(&mut self) -> BTreeMap<String, Debt> {
         std::mem::take(&mut self.owing)
+    }
+
+    /// What the publication carries now. A rule that needs more is paused: its changes do not arrive.
+    pub fn carried(&mut self, carried: &BTreeMap<TableName, Operations>) {
+        let config = Arc::clone(&self.config);
+        for rule in &config.rules {
+            let publication = &config.postgres.publication;
+            let uncarried = match carried.get(&rule.table.value) {
+                None => Some(format!("publication `{publication}` does not carry its table")),
+                Some(carried) if !rule.on.is_within(*carried) => {
+                    Some(format!("publication `{publication}` leaves out operations that it follows"))
+                }
+                Some(_) => None,
+            };
+            let name = &rule.name.value;
+            let paused = self.paused.entry(name.clone()).or_default();
+            if paused.uncarried != uncarried {
+                match &uncarried {
+                    Some(why) => tracing::error!(rule = name, table = %rule.table.value, why, "paused"),
+                    None => tracing::info!(rule = name, table = %rule.table.value, "its changes arrive again"),
+                }
+                paused.uncarried = uncarried;
+                self.show(name);
+            }
+        }
     }
 
     /// Binds every table that the rules name and the catalog has, as it is now.
@@ -103,11 +138,18 @@ impl Tables {
     }
 
     /// The rule is paused, and then it owes, or it is not.
-    fn tell(&mut self, rule: &str, paused: Option<String>, debt: Debt) {
-        self.metrics.rule_paused.with_label_values(&[rule]).set(i64::from(paused.is_some()));
-        if paused.is_some() {
+    fn tell(&mut self, rule: &str, misfit: Option<String>, debt: Debt) {
+        if misfit.is_some() {
             debt.enter(rule, &mut self.owing);
         }
+        self.paused.entry(rule.to_owned()).or_default().misfit = misfit;
+        self.show(rule);
+    }
+
+    fn show(&self, rule: &str) {
+        let paused =
+            self.paused.get(rule).and_then(|paused| paused.uncarried.clone().or_else(|| paused.misfit.clone()));
+        self.metrics.rule_paused.with_label_values(&[rule]).set(i64::from(paused.is_some()));
         self.shared.update(|status| {
             if let Some(shown) = status.rules.iter_mut().find(|shown| shown.name == rule) {
                 shown.paused = paused;

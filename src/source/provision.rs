@@ -25,6 +25,9 @@ use facts::{Facts, Publication, Table};
 
 mod facts;
 mod obstacles;
+mod renewal;
+
+pub use renewal::renew_slot;
 
 /// How long a statement may wait for a lock while applications wait behind it.
 const LOCK_TIMEOUT: &str = "5s";
@@ -172,18 +175,19 @@ fn add_tables(publication: &str, tables: &[&Table]) -> Statement {
 /// One transaction makes the slot and notes where: the position is the one that the function returns, so a daemon
 /// that begins to stream at once cannot have moved it.
 fn make_slot(wanted: &Wanted) -> Statement {
-    let Wanted { slot, publication, failover, .. } = wanted;
+    let Wanted { slot, publication, .. } = wanted;
     let note = birth_note_of(slot);
-    let failover = if *failover { ", false, false, true" } else { "" };
-    let make = format!(
-        "  SELECT lsn INTO born FROM pg_create_logical_replication_slot({}, 'pgoutput'{failover});",
-        literal(slot)
-    );
+    let make = format!("  SELECT lsn INTO born FROM {};", create_slot(wanted));
     let annotate = annotate(publication, std::slice::from_ref(&note), &format!("{} || born", literal(&note)));
     Statement {
         purpose: format!("make slot `{slot}`"),
         sql: do_block("  born pg_lsn;\n", &format!("{make}\n{annotate}")),
     }
+}
+
+fn create_slot(Wanted { slot, failover, .. }: &Wanted) -> String {
+    let failover = if *failover { ", false, false, true" } else { "" };
+    format!("pg_create_logical_replication_slot({}, 'pgoutput'{failover})", literal(slot))
 }
 
 /// Commands of a DO block that rewrite the publication's comment: lines that begin with one of `removed` go, `added`
@@ -290,16 +294,20 @@ pub async fn execute(client: &Client, statement: &Statement) -> Result<()> {
     }
     // Away from the transaction that failed, if the step has one of its own.
     let _ = client.batch_execute("ROLLBACK").await;
-    let sql = "select pid, (extract(epoch from now() - xact_start))::int8 from pg_stat_activity
-        where backend_xid is not null and pid <> pg_backend_pid() order by xact_start limit 1";
-    let oldest = client.query_typed_opt(sql, &[]).await.ok().flatten();
-    let oldest = oldest.and_then(|row| Some((row.try_get::<_, i32>(0).ok()?, row.try_get::<_, i64>(1).ok()?)));
-    Err(match oldest {
+    Err(match oldest_transaction(client).await {
         Some((pid, seconds)) => {
             error.hint(format!("the session with pid {pid} has had a transaction open for {seconds} s"))
         }
         None => error.hint("try again"),
     })
+}
+
+/// Whose transaction has been open for longest: process id and seconds; `None` where that cannot be said.
+pub async fn oldest_transaction(client: &Client) -> Option<(i32, i64)> {
+    let sql = "select pid, (extract(epoch from now() - xact_start))::int8 from pg_stat_activity
+        where backend_xid is not null and pid <> pg_backend_pid() order by xact_start limit 1";
+    let row = client.query_typed_opt(sql, &[]).await.ok().flatten()?;
+    Some((row.try_get(0).ok()?, row.try_get(1).ok()?))
 }
 
 /// As SQL reads it. Always in quotes: whether a word is a keyword depends on the server's version.

@@ -37,6 +37,8 @@ pub struct SlotState {
     pub retained_bytes: Option<u64>,
     /// Why it can no longer be used (Postgres 17 and later).
     pub invalidation_reason: Option<String>,
+    /// Whether it is kept on standbys too (Postgres 17 and later).
+    pub failover: bool,
 }
 
 /// `pg_replication_slots.wal_status`
@@ -79,12 +81,12 @@ impl SlotState {
 /// [`ErrorKind::PostgresAway`] when the connection breaks.
 pub async fn slot_state(client: &Client, name: &str) -> Result<Option<SlotState>> {
     let doing = "cannot read the slot's state";
-    // Through jsonb: `invalidation_reason` is a column from Postgres 17 on.
+    // Through jsonb: `invalidation_reason` and `failover` are columns from Postgres 17 on.
     let sql = "select slot_name::text, plugin::text, database::text, active_pid, restart_lsn::text,
           confirmed_flush_lsn::text, wal_status, safe_wal_size,
           pg_wal_lsn_diff(case when pg_is_in_recovery() then pg_last_wal_replay_lsn() else pg_current_wal_lsn() end,
                           restart_lsn)::int8,
-          to_jsonb(slot) ->> 'invalidation_reason'
+          to_jsonb(slot) ->> 'invalidation_reason', coalesce((to_jsonb(slot) ->> 'failover')::bool, false)
         from pg_replication_slots slot where slot_name = $1::text";
     let row = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await.map_err(|error| query_error(doing, error))?;
     row.map(|row| read_slot(&row, doing)).transpose()
@@ -103,6 +105,7 @@ fn read_slot(row: &Row, doing: &str) -> Result<SlotState> {
         safe_wal_size: get(row, 7, doing)?,
         retained_bytes: get::<Option<i64>>(row, 8, doing)?.map(|bytes| u64::try_from(bytes).unwrap_or(0)),
         invalidation_reason: get(row, 9, doing)?,
+        failover: get(row, 10, doing)?,
     })
 }
 

@@ -18,7 +18,8 @@ use keepstep::metrics::Metrics;
 use keepstep::model::{Lsn, Position, Relation};
 use keepstep::plan::BoundTable;
 use keepstep::rules::bind::bind;
-use keepstep::session::intake::Intake;
+use keepstep::session::intake::{Ask, Intake};
+use keepstep::snapshot::visibility::Snapshot;
 use tokio_postgres::types::Type;
 
 /// What text columns hold, again and again: nothing that JSON must escape.
@@ -212,6 +213,8 @@ pub(crate) struct Replay {
     types: Types,
     intake: Intake,
     batch: Batch,
+    /// Sees every transaction of the stream.
+    later: Snapshot,
 }
 
 impl Replay {
@@ -231,13 +234,14 @@ impl Replay {
         let intake = Intake::new(&checkpoint(&rules), rules, Arc::new(Metrics::new()));
         let limits = Limits { ops: config.redis.batch_ops, bytes: config.redis.batch_bytes };
         let batch = Batch::new(limits, config.rules.len());
-        Replay { config, types: Types::builtin(), intake, batch }
+        let later = "1000000:1000000:".parse().expect("a snapshot");
+        Replay { config, types: Types::builtin(), intake, batch, later }
     }
 
     /// Decodes one frame and plans its change.
     pub(crate) fn take(&mut self, frame: &[u8]) {
         let event = pgoutput::parse(frame).expect("a frame");
-        if let Some(relation) = self.intake.take(event, &mut self.batch).expect("an event") {
+        if let Some(Ask::Bind(relation)) = self.intake.take(event, &mut self.batch).expect("an event") {
             self.intake.bind(bound(&self.config, &self.types, relation));
         }
     }
@@ -274,9 +278,11 @@ impl Replay {
             self.take(frame);
             if self.batch.is_full() {
                 sent_bytes += send(self);
+                self.intake.settle(&self.later);
                 self.batch.clear();
             }
         }
+        self.intake.settle(&self.later);
         sent_bytes + send(self)
     }
 }

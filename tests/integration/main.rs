@@ -21,4 +21,5 @@ mod source_tls;
 mod steps;
 mod tidy;
 mod tutorial;
+mod uncarried;
 mod values;

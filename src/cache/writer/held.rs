@@ -30,7 +30,7 @@ impl Writer {
     async fn try_read_held(&mut self, batch: &Batch) -> Result<Vec<Held>, Failure> {
         let mut connection = match (self.connection.take(), self.stored.clone()) {
             (Some(connection), _) => connection,
-            (None, Some(stored)) => self.resume(&stored).await?,
+            (None, Some(stored)) => self.resume(Some(&stored)).await?,
             (None, None) => return Err(Failure::Final(Error::new(ErrorKind::CacheWentBack, "there is no checkpoint"))),
         };
         let held = held(&mut connection, batch).await?;

@@ -1,0 +1,260 @@
+//! What rules owe: which of them, since when, and what is being paid; pure.
+//!
+//! A debt stands in the checkpoint, written with the batch that made it, so it outlives whatever ends the session. It
+//! goes only once a pass over the table has paid it, in a checkpoint behind everything that the pass wrote. What happens
+//! to a rule while it is being paid counts anew: the pass may have read what it is about before.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::cache::checkpoint::{Debt, RuleSet};
+use crate::config::Rule;
+
+/// What rules owe, by name.
+pub type Owing = BTreeMap<String, Debt>;
+
+/// Why keys have to be made right from the tables: the label of `keepstep_reconciles_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Reason {
+    /// Redis lost the checkpoint, and with it the cache.
+    CacheLost,
+    /// The slot is gone, or the server gave it up.
+    SlotLost,
+    /// The slot no longer sends what the cache lacks.
+    SlotMoved,
+    /// The server was promoted: its history is another one.
+    Promoted,
+    /// The server's log, or the cache, is older than it was.
+    WentBack,
+    /// The rules file changed.
+    RulesChanged,
+    /// A table changed in a way that the stream does not carry.
+    Catalog,
+    /// An earlier session left it unpaid.
+    Owing,
+    /// Somebody asked for it.
+    Asked,
+}
+
+impl Reason {
+    /// As the metric and the log say it.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::CacheLost => "cache_lost",
+            Self::SlotLost => "slot_lost",
+            Self::SlotMoved => "slot_moved",
+            Self::Promoted => "promoted",
+            Self::WentBack => "went_back",
+            Self::RulesChanged => "rules_changed",
+            Self::Catalog => "catalog",
+            Self::Owing => "owing",
+            Self::Asked => "asked",
+        }
+    }
+}
+
+/// What the rules owe when a session begins, and why.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Opening {
+    /// For the first checkpoint.
+    pub owing: Owing,
+    /// Each once; none where nothing is owed, nor at a first start.
+    pub reasons: BTreeSet<Reason>,
+}
+
+impl Opening {
+    /// A cache that keepstep has not filled yet: what is written from rows is missing. Keys that are there already are
+    /// somebody else's work, and may be as wrong as after a loss.
+    pub fn first_start(rules: &[Rule], cache_has_keys: bool) -> Self {
+        let written = rules.iter().filter(|rule| rule.write.is_some());
+        let owing = if cache_has_keys { all(rules.iter(), Debt::Reconcile) } else { all(written, Debt::Warm) };
+        Opening { owing, reasons: BTreeSet::new() }
+    }
+
+    /// History is missing: nothing in the cache can be trusted.
+    pub fn after_loss(rules: &[Rule], reason: Reason) -> Self {
+        Opening { owing: all(rules.iter(), Debt::Reconcile), reasons: BTreeSet::from([reason]) }
+    }
+
+    /// Nothing is missing: what was owed is still owed, by the rules that are still there.
+    pub fn resumed(stored: &Owing, rules: &[Rule]) -> Self {
+        let stands = |name: &String| rules.iter().any(|rule| rule.name.value == *name);
+        let owing: Owing = stored.iter().filter(|(name, _)| stands(name)).map(|(n, d)| (n.clone(), *d)).collect();
+        let reasons = if owing.is_empty() { BTreeSet::new() } else { BTreeSet::from([Reason::Owing]) };
+        Opening { owing, reasons }
+    }
+
+    /// Adds what became of the rules since `before`, as the cache remembers them; `None` if that is not known.
+    pub fn compare_rules(&mut self, before: Option<&BTreeMap<String, String>>, now: &RuleSet, rules: &[Rule]) {
+        let difference = before.map(|before| now.difference(before));
+        let is_new = |name: &str| difference.as_ref().is_some_and(|found| found.added.iter().any(|rule| rule == name));
+        let changed =
+            |name: &str| difference.as_ref().is_none_or(|found| found.changed.iter().any(|rule| rule == name));
+        for rule in rules {
+            let name = rule.name.value.as_str();
+            match (is_new(name), changed(name)) {
+                (true, _) if rule.write.is_some() => self.add(name, Debt::Warm, Reason::RulesChanged),
+                (false, true) => self.add(name, Debt::Reconcile, Reason::RulesChanged),
+                _ => {}
+            }
+        }
+    }
+
+    /// Adds a debt.
+    pub fn add(&mut self, rule: &str, debt: Debt, reason: Reason) {
+        debt.enter(rule, &mut self.owing);
+        self.reasons.insert(reason);
+    }
+}
+
+fn all<'a>(rules: impl Iterator<Item = &'a Rule>, debt: Debt) -> Owing {
+    rules.map(|rule| (rule.name.value.clone(), debt)).collect()
+}
+
+/// What changes in the debts of a running session.
+#[derive(Debug, Default)]
+pub struct Debts {
+    /// In no checkpoint yet.
+    new: Owing,
+    /// A pass makes these right.
+    paying: BTreeSet<String>,
+    /// A pass has made these right, and the stored checkpoint does not say so yet.
+    paid: BTreeSet<String>,
+}
+
+impl Debts {
+    /// The rule owes from now on, whatever a pass under way has done for it.
+    pub fn owe(&mut self, rule: &str, debt: Debt) {
+        self.paying.remove(rule);
+        self.paid.remove(rule);
+        debt.enter(rule, &mut self.new);
+    }
+
+    /// A pass over the rule's table begins.
+    pub fn begin(&mut self, rule: &str) {
+        self.paying.insert(rule.to_owned());
+    }
+
+    /// The pass has written everything. Whether that paid the debt: not if the rule came to owe again meanwhile.
+    pub fn settle(&mut self, rule: &str) -> bool {
+        let paid = self.paying.remove(rule);
+        if paid {
+            self.new.remove(rule);
+            self.paid.insert(rule.to_owned());
+        }
+        paid
+    }
+
+    /// Whether the stored checkpoint says something else.
+    pub fn is_due(&self) -> bool {
+        !(self.new.is_empty() && self.paid.is_empty())
+    }
+
+    /// What the next checkpoint says.
+    pub fn next(&self, stored: &Owing) -> Owing {
+        let mut owing = stored.clone();
+        owing.retain(|rule, _| !self.paid.contains(rule));
+        self.new.iter().for_each(|(rule, debt)| debt.enter(rule, &mut owing));
+        owing
+    }
+
+    /// Redis holds a checkpoint that says this.
+    pub fn stored(&mut self, owing: &Owing) {
+        self.new.retain(|rule, debt| owing.get(rule).is_none_or(|stored| *stored < *debt));
+        self.paid.retain(|rule| owing.contains_key(rule));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{RulesFile, parse};
+
+    /// `written` and `stale` on one table: one writes a key, the other only deletes.
+    fn rules() -> Vec<Rule> {
+        let text = "[postgres]\nurl = \"postgres://h/d\"\n[redis]\nurl = \"redis://h\"\n\
+                    [rule.written]\ntable = \"public.t\"\nkey = \"t:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\n\
+                    [rule.stale]\ntable = \"public.t\"\ndelete = [\"list:{id}\"]\n";
+        let file = RulesFile { path: "keepstep.toml".into(), text: text.into() };
+        parse(file, &|_| None).expect("a rules file").0.rules
+    }
+
+    fn owing(pairs: &[(&str, Debt)]) -> Owing {
+        pairs.iter().map(|(rule, debt)| ((*rule).to_owned(), *debt)).collect()
+    }
+
+    use Debt::{Reconcile, Warm};
+
+    #[test]
+    fn a_first_start_warms_what_is_written_and_a_loss_reconciles_everything() {
+        assert_eq!(Opening::first_start(&rules(), false).owing, owing(&[("written", Warm)]));
+        let beside_others = Opening::first_start(&rules(), true).owing;
+        assert_eq!(beside_others, owing(&[("written", Reconcile), ("stale", Reconcile)]));
+        let lost = Opening::after_loss(&rules(), Reason::SlotLost);
+        assert_eq!(lost.owing, owing(&[("written", Reconcile), ("stale", Reconcile)]));
+        assert_eq!(lost.reasons, BTreeSet::from([Reason::SlotLost]));
+    }
+
+    #[test]
+    fn what_was_owed_is_owed_by_the_rules_that_are_still_there() {
+        let resumed = Opening::resumed(&owing(&[("written", Warm), ("removed", Reconcile)]), &rules());
+        assert_eq!(resumed.owing, owing(&[("written", Warm)]));
+        assert_eq!(resumed.reasons, BTreeSet::from([Reason::Owing]));
+        assert_eq!(Opening::resumed(&Owing::new(), &rules()), Opening::default());
+    }
+
+    /// What the rules owe after `before`, of which each is given by name and whether it was the same.
+    fn compared(before: Option<&[(&str, bool)]>) -> Owing {
+        let (rules, now) = (rules(), RuleSet::new(&rules()));
+        let hash = |name: &str, same| if same { now.fingerprints[name].clone() } else { "other".to_owned() };
+        let before = before.map(|rules| rules.iter().map(|(name, same)| ((*name).into(), hash(name, *same))).collect());
+        let mut opening = Opening::default();
+        opening.compare_rules(before.as_ref(), &now, &rules);
+        assert_eq!(opening.reasons.is_empty(), opening.owing.is_empty());
+        opening.owing
+    }
+
+    #[test]
+    fn new_rules_warm_and_changed_rules_reconcile() {
+        assert_eq!(compared(Some(&[("written", true), ("stale", true)])), Owing::new());
+        assert_eq!(compared(Some(&[("written", false), ("stale", true)])), owing(&[("written", Reconcile)]));
+        assert_eq!(compared(Some(&[("written", true), ("stale", false)])), owing(&[("stale", Reconcile)]));
+        assert_eq!(compared(Some(&[("removed", false)])), owing(&[("written", Warm)]));
+        assert_eq!(compared(None), owing(&[("written", Reconcile), ("stale", Reconcile)]), "nothing is known of them");
+    }
+
+    #[test]
+    fn a_debt_goes_only_once_it_is_paid_and_the_checkpoint_says_so() {
+        let mut debts = Debts::default();
+        let stored = owing(&[("a", Warm)]);
+        debts.owe("b", Reconcile);
+        assert_eq!(debts.next(&stored), owing(&[("a", Warm), ("b", Reconcile)]));
+        debts.stored(&owing(&[("a", Warm), ("b", Reconcile)]));
+        assert!(!debts.is_due());
+        debts.begin("a");
+        assert!(!debts.is_due(), "a pass under way has paid nothing");
+        assert!(debts.settle("a"));
+        assert_eq!(debts.next(&owing(&[("a", Warm), ("b", Reconcile)])), owing(&[("b", Reconcile)]));
+        // The answer for a batch that went out before.
+        debts.stored(&owing(&[("a", Warm), ("b", Reconcile)]));
+        assert!(debts.is_due());
+        debts.stored(&owing(&[("b", Reconcile)]));
+        assert!(!debts.is_due());
+    }
+
+    #[test]
+    fn what_happens_while_a_rule_is_paid_is_not_paid() {
+        let mut debts = Debts::default();
+        let stored = owing(&[("a", Reconcile)]);
+        debts.begin("a");
+        debts.owe("a", Warm);
+        debts.stored(&stored);
+        assert!(!debts.settle("a"));
+        assert_eq!(debts.next(&stored), stored);
+        // After the end of a pass, before the checkpoint says so.
+        debts.begin("a");
+        assert!(debts.settle("a"));
+        debts.owe("a", Warm);
+        assert_eq!(debts.next(&stored), stored);
+        assert!(!debts.settle("b"), "nobody was paying for it");
+    }
+}

@@ -1,0 +1,80 @@
+//! What is looked at every few seconds beside the stream: the slot, and what the catalog says of the tables.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::cache::Cache;
+use crate::cache::checkpoint::Debt;
+use crate::catalog::signature::{self, Look, Signatures};
+use crate::config::{Config, Rule, TableName};
+use crate::model::Lsn;
+use crate::source::slot::{self, SlotState};
+
+use super::debts::Reason;
+use super::{LOOK_EVERY, Session, report};
+
+/// What was found.
+pub(super) struct Looked {
+    slot: Option<SlotState>,
+    catalog: Look,
+}
+
+impl<C: Cache + Send + 'static> Session<C> {
+    /// Looks in the background; now and then moves an idle slot forward first.
+    pub(super) fn look(&mut self, now: Instant) {
+        let due = self.looked_at.is_none_or(|last| now.duration_since(last) >= LOOK_EVERY);
+        if self.looking.is_some() || !due {
+            return;
+        }
+        self.looked_at = Some(now);
+        let beats = |every| now.duration_since(self.heartbeat_sent) >= every;
+        let heartbeat = self.config.postgres.heartbeat.is_some_and(beats);
+        if heartbeat {
+            self.heartbeat_sent = now;
+        }
+        let (client, config) = (Arc::clone(&self.client), Arc::clone(&self.config));
+        self.looking = Some(Box::pin(async move {
+            if heartbeat {
+                slot::heartbeat(&client).await?;
+            }
+            let slot = slot::slot_state(&client, &config.postgres.slot).await?;
+            let catalog = signature::look(&client, &config.postgres.publication, &tables(&config)).await?;
+            Ok(Looked { slot, catalog })
+        }));
+    }
+
+    pub(super) fn looked(&mut self, Looked { slot, catalog }: Looked) {
+        self.looking = None;
+        // A slot that is gone ends the stream by itself, with the server's own words.
+        if let Some(slot) = slot {
+            if let (Some(Lsn(start)), Some(retained)) = (slot.restart_lsn, slot.retained_bytes) {
+                self.server_end = Lsn(start.saturating_add(retained));
+            }
+            report::slot(&slot, self.config.postgres.max_retained, &self.metrics, &self.shared);
+        }
+        self.tables.carried(&catalog.carried);
+        let differing = differing(&catalog.signatures, &self.signatures, &self.config.rules);
+        if !differing.is_empty() {
+            self.metrics.reconciles_total.with_label_values(&[Reason::Catalog.label()]).inc();
+        }
+        differing.iter().for_each(|rule| self.debts.owe(&rule.name.value, Debt::Reconcile));
+        self.signatures_unsaid |= self.signatures != catalog.signatures;
+        self.signatures = catalog.signatures;
+    }
+}
+
+/// The rules whose tables are not what they were.
+pub(super) fn differing<'r>(now: &Signatures, before: &Signatures, rules: &'r [Rule]) -> Vec<&'r Rule> {
+    let differing: Vec<&Rule> = rules.iter().filter(|rule| now.differs(before, &rule.table.value)).collect();
+    for table in differing.iter().map(|rule| &rule.table.value).collect::<BTreeSet<_>>() {
+        tracing::warn!(%table, "the catalog says something else of the table, which the stream does not carry: its rules are reconciled");
+    }
+    differing
+}
+
+/// The tables that the rules follow, each once.
+pub(super) fn tables(config: &Config) -> Vec<TableName> {
+    let tables: BTreeSet<&TableName> = config.rules.iter().map(|rule| &rule.table.value).collect();
+    tables.into_iter().cloned().collect()
+}

@@ -1,0 +1,44 @@
+//! A slot that was lost is made anew. This waits for every transaction under way on the server, however long they take.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use tokio_postgres::Client;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::Lsn;
+use crate::source::client;
+use crate::source::conninfo::ConnInfo;
+use crate::source::provision::{Wanted, oldest_transaction, renew_slot};
+use crate::source::slot::slot_state;
+
+use super::Daemon;
+
+/// How long one try may take; then the next one begins.
+const RENEWAL_LIMIT: Duration = Duration::from_secs(600);
+/// How often the log says what is waited for.
+const SAID_EVERY: Duration = Duration::from_secs(10);
+
+/// Makes the slot and gives its confirmed position. `client` answers meanwhile.
+pub(super) async fn renew(daemon: &Daemon, info: &ConnInfo, client: &Client, failover: bool) -> Result<Lsn> {
+    let (slot, publication) = (daemon.config.postgres.slot.clone(), daemon.config.postgres.publication.clone());
+    let wanted = Wanted { slot, publication, tables: Vec::new(), failover };
+    let waiting = client::connect(info, RENEWAL_LIMIT).await?;
+    let mut renewal = pin!(renew_slot(&waiting, &wanted));
+    let mut say = tokio::time::interval_at(tokio::time::Instant::now() + SAID_EVERY, SAID_EVERY);
+    loop {
+        tokio::select! {
+            made = &mut renewal => break made?,
+            _ = say.tick() => {
+                daemon.shared.alive();
+                if let Some((pid, seconds)) = oldest_transaction(client).await {
+                    tracing::warn!(pid, seconds, "making the slot waits for the transactions under way; this is the oldest");
+                }
+            }
+        }
+    }
+    let confirmed = slot_state(client, &wanted.slot).await?.and_then(|slot| slot.confirmed_flush_lsn);
+    confirmed.ok_or_else(|| {
+        Error::new(ErrorKind::Fenced, format!("slot `{}` was made, and somebody else has it now", wanted.slot))
+    })
+}

@@ -1,0 +1,220 @@
+//! What the stream does not carry is seen in the catalog, each case of it; ordinary work is not.
+
+use std::fs;
+
+use keepstep::catalog::signature::{self, Look};
+use keepstep::config::{Operations, TableName};
+use serde_json::json;
+
+use crate::support::{Daemon, Stage, wait_for};
+
+fn table(name: &str) -> TableName {
+    TableName { schema: "public".into(), name: name.into() }
+}
+
+/// The tables that the looks are at.
+fn tables() -> Vec<TableName> {
+    ["parted", "plain", "other"].map(table).to_vec()
+}
+
+const TABLES: &str = "
+    create table plain (id int primary key, name text not null default 'a', ref int not null unique);
+    create table other (like plain including all);
+    create table parted (id int primary key, n int) partition by range (id);
+    create table low partition of parted for values from (0) to (100);
+    create table high partition of parted for values from (100) to (200) partition by range (id);
+    create table highest partition of high for values from (150) to (200);
+    create table apart (id int primary key, n int);
+    insert into parted values (1, 1), (151, 1);
+    insert into plain values (1, 'a', 1);
+    insert into apart values (201, 1);
+    create publication p for table plain, other, parted with (publish_via_partition_root = true)";
+
+async fn look(stage: &Stage) -> Look {
+    signature::look(&stage.sql().await, "p", &tables()).await.unwrap()
+}
+
+/// The tables that are not what they were after these statements.
+async fn differing(stage: &Stage, statements: &str) -> Vec<String> {
+    let before = look(stage).await.signatures;
+    for statement in statements.split(';') {
+        stage.execute(statement).await;
+    }
+    let after = look(stage).await.signatures;
+    tables().iter().filter(|table| after.differs(&before, table)).map(|table| table.name.clone()).collect()
+}
+
+#[tokio::test]
+async fn each_case_is_seen() {
+    let stage = Stage::set();
+    stage.execute(TABLES).await;
+    let cases: [(&[&str], &str); 20] = [
+        (&["parted"], "truncate highest"),
+        (&["parted"], "alter table parted detach partition low"),
+        (&["parted"], "alter table parted attach partition low for values from (0) to (100)"),
+        (&["parted"], "alter table parted attach partition apart for values from (200) to (300)"),
+        (&["parted"], "drop table apart"),
+        (&["parted"], "alter table parted alter n type bigint using n + 1"),
+        (&["parted"], "alter table highest replica identity full"),
+        (&["plain"], "alter table plain add column extra int default 7"),
+        (&["plain"], "alter table plain drop column extra"),
+        (&["plain"], "alter table plain rename column name to label"),
+        (&["plain"], "alter table plain alter label type varchar(40)"),
+        (&["plain"], "alter table plain replica identity using index plain_ref_key"),
+        (&["plain"], "vacuum full plain"),
+        (
+            &["plain", "other"],
+            "alter table plain rename to t;alter table other rename to plain;alter table t rename to other",
+        ),
+        (&["plain"], "alter publication p drop table plain;alter publication p add table plain"),
+        (&["parted", "plain", "other"], "alter publication p set (publish = 'insert')"),
+        (&["parted", "plain", "other"], "drop publication p;create publication p for all tables"),
+        (&["plain"], "alter table plain set unlogged"),
+        (&["plain"], "drop table plain"),
+        (&["plain"], "create table plain (id int primary key)"),
+    ];
+    for (expected, statements) in cases {
+        let mut expected: Vec<&str> = expected.to_vec();
+        expected.sort_by_key(|name| tables().iter().position(|table| table.name == *name));
+        assert_eq!(differing(&stage, statements).await, expected, "{statements}");
+    }
+}
+
+/// Row filters and column lists came with Postgres 15.
+#[tokio::test]
+async fn filters_and_column_lists_are_seen() {
+    let stage = Stage::set();
+    if stage.postgres.install.major < 15 {
+        return;
+    }
+    stage.execute(TABLES).await;
+    for (expected, statement) in [
+        ("plain", "alter publication p set table plain where (id > 0), other, parted"),
+        ("plain", "alter publication p set table plain where (id > 1), other, parted"),
+        ("other", "alter publication p set table plain where (id > 1), other (id, ref), parted"),
+    ] {
+        assert_eq!(differing(&stage, statement).await, [expected], "{statement}");
+    }
+    stage.execute("drop publication p; create publication p for tables in schema public").await;
+    let all = differing(&stage, "alter publication p drop tables in schema public").await;
+    assert_eq!(all, ["parted", "plain", "other"]);
+    assert!(look(&stage).await.carried.is_empty());
+}
+
+#[tokio::test]
+async fn ordinary_work_is_not_seen() {
+    let stage = Stage::set();
+    stage.execute(TABLES).await;
+    for statements in [
+        "insert into plain values (2, 'b', 2);update plain set name = 'c';delete from parted;vacuum analyze plain",
+        "create index on plain (name);reindex table plain;drop index plain_name_idx",
+        "create table unrelated (id int primary key);alter publication p add table unrelated",
+        "alter table plain alter name set default 'b';grant select on plain to public;comment on table plain is 'x'",
+        "alter table plain set (fillfactor = 70);alter table plain add check (id > 0);checkpoint",
+    ] {
+        assert_eq!(differing(&stage, statements).await, [""; 0], "{statements}");
+    }
+}
+
+#[tokio::test]
+async fn what_the_publication_carries() {
+    let stage = Stage::set();
+    stage.execute(TABLES).await;
+    let carried = |look: &Look, name: &str| look.carried.get(&table(name)).copied();
+    let found = look(&stage).await;
+    assert_eq!(carried(&found, "plain"), Some(Operations::ALL));
+    assert_eq!(carried(&found, "parted"), Some(Operations::ALL));
+    stage.execute("alter publication p drop table plain; alter publication p set (publish = 'insert, delete')").await;
+    let found = look(&stage).await;
+    assert_eq!(carried(&found, "plain"), None);
+    // TRUNCATE counts where DELETE does.
+    let insert_only = Operations { insert: true, update: false, delete: false };
+    assert_eq!(carried(&found, "parted"), Some(insert_only));
+    let publication_gone = signature::look(&stage.sql().await, "q", &tables()).await.unwrap();
+    assert!(publication_gone.carried.is_empty());
+}
+
+/// A look must not wait behind whoever alters a table, nor make anybody wait.
+#[tokio::test]
+async fn a_look_takes_no_lock() {
+    let stage = Stage::set();
+    stage.execute(TABLES).await;
+    let altering = stage.sql().await;
+    altering.batch_execute("begin; lock table plain, low, parted in access exclusive mode").await.unwrap();
+    let looking = stage.sql().await;
+    looking.batch_execute("set lock_timeout = '1ms'").await.unwrap();
+    signature::look(&looking, "p", &tables()).await.unwrap();
+}
+
+const RULES: &str = r#"
+[rule.row]
+table   = "public.plain"
+key     = "row:{id}"
+value   = "json"
+columns = ["id", "name"]
+
+[rule.other]
+table   = "public.other"
+key     = "other:{id}"
+value   = "json"
+columns = ["id", "name"]
+"#;
+
+async fn owing(stage: &Stage) -> serde_json::Value {
+    let stored: String = stage.get("keepstep:checkpoint").await;
+    serde_json::from_str::<serde_json::Value>(&stored).unwrap()["owing"].clone()
+}
+
+/// A daemon whose rules are on these tables; what they owe for the first start is forgotten.
+async fn running(stage: &Stage) -> (std::path::PathBuf, Daemon) {
+    stage.execute(TABLES).await;
+    let rules = stage.rules(RULES);
+    let text = fs::read_to_string(&rules).unwrap().replace("\n\n[redis]", "\npublication = \"p\"\n\n[redis]");
+    fs::write(&rules, text).unwrap();
+    stage.keepstep(&["setup"]);
+    let daemon = Daemon::start(stage, &rules).await;
+    (rules, daemon)
+}
+
+#[tokio::test]
+async fn while_running_only_the_rules_of_the_table_reconcile() {
+    let stage = Stage::set();
+    let (_, daemon) = running(&stage).await;
+    stage.execute("alter table plain add column extra int default 7").await;
+    let counted = "keepstep_reconciles_total{reason=\"catalog\"} 1";
+    wait_for(counted, async || daemon.get("/metrics").await?.1.contains(counted).then_some(())).await;
+    let reconcile = wait_for("the debt", async || (owing(&stage).await["row"] == "reconcile").then_some(())).await;
+    assert_eq!(owing(&stage).await, json!({ "row": "reconcile", "other": "warm" }), "{reconcile:?}");
+    assert!(daemon.log().contains("public.plain"), "{}", daemon.log());
+}
+
+#[tokio::test]
+async fn between_two_runs() {
+    let stage = Stage::set();
+    let (rules, daemon) = running(&stage).await;
+    assert!(daemon.terminate().await.success());
+    stage.execute("alter table other alter ref type bigint").await;
+    let again = Daemon::start(&stage, &rules).await;
+    assert_eq!(owing(&stage).await, json!({ "row": "warm", "other": "reconcile" }));
+    assert!(again.log().contains("public.other"), "{}", again.log());
+    // Once is enough.
+    assert!(again.terminate().await.success());
+    let third = Daemon::start(&stage, &rules).await;
+    let (_, metrics) = third.get("/metrics").await.unwrap();
+    assert!(!metrics.contains("reason=\"catalog\""), "{metrics}");
+}
+
+#[tokio::test]
+async fn a_table_taken_out_of_the_publication_pauses_its_rule_until_it_is_back() {
+    let stage = Stage::set();
+    let (_, daemon) = running(&stage).await;
+    let paused = async || daemon.metric("keepstep_rule_paused").await;
+    stage.execute("alter publication p drop table plain").await;
+    wait_for("the pause", async || (paused().await == Some(1.0)).then_some(())).await;
+    let (_, status) = daemon.get("/status").await.unwrap();
+    assert!(status.contains("publication `p` does not carry its table"), "{status}");
+    stage.execute("alter publication p add table plain").await;
+    wait_for("its end", async || (paused().await == Some(0.0)).then_some(())).await;
+    let counted = "keepstep_reconciles_total{reason=\"catalog\"} 2";
+    wait_for(counted, async || daemon.get("/metrics").await?.1.contains(counted).then_some(())).await;
+}
