@@ -231,6 +231,27 @@ impl Postgres {
         Ok(())
     }
 
+    /// A streaming standby that calls itself `name` and looks for this cluster at the loopback port `primary`.
+    ///
+    /// It is a copy, for which this cluster is stopped. Behind that `settings` hold for this cluster and not for the
+    /// standby, as `synchronous_standby_names`.
+    pub fn standby(&mut self, name: &str, primary: u16, settings: &str) -> Result<Self> {
+        let mut standby = Self::unmade(self.install.clone())?;
+        self.stop("INT")?;
+        run(Command::new("cp").arg("-a").arg(self.data()).arg(standby.data()))?;
+        self.configure(settings)?;
+        self.resume()?;
+        let conninfo = format!("host=127.0.0.1 port={primary} user=postgres application_name={name}");
+        standby.configure(&format!("primary_conninfo = '{conninfo}'"))?;
+        let signal = standby.data().join("standby.signal");
+        fs::write(&signal, "")?;
+        if let Some((uid, gid)) = unprivileged() {
+            chown(signal, Some(uid), Some(gid))?;
+        }
+        standby.resume()?;
+        Ok(standby)
+    }
+
     /// Its temporary folder, which holds the data, the socket and the log.
     pub fn folder(&self) -> &Path {
         self.folder.path()

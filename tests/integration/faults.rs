@@ -1,10 +1,9 @@
 //! Crashes, outages and cut connections: the cache converges (I1), never goes back (I3), and nothing is skipped (I5).
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::support::{Daemon, Mirror, Proxy, Reader, Stage, assert_in_step, wait_for};
+use crate::support::{Daemon, Mirror, Proxy, Reader, Stage, assert_in_step, signal, wait_for};
 
 const ROWS: &str = r#"
 [rule.row]
@@ -283,10 +282,6 @@ fn without_admin(rules: &Path) -> PathBuf {
     let second = rules.with_file_name("second.toml");
     std::fs::write(&second, text.replace(admin, "listen = \"off\"")).unwrap();
     second
-}
-
-fn signal(pid: u32, name: &str) {
-    assert!(Command::new("kill").arg(format!("-{name}")).arg(pid.to_string()).status().unwrap().success());
 }
 
 #[tokio::test]

@@ -21,10 +21,21 @@ pub(crate) struct Daemon {
 impl Daemon {
     /// Starts it with more arguments behind `run -c FILE`, and does not wait.
     pub(crate) fn spawn(stage: &Stage, rules: &Path, arguments: &[&str]) -> Self {
-        let log = stage.folder().join("keepstep.log");
-        let errors = fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_keepstep"));
         command.arg("run").arg("-c").arg(rules).args(arguments);
+        Self::of(stage, command)
+    }
+
+    /// Starts it with another environment, and does not wait.
+    pub(crate) fn spawn_in(stage: &Stage, rules: &Path, variable: Option<(&str, &str)>) -> Self {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keepstep"));
+        command.arg("run").arg("-c").arg(rules).envs(variable);
+        Self::of(stage, command)
+    }
+
+    fn of(stage: &Stage, mut command: Command) -> Self {
+        let log = stage.folder().join("keepstep.log");
+        let errors = fs::OpenOptions::new().create(true).append(true).open(&log).unwrap();
         let child = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors).spawn().unwrap();
         let keeper = Keeper::new(&child, stage.folder()).unwrap();
         Daemon { child, _keeper: keeper, admin: stage.admin, log }

@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use redis::AsyncCommands;
 use redis::aio::MultiplexedConnection;
 
-use super::{LIMIT, POLL, Stage};
+use super::{LIMIT, POLL, Sentinels, Stage};
 
 /// A rule in SQL: which key a row has, and which columns are its value.
 pub(crate) struct Mirror<'a> {
@@ -39,11 +39,11 @@ pub(crate) async fn assert_in_step(stage: &Stage, mirrors: &[Mirror<'_>]) {
     }
 }
 
-/// Every key that is not what its row says, one line each. keepstep's own keys do not count.
+/// Every key that is not what its row says, one line each. keepstep's own keys do not count, and sentinels stay.
 pub(crate) async fn differences(stage: &Stage, mirrors: &[Mirror<'_>]) -> Vec<String> {
     let mut cache = stage.cache().await;
     let mut present = keys(&mut cache, &format!("{}*", Stage::PREFIX)).await;
-    present.retain(|key| !key.starts_with(&format!("{}keepstep:", Stage::PREFIX)));
+    present.retain(|key| !key.starts_with(&format!("{}keepstep:", Stage::PREFIX)) && !Sentinels::include(key));
     let mut found = Vec::new();
     for mirror in mirrors {
         compare(stage, mirror, &mut cache, &mut present, &mut found).await;

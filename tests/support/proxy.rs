@@ -9,6 +9,8 @@ use tokio::task::JoinHandle;
 /// The state of the link.
 #[derive(Clone, Copy)]
 struct Link {
+    /// The loopback port that new connections lead to.
+    target: u16,
     /// How often it was cut; a connection lives in one generation.
     generation: u64,
     /// Connections stay open, but no byte passes.
@@ -30,12 +32,12 @@ impl Proxy {
     pub(crate) async fn to(target: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let port = listener.local_addr().unwrap().port();
-        let (link, watcher) = watch::channel(Link { generation: 0, stalled: false, refusing: false });
+        let (link, watcher) = watch::channel(Link { target, generation: 0, stalled: false, refusing: false });
         let listener = tokio::spawn(async move {
             loop {
                 let (client, _) = listener.accept().await.unwrap();
                 if !watcher.borrow().refusing {
-                    tokio::spawn(connect(client, target, watcher.clone()));
+                    tokio::spawn(connect(client, watcher.clone()));
                 }
             }
         });
@@ -45,6 +47,12 @@ impl Proxy {
     /// Ends every connection, in the middle of whatever it carries. New ones work.
     pub(crate) fn cut(&self) {
         self.link.send_modify(|link| link.generation += 1);
+    }
+
+    /// Ends every connection. New ones lead to another server, as behind an address that moves at a failover.
+    pub(crate) fn retarget(&self, target: u16) {
+        self.link.send_modify(|link| link.target = target);
+        self.cut();
     }
 
     /// Ends every connection and refuses new ones.
@@ -72,8 +80,8 @@ impl Drop for Proxy {
 }
 
 /// Carries one connection until an end closes it or it is cut.
-async fn connect(client: TcpStream, target: u16, link: watch::Receiver<Link>) {
-    let generation = link.borrow().generation;
+async fn connect(client: TcpStream, link: watch::Receiver<Link>) {
+    let Link { target, generation, .. } = *link.borrow();
     let Ok(server) = TcpStream::connect(("127.0.0.1", target)).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true));
     let (from_client, to_client) = client.into_split();

@@ -2,11 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
 
+use keepstep::cache::checkpoint::Checkpoint;
 use keepstep::sandbox::{Postgres, RedisServer, free_port};
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncCommands, AsyncConnectionConfig, FromRedisValue};
+use tokio::task::JoinHandle;
 use tokio_postgres::NoTls;
 
 use super::LIMIT;
@@ -62,10 +64,32 @@ impl Stage {
         path
     }
 
-    /// Runs a keepstep command on the rules file to its end and gives its standard output; it must succeed.
+    /// Adds lines to a table of the rules file, as to `[postgres]`.
+    pub(crate) fn set_fields(&self, table: &str, lines: &str) {
+        let path = self.folder().join("keepstep.toml");
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(text.contains(table), "no {table} in the rules file");
+        fs::write(path, text.replacen(table, &format!("{table}\n{lines}"), 1)).unwrap();
+    }
+
+    /// Runs a keepstep command on the rules file to its end.
+    pub(crate) fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_keepstep")).args(arguments).current_dir(self.folder()).output().unwrap()
+    }
+
+    /// Runs one while the test goes on.
+    pub(crate) fn begin(&self, arguments: &[&str]) -> JoinHandle<Output> {
+        let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_keepstep"));
+        command.args(arguments).current_dir(self.folder()).kill_on_drop(true);
+        tokio::spawn(async move {
+            let output = tokio::time::timeout(LIMIT, command.output()).await;
+            output.expect("the command has ended in time").unwrap()
+        })
+    }
+
+    /// Runs one to its end and gives its standard output; it must succeed.
     pub(crate) fn keepstep(&self, arguments: &[&str]) -> String {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_keepstep"));
-        let output = command.args(arguments).current_dir(self.folder()).output().unwrap();
+        let output = self.run(arguments);
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "keepstep {arguments:?}: {}\n{said}", output.status);
         String::from_utf8(output.stdout).unwrap()
@@ -85,11 +109,13 @@ impl Stage {
 
     /// A new connection to Redis, so that it works after a restart too.
     pub(crate) async fn cache(&self) -> MultiplexedConnection {
-        let client = redis::Client::open(self.redis.url()).unwrap();
-        // The usual half second is too little for a machine that runs several tests at once.
-        let patient =
-            AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
-        client.get_multiplexed_async_connection_with_config(&patient).await.unwrap()
+        connect(&self.redis).await
+    }
+
+    /// The checkpoint, as Redis holds it.
+    pub(crate) async fn checkpoint(&self) -> Option<Checkpoint> {
+        let stored: Option<Vec<u8>> = self.cache().await.get(Checkpoint::key(Self::PREFIX)).await.unwrap();
+        stored.map(|stored| Checkpoint::decode(&stored).unwrap())
     }
 
     /// The value of a key, given without the prefix.
@@ -101,4 +127,12 @@ impl Stage {
     pub(crate) async fn put(&self, key: &str, value: &str) {
         self.cache().await.set::<_, _, ()>(format!("{}{key}", Self::PREFIX), value).await.unwrap();
     }
+}
+
+/// A new connection to a Redis server.
+pub(crate) async fn connect(server: &RedisServer) -> MultiplexedConnection {
+    let client = redis::Client::open(server.url()).unwrap();
+    // The usual half second is too little for a machine that runs several tests at once.
+    let patient = AsyncConnectionConfig::new().set_connection_timeout(Some(LIMIT)).set_response_timeout(Some(LIMIT));
+    client.get_multiplexed_async_connection_with_config(&patient).await.unwrap()
 }
