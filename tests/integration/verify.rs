@@ -3,11 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Output;
+use std::time::Duration;
 
 use redis::AsyncCommands;
 use serde_json::Value;
 
-use crate::support::{Daemon, Load, ROWS, RULES, Stage, Stalled, Standby, assert_in_step, wait_for};
+use crate::support::{
+    Daemon, Load, ROWS, RULES, Stage, Stalled, Standby, assert_in_step, comes_within, wait_for,
+};
 
 /// Beside [`RULES`]: keys that end by themselves.
 const TTL_RULE: &str = r#"
@@ -226,7 +229,7 @@ async fn no_false_alarm_while_commits_wait_for_a_standby() {
     .await;
     // It may wait for the standby before it looks, or skip what is unsettled. It may not be wrong.
     let verifying = stage.begin(&["verify", "-o", "json"]);
-    let over = crate::support::comes_within(std::time::Duration::from_secs(3), async || verifying.is_finished()).await;
+    let over = comes_within(Duration::from_secs(3), async || verifying.is_finished()).await;
     standby.resume();
     stalled.done().await;
     let output = verifying.await.unwrap();
@@ -239,8 +242,8 @@ async fn no_false_alarm_while_commits_wait_for_a_standby() {
 #[tokio::test]
 async fn the_background_audit_counts_what_differs() {
     let stage = Stage::set();
-    let _daemon = warm(&stage, &RULES.replace("value   = \"json\"", "value   = \"json\"\naudit   = \"100%/min\"")).await;
-    let daemon = &_daemon.1;
+    let audited = RULES.replace("value   = \"json\"", "value   = \"json\"\naudit   = \"100%/min\"");
+    let (_, daemon) = warm(&stage, &audited).await;
     wait_for("keys to be compared", async || {
         (daemon.metric("keepstep_audit_keys_checked_total").await? > 100.0).then_some(())
     })
@@ -249,12 +252,12 @@ async fn the_background_audit_counts_what_differs() {
     let mut cache = stage.cache().await;
     let keys: Vec<String> = cache.keys("test:row:*").await.unwrap();
     for key in keys {
-        let () = cache.set(key, "wrong").await.unwrap();
+        let () = cache.set(key, "no row's value").await.unwrap();
     }
     wait_for("a difference", async || {
         (daemon.metric("keepstep_audit_keys_diverged_total").await? > 0.0).then_some(())
     })
     .await;
     wait_for("its log line", async || daemon.log().contains("test:row:").then_some(())).await;
-    assert!(!daemon.log().contains("wrong"), "the log holds a value");
+    assert!(!daemon.log().contains("no row's value"), "the log holds a value");
 }
