@@ -168,28 +168,13 @@ impl Drop for Stopped {
     }
 }
 
-/// A slot is made while a commit stalls: its changes are before the beginning of the stream, and in no snapshot yet.
+/// A slot is made while a commit stalls: the change is before the beginning of the stream, and in no snapshot yet.
 async fn slot_made_meanwhile(canary: Option<&str>) -> Vec<String> {
     let mut stage = Stage::set();
     fill(&stage, 100).await;
     let standby = Standby::synchronous(&mut stage).await;
     let rules = stage.rules(RULES);
-    stage.keepstep(&["setup"]);
-    // Made anew by hand, without a note of where: the first start is one all the same.
-    stage.execute("select pg_drop_replication_slot('keepstep'); comment on publication keepstep is null").await;
-    let first = Open::begin(&stage).await;
-    let maker = Maker::begin(&stage).await;
-    maker.waits_for(&first).await;
-    // The slot waits for whoever runs when it is begun, and then once more for whoever runs by then. What begins after
-    // that and commits before the last of those ends lies before the slot, and nobody has waited for it.
-    let second = Open::begin(&stage).await;
-    first.end().await;
-    maker.waits_for(&second).await;
-    standby.stall();
-    let stalled = Stalled::execute(&stage, "update rows set version = 2 where id = 1").await;
-    second.end().await;
-    maker.done().await;
-
+    let stalled = slot_behind_a_stalled_update(&stage, &standby).await;
     let mut daemon = spawn(&stage, &rules, canary);
     daemon.ready().await;
     comes_within(CANARY_LIMIT, async || is_warm(&stage).await).await;
@@ -197,6 +182,44 @@ async fn slot_made_meanwhile(canary: Option<&str>) -> Vec<String> {
     stalled.done().await;
     warm(&stage).await;
     wrong(&stage).await
+}
+
+/// A new slot is ready once those have ended who ran when it was begun, and then those who run by then. Who begins after
+/// that, and commits before the last of them has ended, lies before the slot, and nobody has waited for it.
+async fn slot_behind_a_stalled_update(stage: &Stage, standby: &Standby) -> Stalled {
+    stage.keepstep(&["setup"]);
+    // Made anew by hand, without a note of where: the first start is one all the same.
+    stage.execute("select pg_drop_replication_slot('keepstep'); comment on publication keepstep is null").await;
+    let first = Open::begin(stage).await;
+    let maker = Maker::begin(stage).await;
+    maker.waits_for(&first).await;
+    let second = Open::begin(stage).await;
+    first.end().await;
+    maker.waits_for(&second).await;
+    standby.stall();
+    let stalled = Stalled::execute(stage, "update rows set version = 2 where id = 1").await;
+    second.end().await;
+    maker.done().await;
+    stalled
+}
+
+/// It is Postgres that has this hole, not the stage that imagines it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_new_slot_can_lie_behind_a_commit_that_nobody_sees() {
+    let mut stage = Stage::set();
+    fill(&stage, 1).await;
+    let standby = Standby::synchronous(&mut stage).await;
+    stage.rules(RULES);
+    let stalled = slot_behind_a_stalled_update(&stage, &standby).await;
+    let sql = stage.sql().await;
+    let visible = "select version from rows";
+    assert_eq!(sql.query_one(visible, &[]).await.unwrap().get::<_, i64>(0), 1);
+    standby.resume();
+    stalled.done().await;
+    assert_eq!(sql.query_one(visible, &[]).await.unwrap().get::<_, i64>(0), 2);
+    let streamed = "select count(*) from pg_logical_slot_peek_binary_changes(
+                        'keepstep', null, null, 'proto_version', '1', 'publication_names', 'keepstep')";
+    assert_eq!(sql.query_one(streamed, &[]).await.unwrap().get::<_, i64>(0), 0);
 }
 
 /// A transaction that runs.
