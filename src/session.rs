@@ -288,7 +288,9 @@ pub struct Session<C> {
     signatures_unsaid: bool,
     /// Up to here every reply of Redis was seen to be good.
     proven: Position,
-    /// Where the stream has come to with the last batch: what may be acknowledged once nothing is pending.
+    /// Where the stream has come to with the last batch that was sent.
+    reached: Position,
+    /// The same as what may be acknowledged once nothing is pending.
     reached_low: Lsn,
     /// The session ends by itself.
     ends_when_caught_up: bool,
@@ -428,10 +430,10 @@ impl<C: Cache + Send + 'static> Session<C> {
             self.batch.is_full() && !self.intake.replaying()
         };
         let (Some(applied), true) = (self.batch.applied, ready) else { return false };
-        debug_assert!(applied >= self.checkpoint.applied, "the checkpoint never moves back");
+        debug_assert!(applied >= self.reached, "the checkpoint never moves back");
         let Some(spare) = self.spare.take() else { return false };
         let batch = std::mem::replace(&mut self.batch, spare);
-        self.reached_low = batch.low;
+        (self.reached, self.reached_low) = (applied, batch.low);
         // Without operations there is no reply that could be bad.
         let good = if batch.is_empty() { applied } else { self.proven };
         let next = self.next_checkpoint(applied, self.low(), good);
@@ -506,8 +508,13 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// What has become of debts, or of `low`, goes into a checkpoint soon, even if no change comes.
     fn note_progress(&mut self) {
         self.checkpoint_due = true;
+        self.stand_here();
+    }
+
+    /// The batch that fills says how far the stream has come, even if it is no further than the one before.
+    fn stand_here(&mut self) {
         if self.batch.applied.is_none() {
-            (self.batch.applied, self.batch.low) = (Some(self.checkpoint.applied), self.reached_low);
+            (self.batch.applied, self.batch.low) = (Some(self.reached), self.reached_low);
         }
     }
 

@@ -246,6 +246,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         answered_at: now,
         looking: None,
         received: streamed.checkpoint.low,
+        reached: streamed.checkpoint.applied,
         reached_low: streamed.checkpoint.low,
         ends_when_caught_up: false,
         acks: streamed.acks,

@@ -524,9 +524,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
             unreadable.chain(&rule.delete).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
         }
-        if self.batch.applied.is_none() {
-            (self.batch.applied, self.batch.low) = (Some(self.checkpoint.applied), self.reached_low);
-        }
+        self.stand_here();
     }
 
     /// A chunk of a table is in Redis, or compared.

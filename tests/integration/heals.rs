@@ -17,11 +17,12 @@ const RATE: u32 = 800;
 const COLD: u32 = 3000;
 
 /// A warm cache, an application that writes all the time, and one that reads.
+/// Dropped in this order: the daemon's log lies on the stage.
 struct Scene {
+    daemon: Daemon,
     stage: Stage,
     to_postgres: Proxy,
     to_redis: Proxy,
-    daemon: Daemon,
     load: Load,
     reader: Reader,
     sentinels: Sentinels,

@@ -107,7 +107,7 @@ impl Daemon {
 
     /// What it has logged so far, earlier runs on the same stage included.
     pub(crate) fn log(&self) -> String {
-        fs::read_to_string(&self.log).unwrap()
+        fs::read_to_string(&self.log).unwrap_or_default()
     }
 
     /// `kill -9`.

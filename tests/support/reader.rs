@@ -188,7 +188,7 @@ mod tests {
         let (end, version) = (Position::end(Lsn(1)), Checkpoint::VERSION);
         let (rules, owing) = (String::new(), Default::default());
         let checkpoint =
-            Checkpoint { version, origin, epoch, applied: end, low: Lsn(1), good: end, rules, written_us: 0, owing };
+            Checkpoint { version, origin, epoch, applied: end, low: Lsn(1), good: end, rules, written_us: 0, owing, progress: None };
         String::from_utf8(checkpoint.encode()).unwrap()
     }
 
