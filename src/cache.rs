@@ -36,10 +36,21 @@ pub struct Applied {
 /// What Redis holds of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// Its value; `None` if it is missing, or no string.
-    pub value: Option<Vec<u8>>,
+    /// What it is.
+    pub content: Content,
     /// How long it will be there.
     pub remaining: Remaining,
+}
+
+/// What a key is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Content {
+    /// There is no such key.
+    Nothing,
+    /// A string.
+    String(Vec<u8>),
+    /// Something else, by its type's name.
+    Other(String),
 }
 
 /// The reply to PTTL.

@@ -456,7 +456,11 @@ pub(crate) mod tests {
         let narrow = bound_with(rule, &["id", "v"], &["id"]);
         check(&narrow, None, Some("1 ~"), r#"update -p:r:1 read-again:[(0, Some("1"))]"#);
         check(&narrow, Some("key:1 -"), Some("2 ~"), r#"-p:r:1 -p:r:2 read-again:[(0, Some("2"))]"#);
-        let named = bound_with("key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"v\"]\non = [\"insert\", \"update\"]", &["id", "v"], &["v"]);
+        let named = bound_with(
+            "key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"v\"]\non = [\"insert\", \"update\"]",
+            &["id", "v"],
+            &["v"],
+        );
         check(&named, None, Some("~ 1"), "update unchanged_toast");
         let full = bound(rule, &["id", "v"]);
         check(&full, Some("1 long"), Some("1 ~"), r#"p:r:1={"id":"1","v":"long"}"#);

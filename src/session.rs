@@ -229,6 +229,7 @@ pub async fn dry_run<W: Write + Send + 'static>(daemon: &Daemon, out: W, mut shu
 /// The cache and the batch come back with the outcome.
 type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Outcome>)> + Send>>;
 
+#[expect(clippy::large_enum_variant, reason = "there is one of it")]
 enum Outcome {
     Applied(Applied),
     Read(Vec<Held>),

@@ -12,9 +12,9 @@ use super::connection::{Connection, Failure};
 use super::writer::{into_error, scan};
 
 /// Every command that keepstep sends, as an ACL names it; AUTH needs no permission.
-const COMMANDS: [&str; 16] = [
-    "dbsize", "pttl", "mget", "select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec", "watch",
-    "unwatch", "eval", "wait",
+const COMMANDS: [&str; 17] = [
+    "type", "dbsize", "pttl", "mget", "select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec",
+    "watch", "unwatch", "eval", "wait",
 ];
 
 /// What INFO says, as far as it matters.
@@ -115,6 +115,7 @@ pub async fn try_commands(config: &RedisConfig) -> Result<()> {
         command(&["EVAL", script, "1", &key]),
         command(&["DBSIZE"]),
         command(&["PTTL", &key]),
+        command(&["TYPE", &key]),
         command(&["MGET", &key]),
         command(&["WATCH", &key]),
         command(&["GET", &key]),

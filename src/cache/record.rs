@@ -7,7 +7,7 @@ use crate::catalog::signature::Signatures;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::checkpoint::Checkpoint;
-use super::{Applied, Cache, Held, Remaining, commands};
+use super::{Applied, Cache, Content, Held, Remaining, commands};
 
 /// Writes each batch's commands, one a line, and stores nothing.
 pub struct Recorder<W> {
@@ -39,7 +39,7 @@ impl<W: Write + Send> Cache for Recorder<W> {
 
     /// There is no cache.
     async fn read(&mut self, batch: &Batch) -> Result<Vec<Held>> {
-        Ok(vec![Held { value: None, remaining: Remaining::Missing }; batch.len()])
+        Ok(vec![Held { content: Content::Nothing, remaining: Remaining::Missing }; batch.len()])
     }
 
     fn remember(&mut self, _: &Signatures) {}

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::cache::Cache;
 use crate::cache::checkpoint::Debt;
+use crate::canary::{self, Canary};
 use crate::catalog::signature::{self, Look, Signatures};
 use crate::config::{Config, Rule, TableName};
 use crate::model::Lsn;
@@ -58,6 +59,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         if !differing.is_empty() {
             self.metrics.reconciles_total.with_label_values(&[Reason::Catalog.label()]).inc();
         }
+        // What one of the canaries breaks would be mended here.
+        let differing = if canary::is(Canary::NoFilenode) { Vec::new() } else { differing };
         differing.iter().for_each(|rule| self.debts.owe(&rule.name.value, Debt::Reconcile));
         self.signatures_unsaid |= self.signatures != catalog.signatures;
         self.signatures = catalog.signatures;

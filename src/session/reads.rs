@@ -21,7 +21,7 @@ use crate::admin::PassStatus;
 use crate::backoff::Backoff;
 use crate::batch::{Batch, CacheOp, CellHasher};
 use crate::cache::checkpoint::{Debt, Progress};
-use crate::cache::{Cache, Held};
+use crate::cache::{Cache, Content, Held};
 use crate::canary::{self, Canary};
 use crate::catalog::sql_identifier;
 use crate::config::Config;
@@ -39,8 +39,8 @@ use crate::source::conninfo::ConnInfo;
 const REREADS_AT_A_TIME: usize = 500;
 /// A reader that has had nothing to do for so long ends its connections.
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
-/// How often a part of the tables is audited.
-const AUDIT_EVERY: Duration = Duration::from_secs(60);
+/// How often a part of the tables is audited; `audit` says how much of them in a minute.
+const AUDIT_EVERY: Duration = Duration::from_secs(10);
 
 /// Everything about reading that lasts for a session.
 pub(super) struct Reads {
@@ -241,6 +241,7 @@ impl Pass {
 }
 
 /// What the session has to see to.
+#[expect(clippy::large_enum_variant, reason = "there is one of it")]
 pub(super) enum Heard {
     /// From the reader; `None` if it is gone without a word.
     Found(Option<Found>),
@@ -309,7 +310,8 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn ask_for_audit(&mut self) {
         let shares = self.config.rules.iter().map(|rule| rule.write.as_ref().and_then(|write| write.audit));
         let audited: Vec<(u16, f64)> = (0..).zip(shares).filter_map(|(rule, share)| Some((rule, share?))).collect();
-        let Some(sample) = audited.iter().map(|(_, share)| *share).reduce(f64::max) else { return };
+        let Some(share) = audited.iter().map(|(_, share)| *share).reduce(f64::max) else { return };
+        let sample = (share * AUDIT_EVERY.as_secs_f64() / 60.0).min(1.0);
         let (reports, _) = mpsc::channel(1);
         let purpose = Purpose::Verify { sample, repair: false };
         let rules = audited.into_iter().map(|(rule, _)| rule).collect();
@@ -354,10 +356,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         let Some(reading) = self.reads.reading.take() else { return };
         self.intake.put_back(reading.rereads);
         self.intake.forget_touches();
-        if let (Some(pass), Some(asked)) = (reading.pass, self.reads.asked.front_mut()) {
-            if matches!(pass.purpose, Why::Asked(_)) {
-                asked.tables.get_or_insert_default().push_front(pass.table.relation.oid);
-            }
+        let asked_for = reading.pass.filter(|pass| matches!(pass.purpose, Why::Asked(_)));
+        if let (Some(pass), Some(asked)) = (asked_for, self.reads.asked.front_mut()) {
+            asked.tables.get_or_insert_default().push_front(pass.table.relation.oid);
         }
     }
 
@@ -501,10 +502,9 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Cells that the stream has decided are no orphans.
     fn strike_touched(&mut self) {
-        if let (Some(touches), Some(pass)) = (self.intake.touches(), self.reads.pass_mut()) {
-            if !pass.unseen.is_empty() {
-                touches.cells().for_each(|cell| _ = pass.unseen.remove(&cell));
-            }
+        let pass = self.reads.pass_mut().filter(|pass| !pass.unseen.is_empty());
+        if let (Some(touches), Some(pass)) = (self.intake.touches(), pass) {
+            touches.cells().for_each(|cell| _ = pass.unseen.remove(&cell));
         }
     }
 
@@ -786,7 +786,12 @@ fn difference(rule: &str, key: String, kind: Kind, op: CacheOp<'_>, held: &Held,
         CacheOp::Set { value, .. } => Some(text(value)),
         CacheOp::Delete { .. } => None,
     };
-    Report::Difference { rule: rule.to_owned(), key, kind, holds: held.value.as_deref().map(text), should, repaired }
+    let holds = match &held.content {
+        Content::Nothing => None,
+        Content::String(value) => Some(text(value)),
+        Content::Other(kind) => Some(format!("a {kind}")),
+    };
+    Report::Difference { rule: rule.to_owned(), key, kind, holds, should, repaired }
 }
 
 fn key(op: CacheOp<'_>) -> &[u8] {

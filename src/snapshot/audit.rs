@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::batch::CacheOp;
-use crate::cache::{Held, Remaining};
+use crate::cache::{Content, Held, Remaining};
 
 /// How a key differs from its row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -53,7 +53,7 @@ pub fn judge(should: CacheOp<'_>, holds: &Held, ttl_ms: Option<u64>) -> Verdict 
             Some(_) => Verdict::Expired,
             None => Verdict::Wrong(Kind::Missing),
         },
-        (CacheOp::Set { value, .. }, Held { value: found, .. }) if found.as_deref() != Some(value) => {
+        (CacheOp::Set { value, .. }, Held { content, .. }) if !is_string(content, value) => {
             Verdict::Wrong(Kind::Differs)
         }
         (CacheOp::Set { .. }, Held { remaining, .. }) => match (remaining, ttl_ms) {
@@ -64,13 +64,18 @@ pub fn judge(should: CacheOp<'_>, holds: &Held, ttl_ms: Option<u64>) -> Verdict 
     }
 }
 
+fn is_string(content: &Content, value: &[u8]) -> bool {
+    matches!(content, Content::String(held) if held == value)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn check(value: Option<&[u8]>, remaining: Remaining, ttl_ms: Option<u64>, expected: Verdict) {
         let set = CacheOp::Set { key: b"k", value: b"1", ttl_ms, present_only: false };
-        let held = Held { value: value.map(<[u8]>::to_vec), remaining };
+        let content = value.map_or(Content::Other("hash".into()), |value| Content::String(value.to_vec()));
+        let held = Held { content, remaining };
         assert_eq!(judge(set, &held, ttl_ms), expected, "{held:?}, {ttl_ms:?}");
     }
 
@@ -91,9 +96,9 @@ mod tests {
     #[test]
     fn a_key_that_should_not_be_must_be_missing() {
         let delete = CacheOp::Delete { key: b"k" };
-        let missing = Held { value: None, remaining: Remaining::Missing };
+        let missing = Held { content: Content::Nothing, remaining: Remaining::Missing };
         assert_eq!(judge(delete, &missing, None), Verdict::Right);
-        let present = Held { value: Some(b"1".to_vec()), remaining: Remaining::Forever };
+        let present = Held { content: Content::String(b"1".to_vec()), remaining: Remaining::Forever };
         assert_eq!(judge(delete, &present, None), Verdict::Wrong(Kind::Differs));
         let asked_for = CacheOp::Set { key: b"k", value: b"1", ttl_ms: None, present_only: true };
         assert_eq!(judge(asked_for, &missing, None), Verdict::Right);

@@ -209,7 +209,8 @@ async fn read(
     let marker = client::connect(&setting.postgres, STATEMENT_TIMEOUT).await?;
     // With more, a marker would wait for a standby and hold back what VACUUM may remove.
     run(&marker, "SET synchronous_commit = local").await?;
-    let mut reader = Reader { setting, client, marker, found, spares, rows, chunk: 0, row: Row::default() };
+    let mut reader =
+        Reader { setting, client, marker, found, spares, rows, chunk: 0, waited: Duration::ZERO, row: Row::default() };
     loop {
         tokio::select! {
             biased;
@@ -236,6 +237,8 @@ struct Reader {
     rows: mpsc::Receiver<RowsJob>,
     /// The number of the last chunk.
     chunk: u64,
+    /// How long the last chunk waited for the session: while the stream lags, so does its marker.
+    waited: Duration,
     row: Row,
 }
 
@@ -429,6 +432,9 @@ impl Reader {
                 next = end;
                 continue;
             }
+            // Whoever takes what is found is done with the chunk before, but for its last piece: no snapshot is held
+            // while it waits.
+            drop(self.found.reserve_many(FOUND_MAX).await.map_err(|_| Stop::Abandoned)?);
             let began = Instant::now();
             let selection = Selection {
                 table: &job.table,
@@ -460,7 +466,7 @@ impl Reader {
                 }
             }
             if job.sample >= 1.0 {
-                pages = adapted(pages, began.elapsed());
+                pages = adapted(pages, began.elapsed().saturating_sub(self.waited));
             }
         }
         Ok(())
@@ -539,6 +545,7 @@ impl Reader {
 
     /// COPY, rendered row by row.
     async fn copy(&mut self, selection: &Selection<'_>) -> Outcome<u64> {
+        self.waited = Duration::ZERO;
         let relation = &selection.table.relation;
         let columns: Vec<String> = relation.columns.iter().map(|column| sql_identifier(&column.name)).collect();
         let sql = format!("COPY (SELECT {} {}) TO STDOUT", columns.join(", "), selection.from);
@@ -562,7 +569,9 @@ impl Reader {
             }
             if batch.is_full() {
                 let full = std::mem::replace(&mut batch, self.empty());
+                let began = Instant::now();
                 self.say(Found::Piece(full)).await?;
+                self.waited += began.elapsed();
             }
         }
         self.row = row;

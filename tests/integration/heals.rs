@@ -62,10 +62,10 @@ impl Scene {
     async fn heals(self, before: u64) {
         warmed(&self.stage, before + 1).await;
         self.load.goes_on(&self.stage).await;
-        self.is_right().await;
+        self.turns_out_right().await;
     }
 
-    async fn is_right(self) {
+    async fn turns_out_right(self) {
         self.load.finish(&self.stage);
         assert_in_step(&self.stage, &[ROWS]).await;
         self.sentinels.assert_untouched(&self.stage).await;
@@ -137,7 +137,7 @@ async fn after_redis_came_back_empty() {
 async fn after_a_failover_to_a_replica_that_was_cut_off_for_3_s() {
     let scene = fail_over("replay_window = \"30s\"").await;
     assert!(scene.is_filled(Load::COLD_BUCKET).await, "a replay leaves alone what no change made stale");
-    scene.is_right().await;
+    scene.turns_out_right().await;
 }
 
 /// Nothing that the replica lost can be replayed: the tables say what is right.
@@ -145,7 +145,7 @@ async fn after_a_failover_to_a_replica_that_was_cut_off_for_3_s() {
 async fn after_a_failover_that_the_slot_cannot_bridge() {
     let scene = fail_over("replay_window = \"0s\"").await;
     assert!(!scene.is_filled(Load::COLD_BUCKET).await, "after a gap no such key can be trusted");
-    scene.is_right().await;
+    scene.turns_out_right().await;
 }
 
 /// Fails over and waits until the cache has healed. A key of bucket 7777 was made stale while the replica was cut off.

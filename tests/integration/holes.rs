@@ -392,10 +392,8 @@ async fn killed_with_work_deferred(canary: Option<&str>) -> Vec<String> {
     wait_for("the later change", async || (version(&stage, 100).await? == 1).then_some(())).await;
     let acknowledged = format!("select confirmed_flush_lsn >= '{end}' from pg_replication_slots");
     let sql = stage.sql().await;
-    let too_early = comes_within(CANARY_LIMIT, async || {
-        sql.query_one(&acknowledged, &[]).await.unwrap().get::<_, bool>(0)
-    })
-    .await;
+    let too_early =
+        comes_within(CANARY_LIMIT, async || sql.query_one(&acknowledged, &[]).await.unwrap().get::<_, bool>(0)).await;
     daemon.kill();
     standby.resume();
     stalled.done().await;

@@ -8,9 +8,7 @@ use std::time::Duration;
 use redis::AsyncCommands;
 use serde_json::Value;
 
-use crate::support::{
-    Daemon, Load, ROWS, RULES, Stage, Stalled, Standby, assert_in_step, comes_within, wait_for,
-};
+use crate::support::{Daemon, Load, ROWS, RULES, Stage, Stalled, Standby, assert_in_step, comes_within, wait_for};
 
 /// Beside [`RULES`]: keys that end by themselves.
 const TTL_RULE: &str = r#"
@@ -254,10 +252,8 @@ async fn the_background_audit_counts_what_differs() {
     for key in keys {
         let () = cache.set(key, "no row's value").await.unwrap();
     }
-    wait_for("a difference", async || {
-        (daemon.metric("keepstep_audit_keys_diverged_total").await? > 0.0).then_some(())
-    })
-    .await;
+    wait_for("a difference", async || (daemon.metric("keepstep_audit_keys_diverged_total").await? > 0.0).then_some(()))
+        .await;
     wait_for("its log line", async || daemon.log().contains("test:row:").then_some(())).await;
     assert!(!daemon.log().contains("no row's value"), "the log holds a value");
 }

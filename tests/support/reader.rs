@@ -98,12 +98,7 @@ impl Poll {
         Poll { keys, known, by_epoch, history: History::default() }
     }
 
-    async fn run(
-        mut self,
-        client: redis::Client,
-        done: Arc<AtomicBool>,
-        seen: Arc<AtomicU64>,
-    ) -> Result<(), String> {
+    async fn run(mut self, client: redis::Client, done: Arc<AtomicBool>, seen: Arc<AtomicU64>) -> Result<(), String> {
         let mut connected: Option<(MultiplexedConnection, String)> = None;
         while !done.load(Ordering::Relaxed) {
             let Some((cache, server)) = &mut connected else {
@@ -183,12 +178,21 @@ mod tests {
     use keepstep::model::{Lsn, Position};
 
     fn checkpoint(epoch: u64) -> String {
-        let origin =
-            Origin { system: "1".into(), timeline: 1, database: "postgres".into(), slot: "keepstep".into() };
+        let origin = Origin { system: "1".into(), timeline: 1, database: "postgres".into(), slot: "keepstep".into() };
         let (end, version) = (Position::end(Lsn(1)), Checkpoint::VERSION);
         let (rules, owing) = (String::new(), Default::default());
-        let checkpoint =
-            Checkpoint { version, origin, epoch, applied: end, low: Lsn(1), good: end, rules, written_us: 0, owing, progress: None };
+        let checkpoint = Checkpoint {
+            version,
+            origin,
+            epoch,
+            applied: end,
+            low: Lsn(1),
+            good: end,
+            rules,
+            written_us: 0,
+            owing,
+            progress: None,
+        };
         String::from_utf8(checkpoint.encode()).unwrap()
     }
 
@@ -226,7 +230,8 @@ mod tests {
     #[test]
     fn without_epochs_it_may_never_go_back() {
         let mut poll = Poll::of(vec!["row".to_owned()], false);
-        let mut take = |epoch, version| poll.take("a", &[Some(checkpoint(epoch)), Some(format!(r#"{{"version":{version}}}"#))]);
+        let mut take =
+            |epoch, version| poll.take("a", &[Some(checkpoint(epoch)), Some(format!(r#"{{"version":{version}}}"#))]);
         assert_eq!((take(1, 1), take(2, 2)), (Ok(1), Ok(1)));
         assert!(take(3, 1).is_err());
     }

@@ -29,7 +29,8 @@ impl Standby {
         let standby = Standby { postgres: stage.postgres.standby(NAME, link.port, settings).unwrap(), link };
         let sql = stage.sql().await;
         wait_for("the standby to stream", async || {
-            let streaming = "select count(*) = 1 from pg_stat_replication where application_name = $1 and state = 'streaming'";
+            let streaming =
+                "select count(*) = 1 from pg_stat_replication where application_name = $1 and state = 'streaming'";
             sql.query_one(streaming, &[&NAME]).await.unwrap().get::<_, bool>(0).then_some(())
         })
         .await;

@@ -1,12 +1,12 @@
 //! What Redis holds of a batch's cells, to be compared; nothing is written.
 
-use redis::Value;
+use redis::{Cmd, Value};
 
 use super::super::connection::{Connection, Failure};
 use super::{Writer, unexpected};
 use crate::backoff::Backoff;
 use crate::batch::{Batch, CacheOp};
-use crate::cache::{Held, Remaining};
+use crate::cache::{Content, Held, Remaining};
 use crate::error::{Error, ErrorKind, Result};
 
 impl Writer {
@@ -41,30 +41,37 @@ impl Writer {
 }
 
 async fn held(connection: &mut Connection, batch: &Batch) -> Result<Vec<Held>, Failure> {
-    let key = |(_, op): (u16, _)| match op {
-        CacheOp::Set { key, .. } | CacheOp::Delete { key } => key,
-    };
+    let keys: Vec<&[u8]> = batch.ops().map(|(_, CacheOp::Set { key, .. } | CacheOp::Delete { key })| key).collect();
     let mut values = redis::cmd("MGET");
-    let mut commands = Vec::with_capacity(batch.len() + 1);
-    for key in batch.ops().map(key) {
-        values.arg(key);
-        let mut remaining = redis::cmd("PTTL");
-        remaining.arg(key);
-        commands.push(remaining);
-    }
-    commands.push(values);
-    let mut replies = connection.send(commands).await?;
+    values.arg(&keys);
+    let mut replies = connection.send(keys.iter().map(|key| about("PTTL", key)).chain([values])).await?;
     let Some(Value::Array(values)) = replies.pop() else { return Err(unexpected("MGET", &Value::Nil)) };
-    let pairs = values.into_iter().zip(replies);
-    pairs.map(|(value, remaining)| Ok(Held { value: content(value)?, remaining: left(&remaining)? })).collect()
+    let mut held = Vec::with_capacity(keys.len());
+    for ((key, value), remaining) in keys.into_iter().zip(values).zip(replies) {
+        let remaining = left(&remaining)?;
+        let content = match (value, remaining) {
+            (Value::BulkString(bytes), _) => Content::String(bytes),
+            (Value::Nil, Remaining::Missing) => Content::Nothing,
+            // MGET shows a key of another type as missing.
+            (Value::Nil, _) => kind(&connection.send_one(about("TYPE", key)).await?)?,
+            (other, _) => return Err(unexpected("MGET", &other)),
+        };
+        held.push(Held { content, remaining });
+    }
+    Ok(held)
 }
 
-/// MGET shows a key of another type as missing.
-fn content(value: Value) -> Result<Option<Vec<u8>>, Failure> {
-    match value {
-        Value::Nil => Ok(None),
-        Value::BulkString(bytes) => Ok(Some(bytes)),
-        other => Err(unexpected("MGET", &other)),
+fn about(command: &str, key: &[u8]) -> Cmd {
+    let mut command = redis::cmd(command);
+    command.arg(key);
+    command
+}
+
+fn kind(reply: &Value) -> Result<Content, Failure> {
+    match reply {
+        Value::SimpleString(name) if name == "none" => Ok(Content::Nothing),
+        Value::SimpleString(name) => Ok(Content::Other(name.clone())),
+        other => Err(unexpected("TYPE", other)),
     }
 }
 
