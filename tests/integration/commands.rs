@@ -101,7 +101,7 @@ async fn status_tells_what_the_daemon_does() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("no daemon answers"));
     let daemon = Daemon::start(&stage, &rules).await;
     stage.execute("insert into products values (1, 'Pen', 1.50)").await;
-    wait_for("catching up", async || (daemon.get("/ready?caught_up=1").await?.0 == 200).then_some(())).await;
+    wait_for("catching up", async || (daemon.get("/ready?caught_up=1&warm=1").await?.0 == 200).then_some(())).await;
     let json: serde_json::Value = serde_json::from_str(&stage.keepstep(&["status", "-o", "json"])).unwrap();
     assert_eq!((&json["phase"], &json["database"]), (&"active".into(), &"postgres".into()), "{json}");
     assert_eq!((json["caught_up"].as_bool(), json["rules"].as_array().unwrap().len()), (Some(true), 2), "{json}");

@@ -38,9 +38,9 @@ async fn one_large_transaction_flows_through_in_constant_memory() {
         assert!(began.elapsed() < Duration::from_secs(180), "the last row did not arrive");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    // Every row, keepstep's own three keys (checkpoint, fence, rules), and no other.
+    // Every row, keepstep's own four keys (checkpoint, fence, rules, catalog), and no other.
     let keys: u64 = redis::cmd("DBSIZE").query_async(&mut cache).await.unwrap();
-    assert_eq!(keys, rows + 3);
+    assert_eq!(keys, rows + 4);
     for id in [1, 2, rows / 2, rows] {
         let held: String = cache.get(format!("{}row:{id}", Stage::PREFIX)).await.unwrap();
         assert_eq!(held, format!(r#"{{"id":{id},"name":"name {id}"}}"#));
