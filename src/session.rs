@@ -461,7 +461,9 @@ impl<C: Cache + Send + 'static> Session<C> {
             cache.remember(&self.signatures);
         }
         let owing = self.debts.next(&self.checkpoint.owing);
-        let progress = self.reads.progress;
+        // Whoever comes to owe anew is read from the beginning.
+        self.reads.progress.take_if(|progress| progress.rules.iter().any(|rule| self.debts.is_new(rule)));
+        let progress = self.reads.progress.clone();
         Checkpoint { applied, low, good, written_us: report::now_us(), owing, progress, ..self.checkpoint.clone() }
     }
 
@@ -492,6 +494,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         if invalidated {
             // What a pass under way has written may be among what was deleted.
             self.checkpoint.owing.iter().for_each(|(rule, debt)| self.debts.owe(rule, *debt));
+            self.reads.progress = None;
         }
         self.debts.stored(&self.checkpoint.owing);
         report::batch(&batch, invalidated, &self.rule_metrics, &self.metrics);

@@ -40,10 +40,20 @@ pub struct Checkpoint {
     pub progress: Option<Progress>,
 }
 
-/// Everything before this page of a table is in the cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What a read that rules owe has behind it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Progress {
+    /// The rules that it is read for, by name: with another one among them it has to begin again.
+    pub rules: Vec<String>,
+    /// Where to go on.
+    pub from: Page,
+}
+
+/// A page of a table: everything before it has been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Page {
     /// The OID of the table.
     pub table: u32,
     /// That of its leaf, or its own. Leaves are read in the order of their OIDs.

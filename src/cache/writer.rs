@@ -437,6 +437,8 @@ impl Cache for Writer {
             if matches!(outcome, Err(Failure::OutOfMemory)) {
                 tracing::warn!("Redis is out of memory: keys are deleted instead of written");
                 self.owed(batch).for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
+                // What has been read already may be among what is deleted.
+                checkpoint.progress = None;
                 invalidated = true;
                 outcome = self.invalidate(batch, &checkpoint).await;
             }

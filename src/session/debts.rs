@@ -65,7 +65,7 @@ impl Opening {
     /// A cache that keepstep has not filled yet: what is written from rows is missing. Keys that are there already are
     /// somebody else's work, and may be as wrong as after a loss.
     pub fn first_start(rules: &[Rule], cache_has_keys: bool) -> Self {
-        let written = rules.iter().filter(|rule| rule.write.is_some());
+        let written = rules.iter().filter(|rule| is_warmed(rule));
         let owing = if cache_has_keys { all(rules.iter(), Debt::Reconcile) } else { all(written, Debt::Warm) };
         Opening { owing, reasons: BTreeSet::new() }
     }
@@ -92,7 +92,7 @@ impl Opening {
         for rule in rules {
             let name = rule.name.value.as_str();
             match (is_new(name), changed(name)) {
-                (true, _) if rule.write.is_some() => self.add(name, Debt::Warm, Reason::RulesChanged),
+                (true, _) if is_warmed(rule) => self.add(name, Debt::Warm, Reason::RulesChanged),
                 (false, true) => self.add(name, Debt::Reconcile, Reason::RulesChanged),
                 _ => {}
             }
@@ -104,6 +104,11 @@ impl Opening {
         debt.enter(rule, &mut self.owing);
         self.reasons.insert(reason);
     }
+}
+
+/// Whether rows that do not change get their keys too.
+fn is_warmed(rule: &Rule) -> bool {
+    rule.write.as_ref().is_some_and(|write| write.warm)
 }
 
 fn all<'a>(rules: impl Iterator<Item = &'a Rule>, debt: Debt) -> Owing {
@@ -142,6 +147,16 @@ impl Debts {
             self.paid.insert(rule.to_owned());
         }
         paid
+    }
+
+    /// Whether the rule is being paid, and nothing has happened to it since that began.
+    pub fn is_paying(&self, rule: &str) -> bool {
+        self.paying.contains(rule)
+    }
+
+    /// Whether the rule came to owe, and no stored checkpoint says so yet.
+    pub fn is_new(&self, rule: &str) -> bool {
+        self.new.contains_key(rule)
     }
 
     /// Whether the stored checkpoint says something else.
@@ -187,6 +202,9 @@ mod tests {
     #[test]
     fn a_first_start_warms_what_is_written_and_a_loss_reconciles_everything() {
         assert_eq!(Opening::first_start(&rules(), false).owing, owing(&[("written", Warm)]));
+        let mut cold = rules();
+        cold[0].write.iter_mut().for_each(|write| write.warm = false);
+        assert_eq!(Opening::first_start(&cold, false), Opening::default());
         let beside_others = Opening::first_start(&rules(), true).owing;
         assert_eq!(beside_others, owing(&[("written", Reconcile), ("stale", Reconcile)]));
         let lost = Opening::after_loss(&rules(), Reason::SlotLost);
@@ -246,7 +264,9 @@ mod tests {
         let mut debts = Debts::default();
         let stored = owing(&[("a", Reconcile)]);
         debts.begin("a");
+        assert!(debts.is_paying("a") && !debts.is_new("a"));
         debts.owe("a", Warm);
+        assert!(!debts.is_paying("a") && debts.is_new("a"));
         debts.stored(&stored);
         assert!(!debts.settle("a"));
         assert_eq!(debts.next(&stored), stored);

@@ -240,7 +240,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         cache: Some(cache),
         in_flight: None,
         flying: Flying::Stream,
-        reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress),
+        reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone()),
         settling: None,
         probing: None,
         answered_at: now,

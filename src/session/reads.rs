@@ -389,17 +389,24 @@ impl<C: Cache + Send + 'static> Session<C> {
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
         let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
         let owned: Vec<(u16, Pattern)> = reconciled.flat_map(|rule| self.searched(rule)).collect();
-        let same_table = |progress: &Progress| progress.table == table.relation.oid;
-        let progress = self.reads.progress.filter(same_table).filter(|_| worst == Debt::Warm);
+        // What was read for other rules, or of another table, or leaves more to do, is no part of this.
+        let same = |progress: &&Progress| {
+            progress.from.table == table.relation.oid && progress.rules == self.names(&rules) && worst == Debt::Warm
+        };
+        let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
         let job = TableJob {
             table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
             filter: None,
             sample: 1.0,
-            progress,
+            from,
             owned,
             barrier: !self.reads.barrier_passed,
         };
         Some((pass(&table, rules, Why::Debt(worst)), job))
+    }
+
+    fn names(&self, rules: &[u16]) -> Vec<String> {
+        rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone()).collect()
     }
 
     /// The patterns of the rule's keys that are searched for orphans.
@@ -432,7 +439,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 table: only(&table, |rule| wanted(&rule)),
                 filter,
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
-                progress: None,
+                from: None,
                 owned: owned.collect(),
                 barrier: false,
             };
@@ -539,7 +546,12 @@ impl<C: Cache + Send + 'static> Session<C> {
             self.metrics.warm_rows_total.with_label_values(&[name.as_str()]).inc_by(closed.rows);
         }
         match purpose {
-            Why::Debt(Debt::Warm) => self.reads.progress = closed.progress,
+            Why::Debt(Debt::Warm) => {
+                let rules = self.names(&rules);
+                // Whoever came to owe anew meanwhile is read from the beginning.
+                let paying = rules.iter().all(|rule| self.debts.is_paying(rule));
+                self.reads.progress = closed.next.filter(|_| paying).map(|from| Progress { rules, from });
+            }
             Why::Debt(Debt::Reconcile) => {}
             Why::Asked(_) => {
                 if let Some(asked) = self.reads.asked.front_mut() {

@@ -15,7 +15,7 @@ use tokio_postgres::types::Type;
 use super::copy_text::Row;
 use super::visibility::Snapshot;
 use crate::batch::{Batch, CellHasher, CellId, Limits};
-use crate::cache::checkpoint::{Origin, Progress};
+use crate::cache::checkpoint::{Origin, Page};
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
 use crate::catalog::{sql_identifier, sql_table};
@@ -85,7 +85,7 @@ pub struct TableJob {
     /// The share of its pages that are read.
     pub sample: f64,
     /// Where an earlier read of it ended.
-    pub progress: Option<Progress>,
+    pub from: Option<Page>,
     /// The keys that are looked for in Redis, to find those that no row renders: their rules and patterns.
     pub owned: Vec<(u16, Pattern)>,
     /// Transactions that committed before the slot began may be invisible still: wait for them.
@@ -140,7 +140,7 @@ pub struct Closed {
     /// The share of the table's pages that are behind it, as far as is known.
     pub share: f64,
     /// Where to go on after a restart.
-    pub progress: Option<Progress>,
+    pub next: Option<Page>,
 }
 
 /// What a chunk was read with.
@@ -387,12 +387,12 @@ impl Reader {
         let condition = self.condition(relation, job.filter.as_deref()).await?;
         let leaves = leaves(&self.client, relation.oid).await?;
         // Those before it were read to their end, by the same order.
-        let done = |progress: &Progress| leaves.iter().position(|(oid, _)| *oid == progress.leaf);
-        let skipped = job.progress.as_ref().and_then(done).unwrap_or(0);
+        let done = |page: Page| leaves.iter().position(|(oid, _)| *oid == page.leaf);
+        let skipped = job.from.and_then(done).unwrap_or(0);
         for (index, (oid, name)) in leaves.iter().enumerate().skip(skipped) {
-            let progress = job.progress.as_ref().filter(|progress| progress.leaf == *oid);
+            let from = job.from.filter(|page| page.leaf == *oid);
             let place = Place { oid: *oid, table: sql_table(name), before: index, leaves: leaves.len() };
-            self.leaf(job, &place, &condition, progress, rows_wanted).await?;
+            self.leaf(job, &place, &condition, from, rows_wanted).await?;
         }
         Ok(())
     }
@@ -415,14 +415,14 @@ impl Reader {
         job: &TableJob,
         place: &Place,
         condition: &str,
-        progress: Option<&Progress>,
+        from: Option<Page>,
         rows_wanted: bool,
     ) -> Outcome<()> {
         let (table, oid) = (&place.table, place.oid);
         let mut known = self.look(&self.client, oid).await?.1;
         let (mut next, mut rewrites) = (0, 0);
-        if let Some(progress) = progress.filter(|progress| Some(progress.filenode) == known.filenode) {
-            next = progress.page;
+        if let Some(page) = from.filter(|page| Some(page.filenode) == known.filenode) {
+            next = page.page;
         }
         let mut pages = if job.sample < 1.0 { SAMPLE_PAGES } else { CHUNK_PAGES_FIRST };
         while next < known.pages {
@@ -458,10 +458,10 @@ impl Reader {
                 }
                 Read::Rows(rows) => {
                     next = end;
-                    let at = |filenode| Progress { table: job.table.relation.oid, leaf: oid, filenode, page: next };
+                    let at = |filenode| Page { table: job.table.relation.oid, leaf: oid, filenode, page: next };
                     let of_leaf = (next as f64 / known.pages as f64).min(1.0);
                     let share = (place.before as f64 + of_leaf) / place.leaves as f64;
-                    self.say(Found::Closed(Closed { rows, share, progress: known.filenode.map(at) })).await?;
+                    self.say(Found::Closed(Closed { rows, share, next: known.filenode.map(at) })).await?;
                     self.pace(rows, began.elapsed()).await;
                 }
             }

@@ -229,7 +229,9 @@ async fn between_two_runs() {
     let stage = Stage::set();
     let (rules, daemon) = running(&stage).await;
     assert!(daemon.terminate().await.success());
-    stage.execute("alter table plain rename to t; alter table other rename to plain; alter table t rename to other").await;
+    stage
+        .execute("alter table plain rename to t; alter table other rename to plain; alter table t rename to other")
+        .await;
     let again = Daemon::start(&stage, &rules).await;
     noticed(&again, 1).await;
     assert_in_step(&stage, &MIRRORS).await;
