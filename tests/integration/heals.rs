@@ -17,15 +17,15 @@ const RATE: u32 = 800;
 const COLD: u32 = 3000;
 
 /// A warm cache, an application that writes all the time, and one that reads.
-/// Dropped in this order: the daemon's log lies on the stage.
 struct Scene {
+    // Whoever works on the stage leaves before it does.
     daemon: Daemon,
-    stage: Stage,
-    to_postgres: Proxy,
-    to_redis: Proxy,
     load: Load,
     reader: Reader,
     sentinels: Sentinels,
+    to_postgres: Proxy,
+    to_redis: Proxy,
+    stage: Stage,
 }
 
 impl Scene {
@@ -137,6 +137,8 @@ async fn after_redis_came_back_empty() {
 async fn after_a_failover_to_a_replica_that_was_cut_off_for_3_s() {
     let scene = fail_over("replay_window = \"30s\"").await;
     assert!(scene.is_filled(Load::COLD_BUCKET).await, "a replay leaves alone what no change made stale");
+    // Now one does.
+    change_cold_rows(&scene.stage).await;
     scene.turns_out_right().await;
 }
 
@@ -167,8 +169,8 @@ async fn fail_over(postgres: &str) -> Scene {
     scene
 }
 
-/// Changes that no stream carries: a row is gone, one is another, one is new.
-async fn change_unseen(stage: &Stage) {
+/// Changes rows that the load leaves alone: one goes, one is another, one is new.
+async fn change_cold_rows(stage: &Stage) {
     let (gone, changed, new) = (Load::COLD, Load::COLD + 1, Load::COLD + COLD);
     let changes = format!(
         "delete from rows where id = {gone}; update rows set version = 2, filler = 'changed' where id = {changed};
@@ -192,7 +194,7 @@ async fn after_the_slot_was_dropped() {
         sql.batch_execute("select pg_drop_replication_slot('keepstep')").await.ok()
     })
     .await;
-    change_unseen(&scene.stage).await;
+    change_cold_rows(&scene.stage).await;
     signal(scene.daemon.pid(), "CONT");
     warmed(&scene.stage, before + 1).await;
     assert!(!scene.is_filled(Load::COLD_BUCKET).await, "after a gap no such key can be trusted");
@@ -208,7 +210,7 @@ async fn after_a_lagging_standby_was_promoted() {
     let before = scene.epoch().await;
     scene.fill(Load::COLD_BUCKET).await;
     standby.stall();
-    change_unseen(&scene.stage).await;
+    change_cold_rows(&scene.stage).await;
     wait_for("the changes in the cache", async || {
         let held: Option<String> = scene.stage.get(&format!("row:{}", Load::COLD + 1)).await;
         held?.contains("changed").then_some(())
