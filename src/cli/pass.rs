@@ -121,7 +121,102 @@ impl Progress {
 
 #[cfg(test)]
 mod tests {
+    #![expect(clippy::unwrap_used, reason = "tests")]
+
+    use std::net::SocketAddr;
+    use std::sync::Mutex;
+
     use super::*;
+    use crate::admin::{self, Phase};
+    use crate::config::{RulesFile, parse};
+    use crate::session::orders::{Kind, PassOrder, Purpose};
+
+    /// A rules file whose admin endpoint listens there.
+    fn config(listen: SocketAddr) -> Config {
+        let text = format!(
+            "[postgres]\nurl = \"postgresql://postgres@127.0.0.1:1/x\"\n[redis]\nurl = \"redis://127.0.0.1:1\"\n\
+             [admin]\nlisten = \"{listen}\"\n\
+             [rule.a]\ntable = \"public.a\"\nkey = \"a:{{id}}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n"
+        );
+        parse(RulesFile { path: "keepstep.toml".into(), text }, &|_| None).unwrap().0
+    }
+
+    /// The endpoint of a daemon whose session is played by the test, and what is ordered of it.
+    async fn endpoint() -> (Config, mpsc::Receiver<Order>) {
+        let (daemon, orders) = Daemon::new(config(SocketAddr::from(([127, 0, 0, 1], 0))));
+        daemon.shared.update(|status| status.phase = Phase::Active);
+        let bound = admin::serve(daemon.desk, daemon.shared, daemon.metrics).await.unwrap().unwrap();
+        (config(bound), orders)
+    }
+
+    async fn ordered(orders: &mut mpsc::Receiver<Order>) -> PassOrder {
+        match orders.recv().await {
+            Some(Order::Pass(order)) => order,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn request(purpose: Purpose, filter: Option<&str>) -> PassRequest {
+        PassRequest { rules: vec!["a".to_owned()], purpose, filter: filter.map(str::to_owned) }
+    }
+
+    #[tokio::test]
+    async fn the_daemon_reports_to_whoever_asked_up_to_the_last_word() {
+        let (config, mut orders) = endpoint().await;
+        let difference = Report::Difference {
+            rule: "a".to_owned(),
+            key: "a:1".to_owned(),
+            kind: Kind::Differs,
+            holds: Some("é\n".to_owned()),
+            should: None,
+            repaired: true,
+        };
+        let totals = Totals { rows: 7, diverged: 1, ..Totals::default() };
+        let reports = [
+            Report::Progress { rule: "a".to_owned(), rows: 1, rows_total: 7 },
+            difference.clone(),
+            Report::Done(totals),
+        ];
+        let verify = Purpose::Verify { sample: 0.5, repair: true };
+        let session = async {
+            let order = ordered(&mut orders).await;
+            assert_eq!((order.rules, order.purpose, order.filter), (vec![0], verify, None));
+            for report in reports {
+                order.reports.send(report).await.unwrap();
+            }
+        };
+        let seen = Mutex::new(Vec::new());
+        let request = request(verify, None);
+        let asked = carry_out(config, &request, |report| {
+            seen.lock().unwrap().push(report.clone());
+            Ok(())
+        });
+        let (answer, ()) = tokio::join!(asked, session);
+        assert_eq!(answer.unwrap(), totals);
+        assert_eq!(seen.into_inner().unwrap(), [difference]);
+    }
+
+    #[tokio::test]
+    async fn whoever_hangs_up_ends_the_pass_and_another_may_be_asked_for() {
+        let (config, mut orders) = endpoint().await;
+        let warm = request(Purpose::Warm, Some("name = 'x & y'"));
+        let first = tokio::spawn({
+            let (config, warm) = (config.clone(), warm.clone());
+            async move { carry_out(config, &warm, |_| Ok(())).await }
+        });
+        let order = ordered(&mut orders).await;
+        assert_eq!(order.filter, warm.filter);
+        let busy = carry_out(config.clone(), &warm, |_| Ok(())).await.unwrap_err();
+        assert!(busy.to_string().contains("another pass is under way"), "{busy}");
+        first.abort();
+        order.reports.closed().await;
+        drop(order);
+        let again = tokio::spawn(async move { carry_out(config, &warm, |_| Ok(())).await });
+        // Its session ends in the middle.
+        drop(ordered(&mut orders).await);
+        let failed = again.await.unwrap().unwrap_err();
+        assert!(failed.to_string().contains("before the pass was complete"), "{failed}");
+    }
 
     #[test]
     fn progress_is_the_sum_of_the_rules() {

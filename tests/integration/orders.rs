@@ -131,10 +131,11 @@ async fn what_needs_a_restart_is_said_and_the_token_does_not() {
 async fn a_daemon_that_cannot_connect_takes_over_a_file_that_names_another_way() {
     let stage = Stage::set();
     stage.execute(TABLES).await;
+    stage.rules(&product());
+    stage.keepstep(&["setup"]);
     let proxy = Proxy::to(stage.postgres.port).await;
     let through = format!("postgresql://postgres@127.0.0.1:{}/postgres", proxy.port);
     let rules = stage.rules_between(&through, &stage.redis.url(), &product());
-    stage.keepstep(&["setup"]);
     let daemon = Daemon::start(&stage, &rules).await;
     proxy.refuse();
     wait_for("the stream to end", async || (daemon.get("/ready").await?.0 == 503).then_some(())).await;
