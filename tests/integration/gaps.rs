@@ -4,6 +4,9 @@
 use std::fs;
 use std::path::PathBuf;
 
+use keepstep::model::Lsn;
+use serde_json::Value;
+
 use crate::support::{Daemon, Mirror, Stage, assert_in_step, wait_for};
 
 const ROWS: &str = r#"
@@ -19,6 +22,15 @@ delete = ["list:{id}"]
 "#;
 
 const MIRROR: Mirror<'_> = Mirror { table: "rows", key: "'row:' || id", columns: "id, version" };
+const NEW_RULE: &str = r#"
+[rule.new]
+table   = "public.rows"
+key     = "new:{id}"
+value   = "json"
+columns = ["id"]
+"#;
+
+const NEW_MIRROR: Mirror<'_> = Mirror { table: "rows", key: "'new:' || id", columns: "id" };
 const TABLE: &str = "create table rows (id int primary key, version bigint not null)";
 
 /// What a gap does.
@@ -129,13 +141,78 @@ async fn changed_rules_reconcile_and_new_ones_warm() {
     let (rules, daemon) = following(&stage, OnGap::Stop, "").await;
     assert!(daemon.terminate().await.success());
     let text = fs::read_to_string(&rules).unwrap().replace("list:{id}", "lists:{id}");
-    let new = "\n[rule.new]\ntable = \"public.rows\"\nkey = \"new:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\n";
-    fs::write(&rules, text + new).unwrap();
+    fs::write(&rules, text + NEW_RULE).unwrap();
     stage.put("lists:1", "from before the rule deleted it").await;
     let daemon = Daemon::start(&stage, &rules).await;
-    assert_in_step(&stage, &[MIRROR, Mirror { table: "rows", key: "'new:' || id", columns: "id" }]).await;
+    assert_in_step(&stage, &[MIRROR, NEW_MIRROR]).await;
     let (_, metrics) = daemon.get("/metrics").await.unwrap();
     assert!(metrics.contains("keepstep_reconciles_total{reason=\"rules_changed\"} 1"), "{metrics}");
+}
+
+/// Until the read of a table that a rule owes has come somewhere, and its end is far.
+async fn half_read(stage: &Stage) {
+    wait_for("a read half done", async || {
+        (checkpoint(stage).await["progress"]["from"]["page"].as_u64()? > 0).then_some(())
+    })
+    .await;
+}
+
+async fn checkpoint(stage: &Stage) -> Value {
+    let stored: String = stage.get("keepstep:checkpoint").await;
+    serde_json::from_str(&stored).unwrap()
+}
+
+const SLOWLY: &str = "warm_rate = \"2000/s\"";
+
+/// A stage with rows that take a while to be read, and its rules file.
+async fn with_many_rows() -> (Stage, PathBuf) {
+    let stage = Stage::set();
+    stage.execute(TABLE).await;
+    // An updated row stays on its page.
+    stage.execute("alter table rows set (fillfactor = 50)").await;
+    stage.execute("insert into rows select i, 1 from generate_series(1, 40000) i").await;
+    let rules = stage.rules(ROWS);
+    let text = fs::read_to_string(&rules).unwrap();
+    fs::write(&rules, text.replace("\n\n[redis]", &format!("\n{SLOWLY}\n\n[redis]"))).unwrap();
+    stage.keepstep(&["setup"]);
+    (stage, rules)
+}
+
+#[tokio::test]
+async fn a_rule_added_while_its_table_is_read_misses_no_row() {
+    let (stage, rules) = with_many_rows().await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    half_read(&stage).await;
+    daemon.kill();
+    let text = fs::read_to_string(&rules).unwrap().replace(SLOWLY, "");
+    fs::write(&rules, text + NEW_RULE).unwrap();
+    let _daemon = Daemon::start(&stage, &rules).await;
+    assert_in_step(&stage, &[MIRROR, NEW_MIRROR]).await;
+}
+
+/// Keys that were written already are deleted, because there is no room for a change of their rows.
+#[tokio::test]
+async fn running_out_of_memory_while_a_table_is_read_misses_no_row() {
+    let (stage, rules) = with_many_rows().await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    half_read(&stage).await;
+    redis_command(&stage, &["CONFIG", "SET", "maxmemory", "1"]).await;
+    stage.execute("update rows set version = 2 where id <= 10").await;
+    let sql = stage.sql().await;
+    let changed: String = sql.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.unwrap().get(0);
+    wait_for("the change to be done with", async || {
+        let good: Lsn = checkpoint(&stage).await["good"]["lsn"].as_str()?.parse().ok()?;
+        (good >= changed.parse().unwrap()).then_some(())
+    })
+    .await;
+    let held: Option<String> = stage.get("row:1").await;
+    assert_eq!(held, None);
+    daemon.kill();
+    redis_command(&stage, &["CONFIG", "SET", "maxmemory", "0"]).await;
+    let text = fs::read_to_string(&rules).unwrap().replace(SLOWLY, "");
+    fs::write(&rules, text).unwrap();
+    let _daemon = Daemon::start(&stage, &rules).await;
+    assert_in_step(&stage, &[MIRROR]).await;
 }
 
 #[tokio::test]
