@@ -49,6 +49,9 @@ pub enum CacheOp<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CellId(pub u128);
 
+/// A set of cells.
+pub type CellSet = hashbrown::HashSet<CellId, DefaultHashBuilder>;
+
 /// Tells cells apart beyond the batch that they are in. Only ids of the same hasher, or a clone of it, compare.
 #[derive(Clone, Debug, Default)]
 pub struct CellHasher([DefaultHashBuilder; 2]);

@@ -72,8 +72,8 @@ pub trait Cache {
     /// the cache has lost something.
     fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> impl Future<Output = Result<Applied>> + Send;
 
-    /// What the cache holds of each of the batch's cells, in their order.
-    fn read(&mut self, batch: &Batch) -> impl Future<Output = Result<Vec<Held>>> + Send;
+    /// The cells that may not be as the batch would write them, by their places, and what the cache holds of each.
+    fn compare(&mut self, batch: &Batch) -> impl Future<Output = Result<Vec<(usize, Held)>>> + Send;
     /// What the catalog says of the tables now, to be stored with the next batch, whose checkpoint holds what follows
     /// from it.
     fn remember(&mut self, catalog: &Signatures);

@@ -232,7 +232,7 @@ type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Outcome>)> + Se
 #[expect(clippy::large_enum_variant, reason = "there is one of it")]
 enum Outcome {
     Applied(Applied),
-    Read(Vec<Held>),
+    Compared(Vec<(usize, Held)>),
 }
 
 /// What is in flight, or was last.
@@ -483,8 +483,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.cache = Some(cache);
         let Applied { checkpoint, invalidated } = match (outcome?, self.flying) {
             (Outcome::Applied(applied), _) => applied,
-            (Outcome::Read(held), flying) => {
-                self.compared(batch, &held, flying == Flying::Comparison { orphans: true });
+            (Outcome::Compared(differing), flying) => {
+                self.compared(batch, &differing, flying == Flying::Comparison { orphans: true });
                 return Ok(());
             }
         };

@@ -7,7 +7,7 @@ use crate::catalog::signature::Signatures;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::checkpoint::Checkpoint;
-use super::{Applied, Cache, Content, Held, Remaining, commands};
+use super::{Applied, Cache, Held, commands};
 
 /// Writes each batch's commands, one a line, and stores nothing.
 pub struct Recorder<W> {
@@ -37,9 +37,9 @@ impl<W: Write + Send> Cache for Recorder<W> {
         Ok(Applied { checkpoint, invalidated: false })
     }
 
-    /// There is no cache.
-    async fn read(&mut self, batch: &Batch) -> Result<Vec<Held>> {
-        Ok(vec![Held { content: Content::Nothing, remaining: Remaining::Missing }; batch.len()])
+    /// There is no cache, so nothing is other than it should be.
+    async fn compare(&mut self, _: &Batch) -> Result<Vec<(usize, Held)>> {
+        Ok(Vec::new())
     }
 
     fn remember(&mut self, _: &Signatures) {}

@@ -28,7 +28,7 @@ use super::checkpoint::{Checkpoint, Debt, RuleSet};
 use super::connection::{Connection, Failure};
 use super::{Applied, Cache, Held, commands};
 
-mod held;
+mod compare;
 
 use instance::Instance;
 
@@ -425,8 +425,8 @@ impl Writer {
 }
 
 impl Cache for Writer {
-    async fn read(&mut self, batch: &Batch) -> Result<Vec<Held>> {
-        self.read_held(batch).await
+    async fn compare(&mut self, batch: &Batch) -> Result<Vec<(usize, Held)>> {
+        self.find_differing(batch).await
     }
 
     async fn apply(&mut self, batch: &Batch, mut checkpoint: Checkpoint) -> Result<Applied> {

@@ -304,8 +304,9 @@ impl Pattern {
         if !key.starts_with(&self.prefix) {
             return false;
         }
-        let (mut alive, mut reached) = (vec![0], Vec::new());
-        for byte in key {
+        // The prefix is a chain of states, one for each byte.
+        let (mut alive, mut reached) = (vec![self.prefix.len()], Vec::new());
+        for byte in &key[self.prefix.len()..] {
             for state in alive.drain(..) {
                 for next in &self.states[state].next {
                     if self.states[*next].bytes.contains(*byte) && !reached.contains(next) {

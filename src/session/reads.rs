@@ -8,7 +8,7 @@
 //! Debts come first (what a rule owes stands in the checkpoint until a pass has paid it), then what somebody asked for,
 //! then the audit. One table is read at a time; single rows (values that the log did not carry) are read in between.
 
-use std::collections::{BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,7 +19,7 @@ use super::orders::{PassOrder, Purpose, Report, Totals};
 use super::{Flying, Outcome, Session};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CacheOp, CellHasher};
+use crate::batch::{Batch, CacheOp, CellHasher, CellSet};
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::{Cache, Content, Held};
 use crate::canary::{self, Canary};
@@ -102,7 +102,7 @@ struct Pass {
     rules: Vec<u16>,
     purpose: Why,
     /// Keys that Redis held when the pass began, and nobody has rendered or touched since.
-    unseen: HashSet<crate::batch::CellId>,
+    unseen: CellSet,
     began: Instant,
     rows: u64,
     share: f64,
@@ -435,8 +435,14 @@ impl<C: Cache + Send + 'static> Session<C> {
             let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
             let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
             let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
+            let mut read = only(&table, |rule| wanted(&rule));
+            if matches!(purpose, Purpose::Verify { .. }) {
+                // Compared with the longest that a key may live.
+                let writes = read.rules.iter_mut().filter_map(|rule| rule.write.as_mut());
+                writes.filter_map(|write| write.ttl.as_mut()).for_each(|(_, jitter)| *jitter = 0.0);
+            }
             let job = TableJob {
-                table: only(&table, |rule| wanted(&rule)),
+                table: read,
                 filter,
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
                 from: None,
@@ -491,6 +497,12 @@ impl<C: Cache + Send + 'static> Session<C> {
             Some(Found::Settled(Of::Rows)) => {}
             Some(Found::Part) => reading.pass.iter_mut().for_each(|pass| pass.unseen.clear()),
             Some(Found::Present(cells)) => reading.pass.iter_mut().for_each(|pass| pass.unseen.extend(&cells)),
+            Some(Found::Unseen(answer)) => {
+                self.strike_touched();
+                let unseen = self.reads.pass_mut().is_some_and(|pass| !pass.unseen.is_empty());
+                // A reader that does not listen any more has failed, and says so.
+                let _ = answer.send(unseen);
+            }
             Some(Found::Opened(chunk)) => {
                 self.strike_touched();
                 if let (Some(touches), Some(reading)) = (self.intake.touches(), &mut self.reads.reading) {
@@ -717,45 +729,51 @@ impl<C: Cache + Send + 'static> Session<C> {
         let Some(mut cache) = self.cache.take() else { return false };
         self.flying = Flying::Comparison { orphans };
         self.in_flight = Some(Box::pin(async move {
-            let outcome = cache.read(&batch).await.map(Outcome::Read);
+            let outcome = cache.compare(&batch).await.map(Outcome::Compared);
             (cache, batch, outcome)
         }));
         true
     }
 
-    /// Redis has said what it holds.
-    pub(super) fn compared(&mut self, mut batch: Batch, held: &[Held], orphans: bool) {
+    /// Redis has said which cells are not plainly right.
+    pub(super) fn compared(&mut self, mut batch: Batch, differing: &[(usize, Held)], orphans: bool) {
         let unsure = self.intake.has_rereads() || self.reads.oldest_pending().is_some();
         let Some(asked) = self.reads.asked.front_mut() else { return self.recycle(batch) };
         let Purpose::Verify { repair, .. } = asked.order.purpose else { return self.recycle(batch) };
+        let mut checked = BTreeMap::new();
+        batch.ops().for_each(|(rule, _)| *checked.entry(rule).or_insert(0) += 1);
         let mut wrong = HashSet::new();
-        for (place, ((rule, op), held)) in batch.ops().zip(held).enumerate() {
-            let rule = &self.config.rules[usize::from(rule)];
+        let ops: Vec<(u16, CacheOp<'_>)> = differing.iter().filter_map(|(place, _)| batch.ops().nth(*place)).collect();
+        for ((place, held), (number, op)) in differing.iter().zip(ops) {
+            let rule = &self.config.rules[usize::from(number)];
             let ttl_ms = rule.write.as_ref().and_then(|write| write.ttl).map(|ttl| ttl.as_millis() as u64);
-            let verdict = match audit::judge(op, held, ttl_ms) {
-                Verdict::Wrong(_) if orphans => Verdict::Wrong(Kind::Orphan),
+            let kind = match audit::judge(op, held, ttl_ms) {
+                Verdict::Right => continue,
+                Verdict::Expired => {
+                    asked.totals.expired += 1;
+                    continue;
+                }
                 // A row that is read again has no key meanwhile.
                 Verdict::Wrong(Kind::Missing) if unsure => {
+                    checked.entry(number).and_modify(|checked| *checked -= 1);
                     asked.totals.skipped += 1;
                     continue;
                 }
-                verdict => verdict,
+                Verdict::Wrong(_) if orphans => Kind::Orphan,
+                Verdict::Wrong(kind) => kind,
             };
-            asked.totals.checked += 1;
             let name = rule.name.value.as_str();
-            self.metrics.audit_keys_checked_total.with_label_values(&[name]).inc();
-            match verdict {
-                Verdict::Right => {}
-                Verdict::Expired => asked.totals.expired += 1,
-                Verdict::Wrong(kind) => {
-                    asked.totals.diverged += 1;
-                    self.metrics.audit_keys_diverged_total.with_label_values(&[name, kind.name()]).inc();
-                    let key = String::from_utf8_lossy(key(op)).into_owned();
-                    tracing::warn!(rule = name, key, kind = kind.name(), applied = %self.checkpoint.applied, "a key has diverged");
-                    wrong.insert(place);
-                    asked.unsaid.push_back(difference(name, key, kind, op, held, repair));
-                }
-            }
+            asked.totals.diverged += 1;
+            self.metrics.audit_keys_diverged_total.with_label_values(&[name, kind.name()]).inc();
+            let key = String::from_utf8_lossy(key(op)).into_owned();
+            tracing::warn!(rule = name, key, kind = kind.name(), applied = %self.checkpoint.applied, "a key has diverged");
+            wrong.insert(*place);
+            asked.unsaid.push_back(difference(name, key, kind, op, held, repair));
+        }
+        for (rule, checked) in checked {
+            asked.totals.checked += checked;
+            let name = self.config.rules[usize::from(rule)].name.value.as_str();
+            self.metrics.audit_keys_checked_total.with_label_values(&[name]).inc_by(checked);
         }
         let mut place = 0;
         batch.retain(|_, _| {
@@ -817,7 +835,7 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
         table: Arc::clone(table),
         rules,
         purpose,
-        unseen: HashSet::new(),
+        unseen: CellSet::default(),
         began: Instant::now(),
         rows: 0,
         share: 0.0,

@@ -116,6 +116,8 @@ pub enum Found {
     Piece(Batch),
     /// The chunk ends.
     Closed(Closed),
+    /// Everything was read: is there any key that nobody has rendered or touched?
+    Unseen(oneshot::Sender<bool>),
     /// Keys that Redis holds: those among them that nobody has rendered or touched are orphans.
     Candidates(Batch),
     /// The job is done.
@@ -342,9 +344,20 @@ impl Reader {
             if !job.table.rules.is_empty() {
                 self.leaves(job, partition == 0).await?;
             }
-            self.keys(job, within, Keys::Candidates).await?;
+            if self.some_unseen(job).await? {
+                self.keys(job, within, Keys::Candidates).await?;
+            }
         }
         self.say(Found::Done(Of::Table)).await
+    }
+
+    async fn some_unseen(&self, job: &TableJob) -> Outcome<bool> {
+        if job.owned.is_empty() {
+            return Ok(false);
+        }
+        let (answer, unseen) = oneshot::channel();
+        self.say(Found::Unseen(answer)).await?;
+        unseen.await.map_err(|_| Stop::Abandoned)
     }
 
     async fn partitions(&self) -> Result<u64> {

@@ -7,7 +7,7 @@
 use std::collections::HashSet;
 
 use super::visibility::Snapshot;
-use crate::batch::CellId;
+use crate::batch::{CellId, CellSet};
 use crate::model::Xid;
 
 /// How many touches are kept: 24 bytes each. Beyond it the read is given up and begins again.
@@ -60,7 +60,7 @@ impl Touches {
 /// Cells of which the stream has said something newer than a chunk.
 #[derive(Debug, Default)]
 pub struct Newer {
-    cells: HashSet<CellId>,
+    cells: CellSet,
     rules: HashSet<u16>,
 }
 

@@ -15,6 +15,7 @@ mod scaling;
 mod stand;
 #[expect(dead_code, reason = "the benchmarks without servers use the rest of it")]
 mod stream;
+mod warm;
 
 use std::time::Instant;
 
@@ -71,10 +72,11 @@ fn median<T>(rounds: &[T], pick: impl Fn(&T) -> f64) -> f64 {
 type Measure = fn(bool) -> Vec<Figure>;
 
 /// What can be measured, in the order of the table.
-const MEASURES: [(&str, Measure); 5] = [
+const MEASURES: [(&str, Measure); 6] = [
     ("drain", drain::measure),
     ("alone", alone::measure),
     ("latency", latency::measure),
+    ("warm", warm::measure),
     ("memory", memory::measure),
     ("scaling", scaling::measure),
 ];

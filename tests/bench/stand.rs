@@ -86,14 +86,20 @@ impl Stand {
         config::parse(RulesFile { path, text }, &|_| None).expect("a rules file").0
     }
 
-    /// A rules file for `slot`.
+    /// A rules file for `slot`, of rules that only follow the stream.
     fn rules(&self, slot: &str, rules: &str) -> PathBuf {
+        self.rules_that(false, slot, rules)
+    }
+
+    /// A rules file for `slot`, of rules that are warmed or not.
+    pub(crate) fn rules_that(&self, warm: bool, slot: &str, rules: &str) -> PathBuf {
         let publication = publication(slot);
         let (postgres, redis) = (self.postgres.url("postgres"), self.redis.url());
         let path = self.postgres.folder().join(format!("{slot}.toml"));
         let text = format!(
             "[postgres]\nurl = \"{postgres}\"\nslot = \"{slot}\"\npublication = \"{publication}\"\n\
-             [redis]\nurl = \"{redis}\"\nprefix = \"bench:\"\n[admin]\nlisten = \"off\"\n{rules}{}",
+             [redis]\nurl = \"{redis}\"\nprefix = \"bench:\"\n[admin]\nlisten = \"off\"\n\
+             [defaults]\nwarm = {warm}\n{rules}{}",
             json_rules("mark", "id", 1)
         );
         fs::write(&path, text).expect("the rules file");
