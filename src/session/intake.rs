@@ -190,6 +190,11 @@ impl Intake {
         self.unsettled.iter().map(|(xid, _)| *xid)
     }
 
+    /// The same and the one under way: of each of them something may have come that was not noted as touched.
+    pub fn decoded(&self) -> impl Iterator<Item = Xid> {
+        self.unsettled().chain(self.open.as_ref().map(|open| open.xid))
+    }
+
     /// A snapshot of the primary sees these.
     pub fn settle(&mut self, snapshot: &Snapshot) {
         self.unsettled.retain(|(xid, _)| !snapshot.sees(*xid));
@@ -515,6 +520,19 @@ mod tests {
         stream.commit(200);
         stream.intake.idle(Lsn(250), &mut stream.batch);
         assert_eq!(stream.batch.applied, Some(at(250, 0)));
+    }
+
+    #[test]
+    fn what_is_decoded_is_pending_until_it_is_visible() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        let decoded = |stream: &Stream| stream.intake.decoded().collect::<Vec<_>>();
+        stream.begin(200);
+        stream.insert("1", "1");
+        assert_eq!(decoded(&stream), [Xid(1)], "a part of it may be in the cache already");
+        stream.commit(200);
+        assert_eq!(decoded(&stream), [Xid(1)]);
+        stream.intake.settle(&"2:2:".parse().expect("a snapshot"));
+        assert_eq!(decoded(&stream), []);
     }
 
     #[test]

@@ -491,7 +491,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             Some(Found::Begin(answer)) => {
                 self.intake.note_touches(&hasher);
                 // A reader that does not listen any more has failed, and says so.
-                let _ = answer.send(self.intake.unsettled().collect());
+                let _ = answer.send(self.intake.decoded().collect());
             }
             Some(Found::Settled(Of::Table)) => self.sweep_debts(),
             Some(Found::Settled(Of::Rows)) => {}

@@ -111,6 +111,35 @@ async fn canary_a_chunk_that_waits_for_its_marker_only() {
     assert!(wrong.iter().any(|one| one.contains("\"version\":1}, its row is")), "{wrong:?}");
 }
 
+/// A pass begins while the stream is in the middle of a large transaction that no snapshot has yet: what came of it
+/// before was noted for no pass.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pass_that_begins_within_a_transaction_does_not_undo_its_beginning() {
+    let mut stage = Stage::set();
+    fill(&stage, 100).await;
+    let standby = Standby::synchronous(&mut stage).await;
+    let rules = stage.rules(RULES);
+    stage.set_fields("[redis]", "batch_ops = 100");
+    stage.keepstep(&["setup"]);
+    let daemon = Daemon::start(&stage, &rules).await;
+    warm(&stage).await;
+    standby.stall();
+    let change =
+        "update rows set version = 2 where id = 1; insert into rows select id from generate_series(1001, 81000) id";
+    let stalled = Stalled::execute(&stage, change).await;
+    wait_for("the beginning of the transaction", async || (version(&stage, 1).await? == 2).then_some(())).await;
+    let walsender = Stopped::walsender(&stage.sql().await).await;
+    assert_eq!(version(&stage, 81_000).await, None, "the transaction was over too soon");
+    let asked = stage.begin(&["warm", "--rule", "row"]);
+    wait_for("the pass", async || (daemon.log().matches("warm begins").count() == 2).then_some(())).await;
+    drop(walsender);
+    comes_within(CANARY_LIMIT, async || asked.is_finished()).await;
+    standby.resume();
+    stalled.done().await;
+    assert!(asked.await.unwrap().status.success());
+    assert_in_step(&stage, &[MIRROR]).await;
+}
+
 /// The stream lags behind the tables: what a chunk has seen is still to come, and older states before it.
 async fn read_ahead_of_the_stream(canary: Option<&str>) -> Vec<String> {
     let stage = Stage::set();
