@@ -153,6 +153,24 @@ async fn every_kind_of_fault_is_found_and_mended_without_a_daemon() {
     finds_and_mends(&stage).await;
 }
 
+/// No chunk is read, and still there is something to be mended.
+#[tokio::test]
+async fn orphans_of_an_empty_table_are_found_and_mended() {
+    let stage = Stage::set();
+    stage.execute("create table rows (id int primary key, version bigint, bucket int, filler text)").await;
+    stage.execute("alter table rows replica identity full").await;
+    let rules = stage.rules(RULES);
+    stage.keepstep(&["setup"]);
+    let _daemon = Daemon::start(&stage, &rules).await;
+    wait_for("the warm cache", async || stage.checkpoint().await?.owing.is_empty().then_some(())).await;
+    assert_right(&stage, 0).await;
+    stage.put("row:1", "no row's value").await;
+    let output = verify(&stage, &["--repair"]).await;
+    assert_eq!(reports(&output).0.into_keys().collect::<Vec<_>>(), ["row:1"]);
+    assert_right(&stage, 0).await;
+    assert_in_step(&stage, &[ROWS]).await;
+}
+
 /// As a person sees it.
 #[tokio::test]
 async fn the_table_names_rule_kind_and_key() {
