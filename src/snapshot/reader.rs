@@ -438,7 +438,8 @@ impl Reader {
             next = page.page;
         }
         let mut pages = if job.sample < 1.0 { SAMPLE_PAGES } else { CHUNK_PAGES_FIRST };
-        while next < known.pages {
+        // A leaf without pages has a chunk too: what comes behind it must stand behind a marker.
+        while next == 0 || next < known.pages {
             self.rows_asked_for().await?;
             let end = next + pages;
             if job.sample < 1.0 && random_share() >= job.sample {
@@ -623,11 +624,13 @@ pub fn marked_chunk(content: &[u8], token: &str) -> Option<u64> {
     rest.strip_prefix(token)?.strip_prefix(' ')?.parse().ok()
 }
 
-/// The leaves of a table, in an order that does not change, or the table itself.
+/// The leaves of a table, in an order that does not change, or the table itself; so it is where it is a root that has no
+/// partitions yet.
 async fn leaves(client: &Client, oid: u32) -> Result<Vec<(u32, TableName)>> {
-    let sql = "select c.oid::text, n.nspname::text, c.relname::text
+    let sql = "with leaf as (select relid from pg_catalog.pg_partition_tree($1) where isleaf)
+        select c.oid::text, n.nspname::text, c.relname::text
         from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-        where c.relkind = 'r' and (c.oid = $1 or c.oid in (select relid from pg_catalog.pg_partition_tree($1) where isleaf))
+        where c.relkind = 'r' and c.oid in (select relid from leaf) or c.oid = $1 and not exists (select from leaf)
         order by c.oid";
     let rows = client.query_typed(sql, &[(&oid, Type::OID)]).await.map_err(failed)?;
     rows.iter().map(|row| Ok((parse(row, 0)?, TableName { schema: parse(row, 1)?, name: parse(row, 2)? }))).collect()

@@ -153,11 +153,10 @@ async fn every_kind_of_fault_is_found_and_mended_without_a_daemon() {
     finds_and_mends(&stage).await;
 }
 
-/// No chunk is read, and still there is something to be mended.
-#[tokio::test]
-async fn orphans_of_an_empty_table_are_found_and_mended() {
+/// There is no row to be read, and still something to be mended.
+async fn mends_orphans_of(table: &str) {
     let stage = Stage::set();
-    stage.execute("create table rows (id int primary key, version bigint, bucket int, filler text)").await;
+    stage.execute(table).await;
     stage.execute("alter table rows replica identity full").await;
     let rules = stage.rules(RULES);
     stage.keepstep(&["setup"]);
@@ -169,6 +168,17 @@ async fn orphans_of_an_empty_table_are_found_and_mended() {
     assert_eq!(reports(&output).0.into_keys().collect::<Vec<_>>(), ["row:1"]);
     assert_right(&stage, 0).await;
     assert_in_step(&stage, &[ROWS]).await;
+}
+
+#[tokio::test]
+async fn orphans_of_an_empty_table_are_found_and_mended() {
+    mends_orphans_of("create table rows (id int primary key, version bigint, bucket int, filler text)").await;
+}
+
+#[tokio::test]
+async fn orphans_of_a_table_without_partitions_are_found_and_mended() {
+    let columns = "id int primary key, version bigint, bucket int, filler text";
+    mends_orphans_of(&format!("create table rows ({columns}) partition by range (id)")).await;
 }
 
 /// As a person sees it.
