@@ -320,7 +320,7 @@ async fn out_of_memory_deletes_instead_of_leaving_stale_values() {
     .await;
     assert_eq!(daemon.metric("keepstep_rules_owing").await, Some(1.0));
     let () = redis::cmd("CONFIG").arg("SET").arg("maxmemory").arg("0").query_async(&mut cache).await.unwrap();
-    stage.execute("update rows set version = 3").await;
+    // With room again, what is owed is paid, though no row changes.
     assert_in_step(&stage, &[MIRROR]).await;
-    assert_eq!(daemon.metric("keepstep_rules_owing").await, Some(1.0), "what it owes is remembered");
+    wait_for("the debt to be paid", async || (daemon.metric("keepstep_rules_owing").await? == 0.0).then_some(())).await;
 }
