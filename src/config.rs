@@ -191,6 +191,8 @@ pub struct RedisConfig {
     pub url: Secret,
     /// Stands before every key.
     pub prefix: String,
+    /// Every key is written and deleted under these too.
+    pub also_prefix: Vec<String>,
     /// How long one batch may take before the connection counts as lost. Default 10 s.
     pub timeout: Duration,
     /// Acknowledge only after so many replicas have the batch (WAIT). Default 0.
@@ -203,6 +205,13 @@ pub struct RedisConfig {
     pub batch_ops: usize,
     /// A batch closes at this many bytes of keys and values. Default 4 MiB.
     pub batch_bytes: usize,
+}
+
+impl RedisConfig {
+    /// Every prefix that keys are written under, `prefix` first.
+    pub fn prefixes(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.prefix.as_str()).chain(self.also_prefix.iter().map(String::as_str))
+    }
 }
 
 /// `[admin]`: the HTTP endpoint.
@@ -292,6 +301,8 @@ pub struct WriteAction {
     pub present_only: bool,
     /// `on_delete = "keep"`: a deleted row's key is left to its TTL.
     pub keep_on_delete: bool,
+    /// `owns`: every key that the template can make is the rule's, whatever a text in it looks like. Default false.
+    pub owns: bool,
     /// `warm`: keys of rows that do not change are filled without being asked for. Default true.
     pub warm: bool,
     /// `audit`: the share of the rows (1.0 is all) that is compared each minute; `None` is never, the default.
@@ -315,4 +326,4 @@ pub enum ColumnSelection {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -2,6 +2,7 @@
 
 pub mod bind;
 pub mod filter;
+pub mod form;
 mod key;
 pub mod ownership;
 pub mod pattern;

@@ -80,6 +80,7 @@ fn described(kind: Kind) -> String {
         Kind::TableName => "`\"schema.table\"`".to_owned(),
         Kind::Template => "key template".to_owned(),
         Kind::Templates => "array of key templates".to_owned(),
+        Kind::Texts => "array of strings".to_owned(),
         Kind::Columns => "array of column names".to_owned(),
         Kind::Pairs => "table of strings".to_owned(),
     }
@@ -156,7 +157,7 @@ fn value_schema(kind: Kind) -> Value {
         Kind::Flag => json!({ "type": "boolean" }),
         Kind::Count { min, max } => json!({ "type": "integer", "minimum": min, "maximum": max }),
         Kind::TableName => pattern(r"\."),
-        Kind::Templates | Kind::Columns => array(text),
+        Kind::Templates | Kind::Columns | Kind::Texts => array(text),
         Kind::Pairs => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
     }
 }

@@ -148,6 +148,8 @@ pub enum Kind {
     Template,
     /// An array of key templates.
     Templates,
+    /// An array of strings.
+    Texts,
     /// An array of column names.
     Columns,
     /// An array of some of these strings.
@@ -333,6 +335,17 @@ pub const FIELDS: &[Field] = &[
         needs: &[],
         limits: "",
         example: "\"shop:v1:\"",
+    },
+    Field {
+        table: Table::Redis,
+        name: "also_prefix",
+        kind: Kind::Texts,
+        default: Fallback::Absent,
+        meaning: "Every key is written and deleted under these prefixes too, while applications that read different ones \
+                  run side by side. Progress stands under `prefix` alone.",
+        needs: &[],
+        limits: "At most 8. None of the prefixes begins with another one.",
+        example: "[\"shop:v0:\"]",
     },
     Field {
         table: Table::Redis,
@@ -629,6 +642,18 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Rule,
+        name: "owns",
+        kind: Kind::Flag,
+        default: Fallback::Value("false"),
+        meaning: "Nobody else makes keys that `key` can make. Keys that no row has are searched for and deleted where \
+                  columns of a known form (numbers, UUIDs, times) or digests fill the template; where a text could be \
+                  anything, as in `user:{name}`, only with `owns = true`.",
+        needs: &["key"],
+        limits: "",
+        example: "true",
+    },
+    Field {
+        table: Table::Rule,
         name: "delete",
         kind: Kind::Templates,
         default: Fallback::Absent,
@@ -657,9 +682,8 @@ pub(super) const LATER_AT_TOP: &[&str] = &["include", "query"];
 pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
-        Table::Redis => &["also_prefix"],
-        Table::Admin => &[],
-        Table::Defaults => &["every", "keep_ttl", "redelete", "owns"],
+        Table::Redis | Table::Admin => &[],
+        Table::Defaults => &["every", "keep_ttl", "redelete"],
         Table::Rule => &[
             "when",
             "lookup",
@@ -675,7 +699,6 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
             "every",
             "expire_at",
             "keep_ttl",
-            "owns",
             "tags",
             "redelete",
         ],

@@ -165,6 +165,7 @@ fn write_action(
         _ => Ok(text.to_owned()),
     });
     let strings = section.columns("strings").map_or_else(Vec::new, |columns| columns.value);
+    let owns = section.flag("owns").unwrap_or(false);
     let own = Defaults::read(section);
     section.given("key")?;
     check_jitter(section, &own, defaults);
@@ -186,6 +187,7 @@ fn write_action(
         jitter: settings.jitter.map_or(0.0, |jitter| jitter.value),
         present_only: settings.present_only.unwrap_or(false),
         keep_on_delete: settings.keep_on_delete.is_some_and(|keep| keep.value),
+        owns,
         warm: settings.warm.unwrap_or(true),
         audit: settings.audit.flatten(),
     })

@@ -506,7 +506,7 @@ fn wanted(kind: Kind) -> &'static str {
         Kind::Template => "a key template in quotes",
         Kind::Templates => "an array of key templates",
         Kind::Columns => "an array of column names",
-        Kind::Choices(_) => "an array of texts",
+        Kind::Choices(_) | Kind::Texts => "an array of texts",
         Kind::Pairs => "a table of texts",
     }
 }
@@ -541,7 +541,9 @@ fn rewritten(kind: Kind, value: &DeValue<'_>, source: &str) -> Option<String> {
         (Kind::Share, DeValue::Integer(integer)) => Some(format!("\"{}%\"", integer.as_str())),
         (Kind::RowsPerSecond, DeValue::Integer(integer)) => Some(format!("\"{}/s\"", integer.as_str())),
         (Kind::Flag, DeValue::String(text)) if matches!(text.as_ref(), "true" | "false") => Some(text.to_string()),
-        (Kind::Templates | Kind::Columns | Kind::Choices(_), DeValue::String(_)) => Some(format!("[{source}]")),
+        (Kind::Templates | Kind::Columns | Kind::Texts | Kind::Choices(_), DeValue::String(_)) => {
+            Some(format!("[{source}]"))
+        }
         (Kind::Count { .. }, DeValue::String(text)) => text.parse::<u64>().ok().map(|number| number.to_string()),
         _ => None,
     }

@@ -1,5 +1,6 @@
 //! `[postgres]`, `[redis]` and `[admin]`: the servers at both ends and the endpoint.
 
+use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::path::PathBuf;
@@ -16,6 +17,8 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_RETAINED_BYTES: u64 = 8 << 30;
 const QUERY_CONNECTIONS: u64 = 2;
 const REDIS_TIMEOUT: Duration = Duration::from_secs(10);
+/// Every key is written once for each.
+const ALSO_PREFIXES_MAX: usize = 8;
 const BATCH_OPS: u64 = 4096;
 const BATCH_BYTES: u64 = 4 << 20;
 const LISTEN: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 9847);
@@ -64,7 +67,8 @@ fn message_commands(section: &mut Section<'_, '_>) -> MessageCommands {
 /// Reads `[redis]`; `None` if its URL is missing or wrong.
 pub(super) fn redis(mut section: Section<'_, '_>) -> Option<RedisConfig> {
     let url = section.parsed("url", redis_url);
-    let prefix = section.text("prefix").map(|prefix| prefix.value.into_owned());
+    let prefix = section.text("prefix").map(owned);
+    let also_prefix = also_prefix(&mut section, prefix.as_ref());
     let timeout = section.duration("timeout");
     let wait_replicas = section.count("wait_replicas").and_then(|count| u32::try_from(count).ok());
     let ca_file = section.parsed("ca_file", path);
@@ -78,7 +82,8 @@ pub(super) fn redis(mut section: Section<'_, '_>) -> Option<RedisConfig> {
     section.finish();
     Some(RedisConfig {
         url: url?.value,
-        prefix: prefix.unwrap_or_default(),
+        prefix: prefix.map(|prefix| prefix.value).unwrap_or_default(),
+        also_prefix,
         timeout: timeout.unwrap_or(REDIS_TIMEOUT),
         wait_replicas: wait_replicas.unwrap_or(0),
         ca_file: ca_file.map(|file| file.value),
@@ -86,6 +91,44 @@ pub(super) fn redis(mut section: Section<'_, '_>) -> Option<RedisConfig> {
         batch_ops: usize::try_from(batch_ops).ok()?,
         batch_bytes: usize::try_from(batch_bytes).ok()?,
     })
+}
+
+fn owned(text: Spanned<Cow<'_, str>>) -> Spanned<String> {
+    Spanned { value: text.value.into_owned(), span: text.span }
+}
+
+/// Reads `also_prefix`. No prefix may begin with another one, or keys under it would count as keys under the other too.
+fn also_prefix(section: &mut Section<'_, '_>, prefix: Option<&Spanned<String>>) -> Vec<String> {
+    let Some(also) = section.list("also_prefix", |text| Ok(text.to_owned())) else { return Vec::new() };
+    if also.value.len() > ALSO_PREFIXES_MAX {
+        let many = section.error("too many prefixes", also.span.clone(), format!("more than {ALSO_PREFIXES_MAX}"));
+        section.report(many.help("each of them costs as much in Redis as the first"));
+    }
+    let unnamed = Spanned { value: String::new(), span: section.header.clone() };
+    let mut others = vec![prefix.unwrap_or(&unnamed)];
+    for one in &also.value {
+        if let Some(other) = others.iter().find(|other| one.value.starts_with(&other.value)) {
+            let problem = prefix_within(section, one, other);
+            section.report(problem);
+        } else if let Some(other) = others.iter().find(|other| other.value.starts_with(&one.value)) {
+            let problem = prefix_within(section, other, one);
+            section.report(problem);
+        }
+        others.push(one);
+    }
+    also.value.iter().map(|prefix| prefix.value.clone()).collect()
+}
+
+fn prefix_within(section: &Section<'_, '_>, longer: &Spanned<String>, shorter: &Spanned<String>) -> Diagnostic {
+    let title = format!("the prefix \"{}\" begins with the prefix \"{}\"", longer.value, shorter.value);
+    let help = match shorter.value.as_str() {
+        "" => "every key begins with the empty one: give each a text of its own, as \"shop:v1:\"",
+        _ => "let them differ before the shorter one ends, as \"shop:v1:\" and \"shop:v0:\" do",
+    };
+    section
+        .error(title, longer.span.clone(), "keys under this one would be taken for keys under the other")
+        .context(shorter.span.clone(), "the other")
+        .help(help)
 }
 
 /// Certificates do nothing on a connection without TLS, and somebody believes that they do.

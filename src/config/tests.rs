@@ -18,6 +18,13 @@ const RULE: &str = "[rule.feed]\ntable = \"public.products\"\ndelete = [\"feed:g
 const KEY: &str =
     "table = \"public.products\"\nkey = \"product:{id}\"\nvalue = \"json\"\ncolumns = [\"id\", \"name\"]\n";
 
+/// `[redis]` with these prefixes, for the tests of other modules.
+pub(crate) fn redis_config(prefix: &str, also: &[&str]) -> RedisConfig {
+    let redis = format!("[redis]\nurl = \"redis://cache\"\nprefix = \"{prefix}\"\n");
+    let config = read(&format!("[postgres]\nurl = \"postgresql://db\"\n{redis}{RULE}"));
+    RedisConfig { also_prefix: also.iter().map(|prefix| (*prefix).to_owned()).collect(), ..config.redis }
+}
+
 fn env(name: &str) -> Option<String> {
     match name {
         "DATABASE_URL" => Some("postgresql+asyncpg://shop:hunter2@db/shop".to_owned()),
@@ -129,6 +136,11 @@ fn mistakes_in_the_servers() {
         redis("url = \"http://cache\""),
         redis("url = \"redis+cluster://cache\""),
         redis("url = \"redis://cache\"\nalso_prefix = [\"old:\"]"),
+        redis("url = \"redis://cache\"\nprefix = \"shop:\"\nalso_prefix = [\"shop:v1:\", \"\", \"a\", \"a:\"]"),
+        redis(
+            "url = \"redis://cache\"\nprefix = \"9:\"\nalso_prefix = [\"0:\", \"1:\", \"2:\", \"3:\", \"4:\", \"5:\", \"6:\", \"7:\", \"8:\"]",
+        ),
+        redis("url = \"redis://cache\"\nprefix = \"shop:\"\nalso_prefix = \"old:\""),
         redis("url = \"redis://cache\"\nwait_replicas = -1\nbatch_ops = \"100\"\nbatch_bytes = 4096"),
         redis("url = \"redis://cache\"\nca_file = \"/etc/ca.pem\""),
         redis("url = \"rediss://cache\"\nclient_cert = \"/etc/cert.pem\"\nca_file = \"\""),
@@ -218,6 +230,7 @@ fn mistakes_in_the_fields_of_a_rule() {
         "prefix = \"shop:\"",
         "colour = \"red\"",
         "on = []",
+        "owns = \"true\"",
         "on = \"insert\"",
         "on = [\"insert\", \"truncate\", \"insert\"]",
         "changed = [\"name\"]\non = [\"insert\"]",
@@ -284,12 +297,13 @@ fn a_whole_file_is_resolved() {
     let text = format!(
         "[postgres]\nurl = \"${{DATABASE_URL}}\"\nheartbeat = \"off\"\non_gap = \"stop\"\n\
          warm_rate = \"5000/s\"\nquery_connections = 4\nmessage_commands = [\"reload\", \"warm\"]\n\
-         [redis]\nurl = \"${{REDIS_URL}}\"\nprefix = \"shop:v1:\"\nbatch_bytes = \"1MiB\"\n\
+         [redis]\nurl = \"${{REDIS_URL}}\"\nprefix = \"shop:v1:\"\nalso_prefix = [\"shop:v0:\"]\nbatch_bytes = \"1MiB\"\n\
          [admin]\nlisten = \"off\"\ntoken = \"${{SECRET}}\"\n\
          [defaults]\nttl = \"1d\"\njitter = \"10%\"\nwrite = \"present\"\naudit = \"1%/min\"\nwarm = false\n\
          [rule.product]\n{KEY}jitter = \"5%\"\nvars = {{ page = \"{{id}}/\" }}\ndelete = [\"page:{{page|md5}}\"]\n\
          [rule.all]\ntable = 'public.\"a.\"\"b\"\"\"'\non = [\"insert\", \"delete\"]\nkey = \"all:{{id}}\"\n\
-         value = \"json\"\ncolumns = [\"*\"]\nttl = \"off\"\nwrite = \"always\"\naudit = \"off\"\nwarm = true\n"
+         value = \"json\"\ncolumns = [\"*\"]\nttl = \"off\"\nwrite = \"always\"\naudit = \"off\"\nwarm = true\n\
+         owns = true\n"
     );
     let config = read(&text);
     assert_eq!(config.postgres.url.expose(), "postgresql://shop:hunter2@db/shop");
@@ -299,6 +313,7 @@ fn a_whole_file_is_resolved() {
     assert_eq!(config.postgres.message_commands, commands);
     assert_eq!(config.redis.url.expose(), "redis+unix:///run/redis.sock");
     assert_eq!((config.redis.prefix.as_str(), config.redis.batch_bytes), ("shop:v1:", 1 << 20));
+    assert_eq!(config.redis.prefixes().collect::<Vec<_>>(), ["shop:v1:", "shop:v0:"]);
     assert_eq!(config.admin.listen, None);
     assert!(!format!("{config:?}").contains("hunter2"));
 
@@ -306,7 +321,7 @@ fn a_whole_file_is_resolved() {
     assert_eq!(product.name.value, "product");
     assert_eq!(&text[product.name.span.clone()], "product");
     let write = product.write.as_ref().unwrap();
-    assert_eq!((write.ttl, write.present_only), (Some(Duration::from_secs(86_400)), true));
+    assert_eq!((write.ttl, write.present_only, write.owns), (Some(Duration::from_secs(86_400)), true, false));
     assert_eq!(write.jitter.to_bits(), 0.05_f64.to_bits());
     assert_eq!((write.warm, write.audit), (false, Some(0.01)));
     assert_eq!(&text[write.key.span.clone()], "\"product:{id}\"");
@@ -314,7 +329,8 @@ fn a_whole_file_is_resolved() {
     assert_eq!(all.table.value, TableName { schema: "public".to_owned(), name: "a.\"b\"".to_owned() });
     assert_eq!((all.on, all.on_given), (Operations { update: false, ..Operations::ALL }, true));
     let write = all.write.as_ref().unwrap();
-    assert_eq!((write.ttl, write.present_only, &write.columns.value), (None, false, &ColumnSelection::All));
+    assert_eq!((write.ttl, write.present_only, write.owns), (None, false, true));
+    assert_eq!(write.columns.value, ColumnSelection::All);
     assert_eq!((write.warm, write.audit), (true, None));
 }
 

@@ -18,7 +18,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::key::{Lost, Piece, Source};
+use super::form::{KeyForm, Piece, Source};
+use super::key::{Column, Lost};
 use super::pattern::Pattern;
 use super::template::{Part, Placeholder, RESERVED, Template, place};
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
@@ -46,6 +47,14 @@ pub struct BoundRule {
     pub changed: Option<Vec<usize>>,
 }
 
+impl BoundRule {
+    /// What each of its key templates, written and deleted ones, can make.
+    pub fn forms(&self) -> Vec<KeyForm> {
+        let keys = self.write.iter().map(|write| &write.key).chain(&self.delete);
+        keys.map(|key| key.form.clone()).collect()
+    }
+}
+
 /// Write-through, ready.
 #[derive(Clone, Debug)]
 pub struct BoundWrite {
@@ -59,6 +68,16 @@ pub struct BoundWrite {
     pub present_only: bool,
     /// A deleted row's key stays.
     pub keep_on_delete: bool,
+    /// The rule's `owns`.
+    pub owns: bool,
+}
+
+impl BoundWrite {
+    /// Whether every key that the template can have made is the rule's own, so that one without a row may be searched for
+    /// and deleted.
+    pub fn is_owner(&self) -> bool {
+        self.owns || self.key.pattern.is_exact()
+    }
 }
 
 /// One field of a JSON object.
@@ -115,6 +134,7 @@ pub fn bind(
         ttl: write.ttl.map(|ttl| (ttl, write.jitter)),
         present_only: write.present_only,
         keep_on_delete: write.keep_on_delete,
+        owns: write.owns,
     });
     let bound = BoundRule { rule: rule_index, on: rule.on, write, delete, changed };
     if problems.is_empty() && lossy.is_empty() {
@@ -186,14 +206,18 @@ impl Scope<'_> {
         template: &Spanned<Template>,
         with_vars: bool,
         problems: &mut Vec<BindProblem>,
-    ) -> Option<Vec<Piece>> {
+    ) -> Option<Vec<Piece<Column>>> {
         let mut pieces = Some(Vec::new());
         for part in template.value.parts() {
             let piece = match part {
-                Part::Literal(text) => Some(Piece::Literal(text.as_bytes().into())),
+                Part::Literal(text) => Some(Piece::Literal(text.as_str().into())),
                 Part::Placeholder(placeholder) => {
                     let source = self.source(template, placeholder, with_vars, problems);
-                    source.map(|source| Piece::value(source, placeholder.default.as_deref(), &placeholder.filters))
+                    source.map(|source| Piece::Value {
+                        source,
+                        default: placeholder.default.as_deref().map(Box::from),
+                        filters: placeholder.filters.as_slice().into(),
+                    })
                 }
             };
             pieces = pieces.zip(piece).map(|(mut pieces, piece)| {
@@ -210,7 +234,7 @@ impl Scope<'_> {
         placeholder: &Placeholder,
         with_vars: bool,
         problems: &mut Vec<BindProblem>,
-    ) -> Option<Source> {
+    ) -> Option<Source<Column>> {
         let var = self.rule.vars.iter().find(|(name, _)| name.value == placeholder.name);
         if let (Some((_, var)), true) = (var, with_vars) {
             return self.pieces(var, false, problems).map(|pieces| Source::Var(pieces.into()));
@@ -218,7 +242,7 @@ impl Scope<'_> {
         match self.column(&placeholder.name, placeholder_span(template, placeholder)) {
             Ok(place) => {
                 let base = self.types.get(self.relation.columns[place].type_oid).base;
-                Some(Source::Column { place, base })
+                Some(Source::Column(Column { place, base }))
             }
             Err(problem) => {
                 let problem = match var {

@@ -4,10 +4,12 @@
 //! nothing beyond the key itself.
 
 use md5::Md5;
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 /// What a placeholder does to a value before it goes into the key.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Filter {
     /// `lower`: lower case, by Unicode's rules for every language.
     Lower,

@@ -1,6 +1,7 @@
 //! A key template bound to a relation: names have become places in the tuple.
 
 use super::filter::Filter;
+use super::form::{KeyForm, Piece, Source};
 use super::pattern::{Language, Pattern};
 use crate::model::Datum;
 
@@ -11,9 +12,20 @@ pub struct BoundKey {
     pub in_identity: bool,
     /// The keys that the template can have made from this relation.
     pub pattern: Pattern,
+    /// What is left of it when the relation is forgotten.
+    pub form: KeyForm,
     /// What every key begins with: the prefix of `[redis]` and the template's own first literal.
     prefix: Box<[u8]>,
-    pieces: Box<[Piece]>,
+    pieces: Box<[Piece<Column>]>,
+}
+
+/// A column of the relation.
+#[derive(Clone, Debug)]
+pub(super) struct Column {
+    /// Its place in the tuple.
+    pub(super) place: usize,
+    /// The OID of its type, behind all domains.
+    pub(super) base: u32,
 }
 
 /// How rendering a key ended.
@@ -27,33 +39,17 @@ pub enum Rendered {
     Unknown,
 }
 
-/// What a template consists of, in order.
-#[derive(Clone, Debug)]
-pub(super) enum Piece {
-    Literal(Box<[u8]>),
-    Value { source: Source, default: Option<Box<[u8]>>, filters: Box<[Filter]> },
-}
-
-/// Where a placeholder's value comes from.
-#[derive(Clone, Debug)]
-pub(super) enum Source {
-    /// The column at this place, of this type (behind all domains).
-    Column { place: usize, base: u32 },
-    /// One of the rule's `vars`.
-    Var(Box<[Piece]>),
-}
-
 impl BoundKey {
     /// `prefix`, then the pieces; `is_identity` says of a column's place whether it is in the replica identity.
-    pub(super) fn new(prefix: &str, mut pieces: Vec<Piece>, is_identity: impl Fn(usize) -> bool) -> Self {
+    pub(super) fn new(prefix: &str, mut pieces: Vec<Piece<Column>>, is_identity: impl Fn(usize) -> bool) -> Self {
         let in_identity = columns(&pieces).into_iter().all(is_identity);
+        let form = form(&pieces);
         let mut first = prefix.as_bytes().to_vec();
         if let Some(Piece::Literal(literal)) = pieces.first() {
-            first.extend_from_slice(literal);
+            first.extend_from_slice(literal.as_bytes());
             pieces.remove(0);
         }
-        let pattern = Pattern::new(&first, &languages(&pieces));
-        BoundKey { in_identity, pattern, prefix: first.into(), pieces: pieces.into() }
+        BoundKey { in_identity, pattern: form.pattern(prefix), form, prefix: first.into(), pieces: pieces.into() }
     }
 
     /// Appends the row's key to `out`; nothing is left there unless it is [`Rendered::Done`].
@@ -115,8 +111,8 @@ pub(super) enum Lost {
     },
 }
 
-fn values(prefix: &[u8], pieces: &[Piece]) -> Vec<KeyValue> {
-    let languages = languages(pieces);
+fn values(prefix: &[u8], pieces: &[Piece<Column>]) -> Vec<KeyValue> {
+    let languages: Vec<Language> = form(pieces).languages();
     let pattern = Pattern::new(prefix, &languages);
     let boundary = |at: usize| {
         let key = pattern.ambiguous_key(at)?;
@@ -132,7 +128,7 @@ fn values(prefix: &[u8], pieces: &[Piece]) -> Vec<KeyValue> {
         let filter = filters.iter().find(|filter| !filter.is_injective()).map(|filter| Lost::Filter(*filter));
         let lost = filter.or_else(|| default.as_ref().map(|_| Lost::Default)).or_else(|| boundary(at));
         match source {
-            Source::Column { place, .. } => found.push(KeyValue { placeholder, columns: vec![*place], lost }),
+            Source::Column(column) => found.push(KeyValue { placeholder, columns: vec![column.place], lost }),
             Source::Var(inner) => {
                 let of_var = |value: KeyValue| KeyValue { placeholder, lost: lost.clone().or(value.lost), ..value };
                 found.extend(values(b"", inner).into_iter().map(of_var));
@@ -143,15 +139,15 @@ fn values(prefix: &[u8], pieces: &[Piece]) -> Vec<KeyValue> {
     found
 }
 
-fn languages(pieces: &[Piece]) -> Vec<Language> {
-    pieces.iter().map(Piece::language).collect()
+fn form(pieces: &[Piece<Column>]) -> KeyForm {
+    KeyForm::new(pieces, |column| column.base)
 }
 
 /// The places of the columns that the pieces use, each once, in ascending order.
-fn columns(pieces: &[Piece]) -> Vec<usize> {
-    let of_piece = |piece: &Piece| match piece {
+fn columns(pieces: &[Piece<Column>]) -> Vec<usize> {
+    let of_piece = |piece: &Piece<Column>| match piece {
         Piece::Literal(_) => Vec::new(),
-        Piece::Value { source: Source::Column { place, .. }, .. } => vec![*place],
+        Piece::Value { source: Source::Column(column), .. } => vec![column.place],
         Piece::Value { source: Source::Var(inner), .. } => columns(inner),
     };
     let mut places: Vec<usize> = pieces.iter().flat_map(of_piece).collect();
@@ -160,23 +156,22 @@ fn columns(pieces: &[Piece]) -> Vec<usize> {
     places
 }
 
-fn render(pieces: &[Piece], row: &[Datum<'_>], out: &mut Vec<u8>) -> Rendered {
+fn render(pieces: &[Piece<Column>], row: &[Datum<'_>], out: &mut Vec<u8>) -> Rendered {
     for piece in pieces {
         match piece {
-            Piece::Literal(bytes) => out.extend_from_slice(bytes),
+            Piece::Literal(text) => out.extend_from_slice(text.as_bytes()),
             Piece::Value { source, default, filters } => {
                 let start = out.len();
                 match (render_source(source, row, out), default) {
-                    (Rendered::Done, _) => {
-                        for filter in filters {
-                            filter.apply(out, start);
-                        }
-                    }
+                    (Rendered::Done, _) => {}
                     (Rendered::Null, Some(default)) => {
                         out.truncate(start);
-                        out.extend_from_slice(default);
+                        out.extend_from_slice(default.as_bytes());
                     }
                     (incomplete, _) => return incomplete,
+                }
+                for filter in filters {
+                    filter.apply(out, start);
                 }
             }
         }
@@ -184,10 +179,10 @@ fn render(pieces: &[Piece], row: &[Datum<'_>], out: &mut Vec<u8>) -> Rendered {
     Rendered::Done
 }
 
-fn render_source(source: &Source, row: &[Datum<'_>], out: &mut Vec<u8>) -> Rendered {
+fn render_source(source: &Source<Column>, row: &[Datum<'_>], out: &mut Vec<u8>) -> Rendered {
     match source {
         Source::Var(pieces) => render(pieces, row, out),
-        Source::Column { place, .. } => match row.get(*place) {
+        Source::Column(column) => match row.get(column.place) {
             Some(Datum::Text(bytes)) => {
                 out.extend_from_slice(bytes);
                 Rendered::Done
@@ -195,37 +190,5 @@ fn render_source(source: &Source, row: &[Datum<'_>], out: &mut Vec<u8>) -> Rende
             Some(Datum::Null) => Rendered::Null,
             Some(Datum::UnchangedToast) | None => Rendered::Unknown,
         },
-    }
-}
-
-impl Piece {
-    /// A placeholder; the default is what stands in for NULL, before the filters.
-    pub(super) fn value(source: Source, default: Option<&str>, filters: &[Filter]) -> Self {
-        let default = default.map(|text| {
-            let mut bytes = text.as_bytes().to_vec();
-            for filter in filters {
-                filter.apply(&mut bytes, 0);
-            }
-            bytes.into_boxed_slice()
-        });
-        Piece::Value { source, default, filters: filters.into() }
-    }
-
-    /// Everything it can stand for.
-    fn language(&self) -> Language {
-        match self {
-            Piece::Literal(bytes) => Language::literal(bytes),
-            Piece::Value { source, default, filters } => {
-                let own = match source {
-                    Source::Column { base, .. } => Language::of_type(*base),
-                    Source::Var(pieces) => Language::Sequence(languages(pieces)),
-                };
-                let filtered = filters.iter().fold(own, |language, filter| language.filtered(*filter));
-                match default {
-                    Some(default) => filtered.or(Language::literal(default)),
-                    None => filtered,
-                }
-            }
-        }
     }
 }

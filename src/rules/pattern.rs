@@ -73,6 +73,8 @@ pub(super) enum Language {
     Choice(Vec<Language>),
     /// Any number of times, none included.
     Repeat(Box<Language>),
+    /// The same; but what can really come is not known, and less.
+    Loose(Box<Language>),
 }
 
 fn byte(holds: impl Fn(u8) -> bool) -> Language {
@@ -115,7 +117,17 @@ impl Language {
 
     /// Any bytes at all.
     fn anything() -> Self {
-        repeat(byte(|_| true))
+        Self::Loose(Box::new(repeat(byte(|_| true))))
+    }
+
+    /// Whether it is no larger than what can come: no text of unknown form is in it.
+    pub(super) fn is_exact(&self) -> bool {
+        match self {
+            Self::Byte(_) => true,
+            Self::Sequence(parts) | Self::Choice(parts) => parts.iter().all(Self::is_exact),
+            Self::Repeat(part) => part.is_exact(),
+            Self::Loose(_) => false,
+        }
     }
 
     /// This one or the other.
@@ -188,14 +200,14 @@ impl Language {
         }
         // Outside ASCII a change of case depends on the neighbours and changes lengths; but no letter that the change
         // would have changed is left.
-        repeat(byte(|b| change(&b) == b))
+        Self::Loose(Box::new(repeat(byte(|b| change(&b) == b))))
     }
 
     fn is_ascii(&self) -> bool {
         match self {
             Self::Byte(set) => set.is_ascii(),
             Self::Sequence(parts) | Self::Choice(parts) => parts.iter().all(Self::is_ascii),
-            Self::Repeat(part) => part.is_ascii(),
+            Self::Repeat(part) | Self::Loose(part) => part.is_ascii(),
         }
     }
 
@@ -207,6 +219,7 @@ impl Language {
             Self::Sequence(parts) => Self::Sequence(all(parts)),
             Self::Choice(parts) => Self::Choice(all(parts)),
             Self::Repeat(part) => repeat(part.map(change)),
+            Self::Loose(part) => Self::Loose(Box::new(part.map(change))),
         }
     }
 }
@@ -228,8 +241,12 @@ fn url_encoded(set: ByteSet) -> Language {
 pub struct Pattern {
     /// The literal that all of them begin with.
     prefix: Box<[u8]>,
+    /// How much of that is the prefix of `[redis]`.
+    root: usize,
     /// Whether the prefix is the only key.
     constant: bool,
+    /// No value of unknown form is in the keys.
+    exact: bool,
     /// The first one is the start, which no byte enters.
     states: Vec<State>,
 }
@@ -252,10 +269,16 @@ impl std::fmt::Debug for ByteSet {
 }
 
 impl Pattern {
+    /// The prefix of `[redis]`, a literal, then the pieces one after the other.
+    pub(super) fn under_prefix(prefix: &[u8], literal: &[u8], pieces: &[Language]) -> Self {
+        Pattern { root: prefix.len(), ..Self::new(&[prefix, literal].concat(), pieces) }
+    }
+
     /// `prefix`, then the pieces one after the other.
     pub(super) fn new(prefix: &[u8], pieces: &[Language]) -> Self {
         let start = State { bytes: ByteSet([0; 4]), piece: 0, next: Vec::new(), accepting: false };
-        let mut pattern = Pattern { prefix: prefix.into(), constant: pieces.is_empty(), states: vec![start] };
+        let (constant, exact) = (pieces.is_empty(), pieces.iter().all(Language::is_exact));
+        let mut pattern = Pattern { prefix: prefix.into(), root: 0, constant, exact, states: vec![start] };
         let mut ends = pattern.append(&Language::literal(prefix), 0, vec![0]);
         for (index, piece) in pieces.iter().enumerate() {
             ends = pattern.append(piece, index + 1, ends);
@@ -271,6 +294,21 @@ impl Pattern {
         Self::new(prefix, &[Language::anything()])
     }
 
+    /// The same keys under another prefix of `[redis]`.
+    pub fn under(&self, prefix: &[u8]) -> Self {
+        let literal = &self.prefix[self.root..];
+        let mut moved = Self::under_prefix(prefix, literal, &[]);
+        // The states of a literal are a chain, one for each byte behind the start; its end leads to everything else.
+        let (old_end, new_end) = (self.prefix.len(), moved.prefix.len());
+        let renumbered = |state: &State| {
+            let next = state.next.iter().map(|next| next - old_end + new_end).collect();
+            State { next, ..state.clone() }
+        };
+        moved.states[new_end] = State { bytes: moved.states[new_end].bytes, ..renumbered(&self.states[old_end]) };
+        moved.states.extend(self.states[old_end + 1..].iter().map(renumbered));
+        Pattern { constant: self.constant, exact: self.exact, ..moved }
+    }
+
     /// Adds the language behind the states `from`; returns the states it may end in.
     fn append(&mut self, language: &Language, piece: usize, from: Vec<usize>) -> Vec<usize> {
         match language {
@@ -284,6 +322,7 @@ impl Pattern {
             }
             Language::Sequence(parts) => parts.iter().fold(from, |from, part| self.append(part, piece, from)),
             Language::Choice(parts) => union(parts.iter().map(|part| self.append(part, piece, from.clone())).collect()),
+            Language::Loose(part) => self.append(part, piece, from),
             Language::Repeat(part) => {
                 let Some(&first) = from.first() else { return from };
                 let known = self.states[first].next.len();
@@ -322,6 +361,12 @@ impl Pattern {
     /// What every such key begins with, `[redis] prefix` included.
     pub fn literal_prefix(&self) -> &[u8] {
         &self.prefix
+    }
+
+    /// Whether such a key can hardly be anybody else's: each value in it has a form that is known from its type or filter.
+    /// A text has none: `user:{name}` claims an application's `user:1:cart` too.
+    pub fn is_exact(&self) -> bool {
+        self.exact
     }
 
     /// The only such key, where the template has no placeholder.
@@ -499,6 +544,30 @@ mod tests {
     }
 
     #[test]
+    fn only_values_of_known_form_are_exact() {
+        use Filter::{Lower, Md5, Sha256, Upper, UrlEncode};
+        let exact: &[(Type, &[Filter])] = &[
+            (Type::INT4, &[]),
+            (Type::UUID, &[Upper]),
+            (Type::TIMESTAMPTZ, &[UrlEncode]),
+            (Type::TEXT, &[Md5]),
+            (Type::JSONB, &[Lower, Sha256]),
+        ];
+        let loose: &[(Type, &[Filter])] =
+            &[(Type::TEXT, &[]), (Type::VARCHAR, &[UrlEncode]), (Type::TEXT, &[Lower]), (Type::INET, &[])];
+        for (ty, filters) in exact {
+            assert!(Pattern::new(b"k:", &[language(ty.clone(), filters)]).is_exact(), "{ty} {filters:?}");
+        }
+        for (ty, filters) in loose {
+            let beside = [language(Type::INT4, &[]), language(ty.clone(), filters).or(Language::literal(b"none"))];
+            assert!(!Pattern::new(b"k:", &beside).is_exact(), "{ty} {filters:?}");
+        }
+        assert!(Pattern::new(b"feed:global", &[]).is_exact());
+        // A change of case outside ASCII makes more of a literal than it was.
+        assert!(!Pattern::new(b"k:", &[Language::literal("é".as_bytes()).filtered(Upper)]).is_exact());
+    }
+
+    #[test]
     fn common_keys_are_found_where_there_are_some() {
         let text = || language(Type::TEXT, &[]);
         let int = || language(Type::INT4, &[]);
@@ -578,6 +647,7 @@ mod tests {
                 parts.iter().map(member).collect::<Vec<_>>().prop_map(|parts| parts.concat()).boxed()
             }
             Language::Choice(parts) => Union::new(parts.iter().map(member)).boxed(),
+            Language::Loose(part) => member(part),
             Language::Repeat(part) => {
                 prop::collection::vec(member(part), 0..4).prop_map(|parts| parts.concat()).boxed()
             }
@@ -610,6 +680,23 @@ mod tests {
             })
         ) {
             prop_assert!(Pattern::new(b"", &[language]).matches(&member));
+        }
+
+        #[test]
+        fn under_another_prefix_it_is_as_if_made_there(
+            (pieces, key) in prop::collection::vec(any_language(), 0..3).prop_flat_map(|pieces| {
+                let key = member(&Language::Sequence(pieces.clone()));
+                (Just(pieces), key)
+            }),
+            (from, to, literal) in ("[ab:]{0,3}", "[ab:]{0,3}", "[ab:]{0,2}"),
+            stray in "[ab:]{0,6}",
+        ) {
+            let at = |prefix: &str| Pattern::under_prefix(prefix.as_bytes(), literal.as_bytes(), &pieces);
+            let (moved, made) = (at(&from).under(to.as_bytes()), at(&to));
+            prop_assert!(moved.matches(&[to.as_bytes(), literal.as_bytes(), &key].concat()));
+            prop_assert_eq!(moved.matches(stray.as_bytes()), made.matches(stray.as_bytes()));
+            prop_assert_eq!((moved.scan_glob(), moved.only_key()), (made.scan_glob(), made.only_key()));
+            prop_assert_eq!(moved.under(from.as_bytes()).scan_glob(), at(&from).scan_glob());
         }
 
         #[test]

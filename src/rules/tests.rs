@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use tokio_postgres::types::Type;
 
 use super::bind::{BoundKey, BoundRule, Rendered, Unbound, bind};
+use super::form::KeyForm;
 use super::ownership::check_overlaps;
 use crate::catalog::{HiddenColumn, Leaf, Persistence, Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::diagnostic::{Diagnostic, render};
@@ -174,6 +175,25 @@ fn vars_stand_for_templates() {
     assert_eq!(rendered(&key, &null), Err(Rendered::Null));
     let key = delete_key_with_vars("page:{url?none|upper}", vars, &full_products());
     assert_eq!(rendered(&key, &null), Ok("shop:page:NONE".to_owned()));
+}
+
+#[test]
+fn a_form_is_stored_as_literals_and_types() {
+    let stored = |template: &str| {
+        let form = delete_key_with_vars(template, "{ page = \"/{sku}\" }", &full_products()).form;
+        let stored = serde_json::to_string(&form).unwrap();
+        assert_eq!(serde_json::from_str::<KeyForm>(&stored).unwrap(), form, "{stored}");
+        stored
+    };
+    assert_eq!(stored("feed:{{é}}"), r#"[{"literal":"feed:{é}"}]"#);
+    assert_eq!(stored("p:{id}"), r#"[{"literal":"p:"},{"value":{"source":{"column":20}}}]"#);
+    assert_eq!(
+        stored("p:{page?Home|lower|md5}"),
+        r#"[{"literal":"p:"},{"value":{"source":{"var":[{"literal":"/"},{"value":{"source":{"column":25}}}]},"default":"Home","filters":["lower","md5"]}}]"#
+    );
+    for other in [r#"[{"glob":"*"}]"#, r#"[{"value":{"source":{"column":20},"more":1}}]"#] {
+        assert!(serde_json::from_str::<KeyForm>(other).is_err(), "{other}");
+    }
 }
 
 const WRITE: &str = "value = \"json\"\ncolumns = [\"id\"]\n";
@@ -471,6 +491,11 @@ proptest! {
         if let Ok(rendered) = rendered(&key, &datums(&row)) {
             prop_assert!(key.pattern.matches(rendered.as_bytes()), "{rendered}");
             prop_assert!(rendered.as_bytes().starts_with(key.pattern.literal_prefix()));
+            let stored = serde_json::to_string(&key.form).unwrap();
+            let form: KeyForm = serde_json::from_str(&stored).unwrap();
+            let elsewhere = format!("other:{}", rendered.strip_prefix("shop:").unwrap());
+            prop_assert!(form.pattern("other:").matches(elsewhere.as_bytes()), "{elsewhere} {stored}");
+            prop_assert!(key.pattern.under(b"other:").matches(elsewhere.as_bytes()), "{elsewhere}");
         }
     }
 

@@ -15,6 +15,7 @@ use crate::config::diagnostic::Severity;
 use crate::config::{Config, TableName};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind};
+use crate::rules::pattern::Pattern;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
 use crate::source::provision::{Executor, plan_setup};
@@ -242,14 +243,28 @@ fn claims(config: &Config, checked: &Checked, keys: &[Vec<u8>]) -> Vec<Answer> {
     let mut answers = Vec::new();
     for bound in checked.rules.iter().flatten() {
         let rule = &config.rules[usize::from(bound.rule)].name.value;
-        let templates = bound.write.iter().map(|write| &write.key).chain(&bound.delete);
-        for pattern in templates.map(|key| &key.pattern) {
-            let claimed: Vec<_> = keys.iter().filter(|key| pattern.matches(key)).collect();
-            let samples = claimed.iter().take(SAMPLES).map(|key| String::from_utf8_lossy(key).into_owned());
-            let samples = samples.collect::<Vec<_>>().join(", ");
-            let among = if samples.is_empty() { String::new() } else { format!(", as {samples}") };
-            answers.push(Answer::ok(format!("rule `{rule}` owns {} keys like {pattern}{among}", claimed.len())));
+        let written = bound.write.iter().map(|write| (&write.key, write.is_owner()));
+        // What is only deleted may be anybody's.
+        let deleted = bound.delete.iter().map(|key| (key, true));
+        for (key, is_owner) in written.chain(deleted) {
+            let claimed = claimed(rule, &key.pattern, keys);
+            answers.push(match is_owner {
+                true => Answer::ok(claimed),
+                false => Answer::warning(
+                    format!("{claimed}; a text in them can be anything, so those that no row has are not searched for"),
+                    "if nobody else makes such keys:  owns = true; or put a digest into the key: {column|md5}",
+                ),
+            });
         }
     }
     answers
+}
+
+/// How many keys it is, and what they look like.
+fn claimed(rule: &str, pattern: &Pattern, keys: &[Vec<u8>]) -> String {
+    let claimed: Vec<_> = keys.iter().filter(|key| pattern.matches(key)).collect();
+    let samples = claimed.iter().take(SAMPLES).map(|key| String::from_utf8_lossy(key).into_owned());
+    let samples = samples.collect::<Vec<_>>().join(", ");
+    let among = if samples.is_empty() { String::new() } else { format!(", as {samples}") };
+    format!("rule `{rule}` owns {} keys like {pattern}{among}", claimed.len())
 }
