@@ -10,6 +10,7 @@ use std::ops::Range;
 use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::model::{Lsn, Position, Timestamp};
+use crate::rules::form::KeyForm;
 use crate::rules::pattern::Pattern;
 
 /// Transactions noted for the delay: changes of one and the same key add nothing else.
@@ -64,9 +65,31 @@ impl CellHasher {
     }
 }
 
+impl<'a> CacheOp<'a> {
+    /// The key, prefix included.
+    pub fn key(&self) -> &'a [u8] {
+        match self {
+            CacheOp::Set { key, .. } | CacheOp::Delete { key } => key,
+        }
+    }
+}
+
 /// A key in a batch, to decide about.
 #[derive(Clone, Copy, Debug)]
 pub struct Cell(usize);
+
+/// What becomes known of a rule's keys, for the record beside the checkpoint. It waits for a batch, and asks for none.
+#[derive(Clone, Debug)]
+pub enum Claim {
+    /// From this batch on they look like this.
+    Makes(Vec<KeyForm>),
+    /// What the rule made before is gone, as far as such keys were searched for: those of exact forms, or all of them if
+    /// the rule `owns` whatever looks like them.
+    Settled {
+        /// The rule's `owns`.
+        owns: bool,
+    },
+}
 
 #[derive(Clone, Debug)]
 enum Decision {
@@ -90,6 +113,7 @@ pub struct Batch {
     places: HashTable<usize>,
     hasher: DefaultHashBuilder,
     sweeps: Vec<Pattern>,
+    claims: Vec<(u16, Claim)>,
     /// Per rule, the transaction that last touched it in this batch: each counts once for the delay.
     touched: Vec<Option<Lsn>>,
     commits: Vec<(u16, Timestamp)>,
@@ -111,6 +135,7 @@ impl Batch {
             places: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             sweeps: Vec::new(),
+            claims: Vec::new(),
             touched: vec![None; rules],
             commits: Vec::new(),
             newest: None,
@@ -127,6 +152,7 @@ impl Batch {
         self.entries.clear();
         self.places.clear();
         self.sweeps.clear();
+        self.claims.clear();
         self.touched.fill(None);
         self.commits.clear();
         self.newest = None;
@@ -227,6 +253,16 @@ impl Batch {
     /// The patterns whose keys go before the operations: these concern other rules' keys, or are deletes themselves.
     pub fn sweeps(&self) -> &[Pattern] {
         &self.sweeps
+    }
+
+    /// Something becomes known of a rule's keys.
+    pub fn claim(&mut self, rule: u16, claim: Claim) {
+        self.claims.push((rule, claim));
+    }
+
+    /// What became known, in order.
+    pub fn claims(&self) -> &[(u16, Claim)] {
+        &self.claims
     }
 
     /// The transaction that commits at `commit_lsn` and did so at `commit_time` has touched the rule.

@@ -1,6 +1,7 @@
 //! The Redis side: batches go in, and the checkpoint with them.
 //!
 //! - [`checkpoint`]: how far the cache has come, kept in the cache itself.
+//! - [`claims`]: which keys it can hold of which rules, a record that outlives rules and tables.
 //! - [`commands`]: a batch as Redis commands; pure.
 //! - [`connection`]: one connection to a standalone server, and what its errors mean.
 //! - [`inspect`]: what the server says of itself, for `check --connect`.
@@ -17,6 +18,7 @@ use crate::error::Result;
 use checkpoint::Checkpoint;
 
 pub mod checkpoint;
+pub mod claims;
 pub mod commands;
 pub mod connection;
 pub mod inspect;

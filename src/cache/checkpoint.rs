@@ -27,7 +27,7 @@ pub struct Checkpoint {
     /// The end of the last batch whose replies were all seen to be good. What lies between it and `applied` is
     /// applied again at a restart.
     pub good: Position,
-    /// [`RuleSet::digest`] of the rules that wrote this cache. What it stands for lies in a key of its own, so that a
+    /// [`RuleSet::digest_with`] of the rules that wrote this cache. What it stands for lies in a key of its own, so that a
     /// checkpoint stays small however many rules there are.
     pub rules: String,
     /// When it was written, in microseconds since 1970: how long the cache has held `low` at least.
@@ -141,21 +141,21 @@ impl RuleSet {
         for (name, fingerprint) in &fingerprints {
             hash.update(format!("{name}\0{fingerprint}\0"));
         }
-        let digest = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        RuleSet { names: rules.iter().map(|rule| rule.name.value.clone()).collect(), fingerprints, digest }
+        let names = rules.iter().map(|rule| rule.name.value.clone()).collect();
+        RuleSet { names, fingerprints, digest: hex(hash) }
     }
 
-    /// As stored in Redis: an object of names and hashes.
-    pub fn encode(&self) -> Vec<u8> {
-        serde_json::to_vec(&self.fingerprints).expect("a map of strings")
+    /// The digest, and whether keys are written under the same prefixes too: what a checkpoint remembers.
+    pub fn digest_with(&self, also: &[String]) -> String {
+        if also.is_empty() {
+            return self.digest.clone();
+        }
+        let mut hash = Sha256::new_with_prefix(&self.digest);
+        also.iter().for_each(|prefix| hash.update(format!("\0{prefix}")));
+        hex(hash)
     }
 
-    /// The name of its key.
-    pub fn key(prefix: &str) -> String {
-        format!("{prefix}{RESERVED}rules")
-    }
-
-    /// What became of the rules since `before`, as stored by an earlier run.
+    /// What became of the rules since `before`, which is [`super::claims::Claims::fingerprints`] of an earlier run.
     pub fn difference(&self, before: &BTreeMap<String, String>) -> Difference {
         let mut difference = Difference::default();
         for (name, hash) in &self.fingerprints {
@@ -168,6 +168,11 @@ impl RuleSet {
         difference.removed = before.keys().filter(|name| !self.fingerprints.contains_key(*name)).cloned().collect();
         difference
     }
+}
+
+/// The first 16 digits.
+fn hex(hash: Sha256) -> String {
+    hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The names of rules that are not what they were.
@@ -232,8 +237,7 @@ pub(crate) mod tests {
     #[test]
     fn added_changed_and_removed_rules_are_told_apart() {
         let of = |pairs: &[(&str, &str)]| pairs.iter().map(|(name, hash)| ((*name).into(), (*hash).into())).collect();
-        let now =
-            RuleSet { names: vec![], fingerprints: of(&[("a", "1"), ("b", "2"), ("c", "3")]), digest: String::new() };
+        let now = RuleSet { fingerprints: of(&[("a", "1"), ("b", "2"), ("c", "3")]), ..RuleSet::new(&[]) };
         let Difference { added, changed, removed } = now.difference(&of(&[("a", "1"), ("b", "0"), ("d", "4")]));
         assert_eq!((added, changed, removed), (vec!["c".to_owned()], vec!["b".to_owned()], vec!["d".to_owned()]));
     }

@@ -6,33 +6,83 @@
 use redis::Cmd;
 
 use crate::batch::{Batch, CacheOp};
+use crate::config::RedisConfig;
+use crate::rules::pattern::Pattern;
 
-/// The commands of the batch's operations; sweeps are not among them.
-pub fn encode(batch: &Batch) -> Vec<Cmd> {
-    let (mut sets, mut set_bytes, mut deletes, mut delete_bytes) = (0, 0, 0, 0);
+/// The commands of the batch's operations, under each prefix; sweeps are not among them.
+pub fn encode(batch: &Batch, redis: &RedisConfig) -> Vec<Cmd> {
+    let mut encoder = Encoder::for_batch(batch, redis);
     for (_, op) in batch.ops() {
-        match op {
-            CacheOp::Delete { key } => (deletes, delete_bytes) = (deletes + 1, delete_bytes + key.len()),
-            CacheOp::Set { key, value, ttl_ms: None, present_only: false } => {
-                (sets, set_bytes) = (sets + 1, set_bytes + key.len() + value.len());
-            }
-            CacheOp::Set { .. } => {}
+        encoder.add(op.key(), op);
+    }
+    let mut key = Vec::new();
+    for prefix in &redis.also_prefix {
+        for (_, op) in batch.ops() {
+            key.clear();
+            key.extend_from_slice(prefix.as_bytes());
+            key.extend_from_slice(&op.key()[redis.prefix.len()..]);
+            encoder.add(&key, op);
         }
     }
-    let mut plain = Cmd::with_capacity(1 + 2 * sets, set_bytes + 8);
-    plain.arg(if sets == 1 { "SET" } else { "MSET" });
-    let mut unlink = Cmd::with_capacity(1 + deletes, delete_bytes + 8);
-    unlink.arg("UNLINK");
-    let mut commands = Vec::new();
-    for (_, op) in batch.ops() {
+    encoder.finish()
+}
+
+/// The patterns whose keys go before that, under each prefix.
+pub fn sweeps(batch: &Batch, redis: &RedisConfig) -> Vec<Pattern> {
+    let under = |prefix: &str, pattern: &Pattern| pattern.under(prefix.as_bytes());
+    redis.prefixes().flat_map(|prefix| batch.sweeps().iter().map(move |pattern| under(prefix, pattern))).collect()
+}
+
+/// The keys of the batch's operations, under each prefix.
+pub(super) fn keys(batch: &Batch, redis: &RedisConfig) -> Vec<Vec<u8>> {
+    let mut keys = Vec::with_capacity(batch.len() * redis.prefixes().count());
+    for prefix in redis.prefixes() {
+        let under = |key: &[u8]| [prefix.as_bytes(), &key[redis.prefix.len()..]].concat();
+        keys.extend(batch.ops().map(|(_, op)| under(op.key())));
+    }
+    keys
+}
+
+/// What grows while operations are added.
+struct Encoder {
+    plain: Cmd,
+    unlink: Cmd,
+    others: Vec<Cmd>,
+}
+
+impl Encoder {
+    /// With room for all of it.
+    fn for_batch(batch: &Batch, redis: &RedisConfig) -> Self {
+        let (mut sets, mut set_bytes, mut deletes, mut delete_bytes) = (0, 0, 0, 0);
+        for (_, op) in batch.ops() {
+            match op {
+                CacheOp::Delete { key } => (deletes, delete_bytes) = (deletes + 1, delete_bytes + key.len()),
+                CacheOp::Set { key, value, ttl_ms: None, present_only: false } => {
+                    (sets, set_bytes) = (sets + 1, set_bytes + key.len() + value.len());
+                }
+                CacheOp::Set { .. } => {}
+            }
+        }
+        let copies = redis.prefixes().count();
+        // The other prefixes may be longer.
+        let more = redis.also_prefix.iter().map(|prefix| prefix.len()).sum::<usize>();
+        let mut plain = Cmd::with_capacity(1 + 2 * sets * copies, set_bytes * copies + sets * more + 8);
+        plain.arg(if sets * copies == 1 { "SET" } else { "MSET" });
+        let mut unlink = Cmd::with_capacity(1 + deletes * copies, delete_bytes * copies + deletes * more + 8);
+        unlink.arg("UNLINK");
+        Encoder { plain, unlink, others: Vec::new() }
+    }
+
+    /// The operation, for this key.
+    fn add(&mut self, key: &[u8], op: CacheOp<'_>) {
         match op {
-            CacheOp::Delete { key } => {
-                unlink.arg(key);
+            CacheOp::Delete { .. } => {
+                self.unlink.arg(key);
             }
-            CacheOp::Set { key, value, ttl_ms: None, present_only: false } => {
-                plain.arg(key).arg(value);
+            CacheOp::Set { value, ttl_ms: None, present_only: false, .. } => {
+                self.plain.arg(key).arg(value);
             }
-            CacheOp::Set { key, value, ttl_ms, present_only } => {
+            CacheOp::Set { value, ttl_ms, present_only, .. } => {
                 let mut set = Cmd::with_capacity(6, key.len() + value.len() + 32);
                 set.arg("SET").arg(key).arg(value);
                 if let Some(ttl_ms) = ttl_ms {
@@ -41,12 +91,16 @@ pub fn encode(batch: &Batch) -> Vec<Cmd> {
                 if present_only {
                     set.arg("XX");
                 }
-                commands.push(set);
+                self.others.push(set);
             }
         }
     }
-    commands.extend([plain, unlink].into_iter().filter(|command| command.args_iter().len() > 1));
-    commands
+
+    fn finish(self) -> Vec<Cmd> {
+        let Encoder { plain, unlink, mut others } = self;
+        others.extend([plain, unlink].into_iter().filter(|command| command.args_iter().len() > 1));
+        others
+    }
 }
 
 /// The command as one would type it into `redis-cli`.
@@ -59,7 +113,7 @@ pub fn show(command: &Cmd) -> String {
 }
 
 /// Bare where that is unambiguous, else in double quotes with the escapes that `redis-cli` reads.
-fn quoted(bytes: &[u8]) -> String {
+pub fn quoted(bytes: &[u8]) -> String {
     let bare = |byte: &u8| byte.is_ascii_graphic() && !b"\"'\\".contains(byte);
     if !bytes.is_empty() && bytes.iter().all(bare) {
         return bytes.iter().copied().map(char::from).collect();
@@ -85,8 +139,13 @@ fn quoted(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
     use crate::batch::Limits;
+    use crate::config::tests::redis_config;
 
     fn batch(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Vec<String> {
+        encode(&made(ops), &redis_config("", &[])).iter().map(show).collect()
+    }
+
+    fn made(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Batch {
         let mut batch = Batch::new(Limits { ops: 100, bytes: 10_000 }, 1);
         for (key, value, ttl_ms, present_only) in ops {
             let cell = batch.cell(0, |out| {
@@ -102,7 +161,7 @@ mod tests {
                 batch.set(cell, *ttl_ms, *present_only, render).expect("a value");
             }
         }
-        encode(&batch).iter().map(show).collect()
+        batch
     }
 
     #[test]
@@ -124,6 +183,27 @@ mod tests {
             ("c", Some("1"), Some(9), true),
         ]);
         assert_eq!(commands, ["SET a 1 PX 1500", "SET b 1 XX", "SET c 1 PX 9 XX"]);
+    }
+
+    #[test]
+    fn each_prefix_gets_the_same() {
+        let batch =
+            made(&[("v1:a", Some("1"), None, false), ("v1:b", None, None, false), ("v1:c", Some("1"), Some(9), true)]);
+        let redis = redis_config("v1:", &["older:", "x"]);
+        let commands: Vec<String> = encode(&batch, &redis).iter().map(show).collect();
+        assert_eq!(
+            commands,
+            [
+                "SET v1:c 1 PX 9 XX",
+                "SET older:c 1 PX 9 XX",
+                "SET xc 1 PX 9 XX",
+                "MSET v1:a 1 older:a 1 xa 1",
+                "UNLINK v1:b older:b xb"
+            ]
+        );
+        assert_eq!(keys(&batch, &redis).concat(), b"v1:av1:bv1:colder:aolder:bolder:cxaxbxc");
+        let one = encode(&made(&[("v1:a", Some("1"), None, false)]), &redis_config("v1:", &["v0:"]));
+        assert_eq!(show(&one[0]), "MSET v1:a 1 v0:a 1", "never a SET of two keys");
     }
 
     #[test]

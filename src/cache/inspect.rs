@@ -12,9 +12,9 @@ use super::connection::{Connection, Failure};
 use super::writer::{into_error, scan};
 
 /// Every command that keepstep sends, as an ACL names it; AUTH needs no permission.
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 18] = [
     "type", "dbsize", "pttl", "mget", "select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec",
-    "watch", "unwatch", "eval", "wait",
+    "watch", "unwatch", "eval", "wait", "memory|usage",
 ];
 
 /// What INFO says, as far as it matters.
@@ -34,6 +34,10 @@ pub struct RedisFacts {
     pub eviction: String,
     /// Whether an append-only file is kept.
     pub append_only: bool,
+    /// Reads of keys that were there, by whomever, since the server started.
+    pub hits: u64,
+    /// The same of keys that were not.
+    pub misses: u64,
 }
 
 impl RedisFacts {
@@ -57,6 +61,8 @@ impl RedisFacts {
             maxmemory: field("maxmemory").parse().unwrap_or(0),
             eviction: field("maxmemory_policy").to_owned(),
             append_only: field("aof_enabled") == "1",
+            hits: field("keyspace_hits").parse().unwrap_or(0),
+            misses: field("keyspace_misses").parse().unwrap_or(0),
         }
     }
 }
@@ -97,38 +103,50 @@ pub async fn keys(config: &RedisConfig, enough: usize) -> Result<Vec<Vec<u8>>> {
 /// The ACL that lets a user do just what keepstep does.
 pub fn acl_line(config: &RedisConfig) -> String {
     let commands = COMMANDS.map(|command| format!("+{command}")).join(" ");
-    format!("ACL SETUSER keepstep on >PASSWORD resetkeys ~{}* resetchannels -@all {commands}", config.prefix)
+    let keys = config.prefixes().map(|prefix| format!("~{prefix}*")).collect::<Vec<_>>().join(" ");
+    format!("ACL SETUSER keepstep on >PASSWORD resetkeys {keys} resetchannels -@all {commands}")
 }
 
 /// Tries each kind of command on a key of keepstep's own that is never kept, so that a missing permission shows before
 /// the first batch.
 pub async fn try_commands(config: &RedisConfig) -> Result<()> {
-    let key = format!("{}{RESERVED}none", config.prefix);
+    let attempt = async {
+        let mut connection = Connection::open(config).await?;
+        for prefix in config.prefixes() {
+            connection.send(trial(&format!("{prefix}{RESERVED}none"))).await?;
+        }
+        Ok(())
+    };
+    attempt.await.map_err(into_error)
+}
+
+/// Every kind of command on this key, which is gone at the end.
+fn trial(key: &str) -> Vec<Cmd> {
+    let script = "redis.call('UNLINK', KEYS[1]) redis.call('SET', KEYS[1], '') redis.call('UNLINK', KEYS[1]) return 1";
+    let commands: [&[&str]; 16] = [
+        &["UNWATCH"],
+        &["EVAL", script, "1", key],
+        &["DBSIZE"],
+        &["PTTL", key],
+        &["TYPE", key],
+        &["MGET", key],
+        &["WATCH", key],
+        &["GET", key],
+        &["MULTI"],
+        &["MSET", key, ""],
+        &["SET", key, "", "PX", "1000"],
+        &["UNLINK", key],
+        &["EXEC"],
+        &["WAIT", "0", "1"],
+        &["SCAN", "0", "COUNT", "1"],
+        &["MEMORY", "USAGE", key],
+    ];
     let command = |words: &[&str]| {
         let mut command = Cmd::new();
         words.iter().for_each(|word| _ = command.arg(*word));
         command
     };
-    let script = "redis.call('UNLINK', KEYS[1]) redis.call('SET', KEYS[1], '') redis.call('UNLINK', KEYS[1]) return 1";
-    let commands = [
-        command(&["UNWATCH"]),
-        command(&["EVAL", script, "1", &key]),
-        command(&["DBSIZE"]),
-        command(&["PTTL", &key]),
-        command(&["TYPE", &key]),
-        command(&["MGET", &key]),
-        command(&["WATCH", &key]),
-        command(&["GET", &key]),
-        command(&["MULTI"]),
-        command(&["MSET", &key, ""]),
-        command(&["SET", &key, "", "PX", "1000"]),
-        command(&["UNLINK", &key]),
-        command(&["EXEC"]),
-        command(&["WAIT", "0", "1"]),
-        command(&["SCAN", "0", "COUNT", "1"]),
-    ];
-    let attempt = async { Connection::open(config).await?.send(commands).await };
-    attempt.await.map(drop).map_err(into_error)
+    commands.map(command).into()
 }
 
 #[cfg(test)]

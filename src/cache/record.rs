@@ -4,6 +4,7 @@ use std::io::Write;
 
 use crate::batch::Batch;
 use crate::catalog::signature::Signatures;
+use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::checkpoint::Checkpoint;
@@ -12,19 +13,20 @@ use super::{Applied, Cache, Held, commands};
 /// Writes each batch's commands, one a line, and stores nothing.
 pub struct Recorder<W> {
     out: W,
+    redis: RedisConfig,
 }
 
 impl<W: Write + Send> Recorder<W> {
-    /// Commands go to `out`.
-    pub fn new(out: W) -> Self {
-        Recorder { out }
+    /// Commands for this Redis go to `out`.
+    pub fn new(out: W, redis: RedisConfig) -> Self {
+        Recorder { out, redis }
     }
 
     fn write(&mut self, batch: &Batch) -> std::io::Result<()> {
-        for pattern in batch.sweeps() {
+        for pattern in commands::sweeps(batch, &self.redis) {
             writeln!(self.out, "SCAN 0 MATCH {pattern} → UNLINK what the template can have made")?;
         }
-        for command in commands::encode(batch) {
+        for command in commands::encode(batch, &self.redis) {
             writeln!(self.out, "{}", commands::show(&command))?;
         }
         self.out.flush()

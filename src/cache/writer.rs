@@ -16,7 +16,7 @@ use std::sync::Arc;
 use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CacheOp};
+use crate::batch::{Batch, CacheOp, Claim};
 use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -25,8 +25,9 @@ use crate::rules::pattern::Pattern;
 use crate::rules::template::RESERVED;
 
 use super::checkpoint::{Checkpoint, Debt, RuleSet};
+use super::claims::{Claims, Former};
 use super::connection::{Connection, Failure};
-use super::{Applied, Cache, Held, commands};
+use super::{Applied, Cache, Held, claims, commands};
 
 mod compare;
 
@@ -38,20 +39,31 @@ mod instance;
 const SWEEP_STEP_KEYS: u32 = 1000;
 
 /// What must work where `maxmemory` is reached too: deletes first (a script that begins with a write may go on), then
-/// fence and checkpoint, and only while both are what was seen last.
+/// fences and checkpoint, and only while these are what was seen last.
+///
+/// KEYS: checkpoint, fences, deletes. ARGV: the checkpoint before, fence and checkpoint after, the number of fences, and
+/// each of them before.
 const GUARDED: &str = "\
-if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] or (redis.call('GET', KEYS[2]) or '') ~= ARGV[2] then return 0 end
-for i = 3, #KEYS do redis.call('UNLINK', KEYS[i]) end
-redis.call('SET', KEYS[1], ARGV[3])
-if ARGV[4] ~= '' then redis.call('SET', KEYS[2], ARGV[4]) end
+local fences = tonumber(ARGV[4])
+if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
+for i = 1, fences do
+  if (redis.call('GET', KEYS[i + 1]) or '') ~= ARGV[i + 4] then return 0 end
+end
+for i = fences + 2, #KEYS do redis.call('UNLINK', KEYS[i]) end
+for i = 1, fences do redis.call('SET', KEYS[i + 1], ARGV[2]) end
+if ARGV[3] ~= '' then redis.call('SET', KEYS[1], ARGV[3]) end
 return 1";
 
-/// The writer of one prefix.
+/// Nothing to delete.
+const NONE: &[&[u8]] = &[];
+
+/// The writer of one cache.
 pub struct Writer {
     config: RedisConfig,
     metrics: Arc<Metrics>,
     rules: Arc<RuleSet>,
-    fence_key: String,
+    /// One under each prefix: what is one daemon's main prefix may be another's `also_prefix`.
+    fence_keys: Vec<String>,
     checkpoint_key: String,
     /// This process, in every fence it sets.
     daemon: String,
@@ -63,12 +75,27 @@ pub struct Writer {
     connection: Option<Connection>,
     /// What Redis holds, as far as is known.
     stored: Option<Checkpoint>,
-    /// The rules as they are now stand beside the checkpoint.
-    rules_written: bool,
+    /// What each prefix can hold, the main one first.
+    records: Vec<Record>,
     /// What the catalog says of the tables, for the next batch.
     catalog: Option<Signatures>,
     /// The server process that was found behind the last connection.
     instance: Option<Instance>,
+}
+
+/// What stands behind each batch, and must stand there before the next.
+struct Watched {
+    /// One for each prefix; empty where there is none.
+    fences: Vec<String>,
+    stored: Option<Checkpoint>,
+}
+
+/// The claims under one prefix.
+struct Record {
+    key: String,
+    claims: Claims,
+    /// Redis holds them as they are here.
+    written: bool,
 }
 
 impl Writer {
@@ -78,7 +105,7 @@ impl Writer {
             Error::new(ErrorKind::Io, "the system gives no random numbers, which the fence needs").because(error)
         })?;
         Ok(Writer {
-            fence_key: format!("{}{RESERVED}fence", config.prefix),
+            fence_keys: config.prefixes().map(|prefix| format!("{prefix}{RESERVED}fence")).collect(),
             checkpoint_key: Checkpoint::key(&config.prefix),
             config,
             metrics,
@@ -88,7 +115,7 @@ impl Writer {
             fence: String::new(),
             connection: None,
             stored: None,
-            rules_written: false,
+            records: Vec::new(),
             catalog: None,
             instance: None,
         })
@@ -106,10 +133,14 @@ impl Writer {
         Ok(checkpoint)
     }
 
-    /// The rules that wrote the cache, by name; `None` if that is not known.
+    /// The fingerprints of the rules that wrote the cache, by name; `None` if that is not known.
     pub async fn read_rules(&self) -> Result<Option<BTreeMap<String, String>>> {
-        let stored = self.read(&RuleSet::key(&self.config.prefix)).await?;
-        Ok(stored.and_then(|stored| serde_json::from_slice(&stored).ok()))
+        let read = async {
+            let mut connection = Connection::open(&self.config).await?;
+            claims::read(&mut connection, &self.config.prefix).await
+        };
+        let claims = read.await.map_err(into_error)?;
+        Ok(claims.map(|claims| claims.fingerprints(&self.rules, &self.config.also_prefix)))
     }
 
     /// What the catalog said of the tables when the cache was last right; `None` if that is not known.
@@ -126,6 +157,12 @@ impl Writer {
         }
     }
 
+    /// The keys that this rule made before and that may be there still, under each prefix.
+    pub fn former(&self, rule: &str, owns: bool) -> Vec<Former> {
+        let of_prefix = |(prefix, record): (&str, &Record)| record.claims.former(rule, owns, prefix);
+        self.config.prefixes().zip(&self.records).map(of_prefix).collect()
+    }
+
     fn catalog_key(&self) -> String {
         format!("{}{RESERVED}catalog", self.config.prefix)
     }
@@ -135,17 +172,46 @@ impl Writer {
     pub async fn claim(&mut self, expected: Option<Checkpoint>) -> Result<()> {
         let claim = async {
             let mut connection = Connection::open(&self.config).await?;
-            let (fence, stored) = self.watch(&mut connection).await?;
+            let Watched { fences, stored } = self.watch(&mut connection).await?;
             if stored != expected {
                 let moved = "another daemon has written this cache in the meantime";
                 return Err(Failure::Away(Error::new(ErrorKind::Fenced, moved)));
             }
             self.stored = stored;
-            self.set_fence(&mut connection, fence.as_deref()).await?;
+            self.records = self.read_records(&mut connection).await?;
+            self.set_fences(&mut connection, &fences).await?;
             Ok(connection)
         };
         self.connection = Some(claim.await.map_err(into_error)?);
         Ok(())
+    }
+
+    /// What Redis knows of each prefix, and that these are the rules now.
+    async fn read_records(&self, connection: &mut Connection) -> Result<Vec<Record>, Failure> {
+        let mut records = Vec::new();
+        for prefix in self.config.prefixes() {
+            let stored = claims::read(connection, prefix).await?;
+            let mut claims = stored.clone().unwrap_or_default();
+            // Only the main prefix knows which others go with it.
+            let also = if records.is_empty() { self.config.also_prefix.as_slice() } else { &[] };
+            claims.adopt(&self.rules, also);
+            records.push(Record { key: Claims::key(prefix), written: stored.as_ref() == Some(&claims), claims });
+        }
+        Ok(records)
+    }
+
+    /// Takes over what the batch says of its rules' keys.
+    fn note_claims(&mut self, batch: &Batch) {
+        for (rule, claim) in batch.claims() {
+            let rule = &self.rules.names[usize::from(*rule)];
+            for record in &mut self.records {
+                let changed = match claim {
+                    Claim::Makes(forms) => record.claims.makes(rule, forms),
+                    Claim::Settled { owns } => record.claims.settle(rule, *owns),
+                };
+                record.written &= !changed;
+            }
+        }
     }
 
     /// Applies the batch, or says why not.
@@ -155,16 +221,16 @@ impl Writer {
             None => self.resume(Some(checkpoint)).await?,
         };
         self.sweep_all(&mut connection, batch, checkpoint).await?;
-        let mut transaction = commands::encode(batch);
-        if !self.rules_written {
-            transaction.push(set(&RuleSet::key(&self.config.prefix), &self.rules.encode()));
-        }
+        self.note_claims(batch);
+        let mut transaction = commands::encode(batch, &self.config);
+        let unwritten = self.records.iter().filter(|record| !record.written);
+        transaction.extend(unwritten.map(|record| set(&record.key, &record.claims.encode())));
         if let Some(catalog) = &self.catalog {
             transaction.push(set(&self.catalog_key(), &catalog.encode()));
         }
         transaction.push(set(&self.checkpoint_key, &checkpoint.encode()));
         self.transact(&mut connection, transaction, Some(checkpoint)).await?;
-        self.rules_written = true;
+        self.records.iter_mut().for_each(|record| record.written = true);
         self.catalog = None;
         self.connection = Some(connection);
         Ok(())
@@ -174,8 +240,8 @@ impl Writer {
     /// batch whose outcome was not seen, or the intent to sweep for it.
     async fn resume(&mut self, in_flight: Option<&Checkpoint>) -> Result<Connection, Failure> {
         let mut connection = Connection::open(&self.config).await?;
-        let (fence, stored) = self.watch(&mut connection).await?;
-        self.check_fence(fence.as_deref())?;
+        let Watched { fences, stored } = self.watch(&mut connection).await?;
+        self.check_fences(&fences)?;
         let of_batch = |stored: &Checkpoint| {
             in_flight.is_some_and(|next| stored == next || self.intent(next).as_ref() == Some(stored))
         };
@@ -183,33 +249,45 @@ impl Writer {
             return Err(Failure::Final(self.went_back(stored.as_ref())));
         }
         self.stored = stored;
-        self.set_fence(&mut connection, fence.as_deref()).await?;
+        self.set_fences(&mut connection, &fences).await?;
         Ok(connection)
     }
 
-    /// Puts a fresh token of this connection in place of the fence that was found, and watches it.
-    async fn set_fence(&mut self, connection: &mut Connection, found: Option<&str>) -> Result<(), Failure> {
+    /// Puts a fresh token of this connection in place of the fences that were found, and watches it.
+    async fn set_fences(&mut self, connection: &mut Connection, found: &[String]) -> Result<(), Failure> {
         self.connections += 1;
         self.fence = format!("{}/{}", self.daemon, self.connections);
-        let found = found.unwrap_or_default();
-        self.guarded(connection, found, &[], self.stored.as_ref()).await
+        self.guarded_from(connection, found, NONE, self.stored.as_ref()).await
     }
 
-    /// Runs [`GUARDED`], then watches again and compares with what should stand there.
+    /// Deletes these keys, stores the checkpoint, and goes on watching: behind the fences as this daemon set them.
     async fn guarded(
         &self,
         connection: &mut Connection,
-        fence_before: &str,
-        delete: &[&[u8]],
+        delete: &[impl AsRef<[u8]>],
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<(), Failure> {
+        let own = vec![self.fence.clone(); self.fence_keys.len()];
+        self.guarded_from(connection, &own, delete, checkpoint).await
+    }
+
+    /// Runs [`GUARDED`], then watches again and compares with what should stand there.
+    async fn guarded_from(
+        &self,
+        connection: &mut Connection,
+        fences_before: &[String],
+        delete: &[impl AsRef<[u8]>],
         checkpoint: Option<&Checkpoint>,
     ) -> Result<(), Failure> {
         let encoded = |checkpoint: Option<&Checkpoint>| checkpoint.map(Checkpoint::encode).unwrap_or_default();
         let mut script = redis::cmd("EVAL");
-        script.arg(GUARDED).arg(3 + delete.len()).arg(&self.fence_key).arg(&self.checkpoint_key);
+        let fences = self.fence_keys.len();
+        script.arg(GUARDED).arg(2 + fences + delete.len()).arg(&self.checkpoint_key).arg(&self.fence_keys);
         // A key that nobody has, so that the script begins with a delete even where there is nothing to delete.
         script.arg(format!("{}{RESERVED}none", self.config.prefix));
-        delete.iter().for_each(|key| _ = script.arg(*key));
-        script.arg(fence_before).arg(encoded(self.stored.as_ref())).arg(&self.fence).arg(encoded(checkpoint));
+        delete.iter().for_each(|key| _ = script.arg(key.as_ref()));
+        script.arg(encoded(self.stored.as_ref())).arg(&self.fence).arg(encoded(checkpoint));
+        script.arg(fences).arg(fences_before);
         let mut all = vec![redis::cmd("UNWATCH"), script];
         all.extend(self.watch_commands());
         let replies = connection.send(all).await?;
@@ -223,8 +301,8 @@ impl Writer {
 
     /// Whether fence and checkpoint are what this daemon wrote last.
     fn check_watched(&self, replies: &[Value], expected: Option<&Checkpoint>) -> Result<(), Failure> {
-        let (fence, stored) = self.watched(replies)?;
-        self.check_fence(fence.as_deref())?;
+        let Watched { fences, stored } = self.watched(replies)?;
+        self.check_fences(&fences)?;
         match stored.as_ref() == expected {
             true => Ok(()),
             false => Err(Failure::Final(self.went_back(stored.as_ref()))),
@@ -271,10 +349,10 @@ impl Writer {
             return Ok(());
         }
         let intent = self.intent(next);
-        self.guarded(connection, &self.fence, &[], intent.as_ref()).await?;
+        self.guarded(connection, NONE, intent.as_ref()).await?;
         self.stored = intent;
-        for pattern in batch.sweeps() {
-            self.sweep(connection, pattern).await?;
+        for pattern in commands::sweeps(batch, &self.config) {
+            self.sweep(connection, &pattern).await?;
         }
         Ok(())
     }
@@ -288,7 +366,7 @@ impl Writer {
             let owned: Vec<&[u8]> = keys.iter().filter(|key| pattern.matches(key)).map(Vec::as_slice).collect();
             if !owned.is_empty() {
                 // By the script: inside MULTI a Redis that is out of memory refuses deletes too.
-                self.guarded(connection, &self.fence, &owned, self.stored.as_ref()).await?;
+                self.guarded(connection, &owned, self.stored.as_ref()).await?;
                 deleted += owned.len() as u64;
             }
             if next == 0 {
@@ -312,8 +390,8 @@ impl Writer {
             None => self.resume(Some(checkpoint)).await?,
         };
         self.sweep_all(&mut connection, batch, checkpoint).await?;
-        let keys: Vec<&[u8]> = batch.ops().map(|(_, CacheOp::Delete { key } | CacheOp::Set { key, .. })| key).collect();
-        self.guarded(&mut connection, &self.fence, &keys, Some(checkpoint)).await?;
+        let keys = commands::keys(batch, &self.config);
+        self.guarded(&mut connection, &keys, Some(checkpoint)).await?;
         self.wait_for_replicas(&mut connection).await?;
         self.metrics.out_of_memory_batches.inc();
         self.connection = Some(connection);
@@ -339,14 +417,15 @@ impl Writer {
         }
     }
 
-    fn watch_commands(&self) -> [Cmd; 3] {
+    fn watch_commands(&self) -> Vec<Cmd> {
         let mut watch = redis::cmd("WATCH");
-        watch.arg(&self.fence_key).arg(&self.checkpoint_key);
-        [watch, get(&self.fence_key), get(&self.checkpoint_key)]
+        watch.arg(&self.fence_keys).arg(&self.checkpoint_key);
+        let gets = self.fence_keys.iter().chain([&self.checkpoint_key]).map(|key| get(key));
+        std::iter::once(watch).chain(gets).collect()
     }
 
-    /// The fence and the checkpoint, from now on watched, and who holds them.
-    async fn watch(&mut self, connection: &mut Connection) -> Result<(Option<String>, Option<Checkpoint>), Failure> {
+    /// Fences and checkpoint, from now on watched, and who holds them.
+    async fn watch(&mut self, connection: &mut Connection) -> Result<Watched, Failure> {
         let replies = connection.send(Instance::commands().into_iter().chain(self.watch_commands())).await?;
         let instance = Instance::from_replies(&replies[..2])?;
         if let Some(became) = self.instance.as_ref().and_then(|before| before.became(&instance)) {
@@ -361,8 +440,8 @@ impl Writer {
     async fn try_probe(&mut self) -> Result<(), Failure> {
         if let Some(mut connection) = self.connection.take() {
             match self.watch(&mut connection).await {
-                Ok((fence, stored)) => {
-                    self.check_fence(fence.as_deref())?;
+                Ok(Watched { fences, stored }) => {
+                    self.check_fences(&fences)?;
                     if stored != self.stored {
                         return Err(Failure::Final(self.went_back(stored.as_ref())));
                     }
@@ -377,15 +456,15 @@ impl Writer {
         Ok(())
     }
 
-    /// The fence and the checkpoint from the replies to [`Writer::watch_commands`].
-    fn watched(&self, replies: &[Value]) -> Result<(Option<String>, Option<Checkpoint>), Failure> {
-        let [_, fence, stored] = replies else { unreachable!("one reply for each of three commands") };
-        let fence = match fence {
-            Value::Nil => None,
-            Value::BulkString(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
-            other => return Err(unexpected("GET", other)),
+    /// Fences and checkpoint from the replies to [`Writer::watch_commands`].
+    fn watched(&self, replies: &[Value]) -> Result<Watched, Failure> {
+        let [_, fences @ .., stored] = replies else { unreachable!("one reply for each of three commands or more") };
+        let fence = |reply: &Value| match reply {
+            Value::Nil => Ok(String::new()),
+            Value::BulkString(bytes) => Ok(String::from_utf8_lossy(bytes).into_owned()),
+            other => Err(unexpected("GET", other)),
         };
-        Ok((fence, self.decode(stored)?))
+        Ok(Watched { fences: fences.iter().map(fence).collect::<Result<_, _>>()?, stored: self.decode(stored)? })
     }
 
     fn decode(&self, stored: &Value) -> Result<Option<Checkpoint>, Failure> {
@@ -402,13 +481,11 @@ impl Writer {
     }
 
     /// A fence that is gone says nothing about who writes: the checkpoint decides.
-    fn check_fence(&self, fence: Option<&str>) -> Result<(), Failure> {
-        match fence {
-            Some(fence) if fence.split('/').next() != Some(&self.daemon) => {
-                let taken = "another daemon has taken over this cache";
-                Err(Failure::Away(Error::new(ErrorKind::Fenced, taken)))
-            }
-            _ => Ok(()),
+    fn check_fences(&self, fences: &[String]) -> Result<(), Failure> {
+        let foreign = |fence: &String| !fence.is_empty() && fence.split('/').next() != Some(&self.daemon);
+        match fences.iter().any(foreign) {
+            true => Err(Failure::Away(Error::new(ErrorKind::Fenced, "another daemon has taken over this cache"))),
+            false => Ok(()),
         }
     }
 
@@ -502,13 +579,13 @@ pub(super) async fn scan(
     })
 }
 
-fn get(key: &str) -> Cmd {
+pub(super) fn get(key: &str) -> Cmd {
     let mut get = redis::cmd("GET");
     get.arg(key);
     get
 }
 
-fn set(key: &str, value: &[u8]) -> Cmd {
+pub(super) fn set(key: &str, value: &[u8]) -> Cmd {
     let mut set = redis::cmd("SET");
     set.arg(key).arg(value);
     set
@@ -519,7 +596,7 @@ fn out_of_memory() -> Error {
 }
 
 /// A reply that the command cannot have; its content is not shown.
-fn unexpected(command: &str, reply: &Value) -> Failure {
+pub(super) fn unexpected(command: &str, reply: &Value) -> Failure {
     let form = match reply {
         Value::Nil => "nil",
         Value::Int(_) => "an integer",

@@ -136,8 +136,7 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
         (Operation::Delete, Some(old)) => Change::Delete { old },
         (Operation::Delete | Operation::Truncate, _) => {
             plan::truncate(&table, transaction, &mut batch);
-            let sweeps = batch.sweeps().iter().map(|pattern| format!("SCAN and UNLINK {pattern}"));
-            return Ok(Planned { commands: sweeps.collect(), notes: Vec::new() });
+            return Ok(Planned { commands: shown(&batch, config), notes: Vec::new() });
         }
     };
     let mut notes = Vec::new();
@@ -152,7 +151,15 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
             ),
         }
     });
-    Ok(Planned { commands: commands::encode(&batch).iter().map(commands::show).collect(), notes: notes.collect() })
+    Ok(Planned { commands: shown(&batch, config), notes: notes.collect() })
+}
+
+/// Everything that the batch becomes, in order.
+fn shown(batch: &Batch, config: &Config) -> Vec<String> {
+    let sweeps = commands::sweeps(batch, &config.redis);
+    let mut shown: Vec<String> = sweeps.iter().map(|pattern| format!("SCAN and UNLINK {pattern}")).collect();
+    shown.extend(commands::encode(batch, &config.redis).iter().map(commands::show));
+    shown
 }
 
 fn operation(input: &Input<'_>) -> Result<Operation> {

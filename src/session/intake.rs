@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use prometheus::IntCounter;
 
-use crate::batch::{Batch, CellHasher, Limits};
+use crate::batch::{Batch, CellHasher, Claim, Limits};
 use crate::cache::checkpoint::{Checkpoint, RuleSet};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
@@ -86,6 +86,8 @@ pub struct Intake {
     redo: Batch,
     /// The stream has come to what the cache does not hold.
     past_good: bool,
+    /// What the rules make since they were bound last; for the next batch.
+    claims: Vec<(u16, Claim)>,
     rules: Arc<RuleSet>,
     metrics: Arc<Metrics>,
 }
@@ -108,6 +110,7 @@ impl Intake {
             overcharged: HashSet::new(),
             redo: Batch::new(REDO_LIMITS, rules.names.len()),
             past_good: checkpoint.low >= checkpoint.good.lsn,
+            claims: Vec::new(),
             rules,
             metrics,
         }
@@ -115,6 +118,7 @@ impl Intake {
 
     /// From now on the table has this shape and these rules.
     pub fn bind(&mut self, bound: BoundTable) {
+        self.claims.extend(bound.rules.iter().map(|rule| (rule.rule, Claim::Makes(rule.forms()))));
         let name = format!("{}.{}", bound.relation.schema, bound.relation.name);
         let counter = |op| self.metrics.changes_total.with_label_values(&[name.as_str(), op]);
         let [inserts, updates, deletes, truncates] = ["insert", "update", "delete", "truncate"].map(counter);
@@ -139,6 +143,7 @@ impl Intake {
 
     /// Takes one event into the batch.
     pub fn take(&mut self, event: Event<'_>, batch: &mut Batch) -> Result<Option<Ask>> {
+        self.claims.drain(..).for_each(|(rule, claim)| batch.claim(rule, claim));
         match event {
             Event::Relation(relation) => {
                 let unknown = self.relation(relation.oid) != Some(&relation);
@@ -398,7 +403,7 @@ mod tests {
         /// Goes on from a checkpoint; batches are full at two cells.
         fn from(good: Position, applied: Position) -> Self {
             let checkpoint = Checkpoint { good, applied, ..checkpoint(100) };
-            let rules = RuleSet { names: vec!["row".into()], fingerprints: Default::default(), digest: String::new() };
+            let rules = RuleSet { names: vec!["row".into()], ..RuleSet::new(&[]) };
             let mut intake = Intake::new(&checkpoint, Arc::new(rules), Arc::new(Metrics::new()));
             intake.bind(bound(RULE, &["id", "version"]));
             Stream { intake, batch: Batch::new(Limits { ops: 2, bytes: 1000 }, 1) }

@@ -78,7 +78,7 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
         Start::Resume { stored, new_epoch: false } => stored.clone(),
         Start::Anew { .. } => anew(confirmed, epoch_now(before), origin),
     };
-    let first = Checkpoint { rules: daemon.rules.digest.clone(), owing, ..first };
+    let first = Checkpoint { rules: daemon.rules.digest_with(&config.redis.also_prefix), owing, ..first };
 
     // What was acknowledged was seen to be good; what lies behind it and `applied` is applied again.
     let proven = first.good.max(Position::end(confirmed));
@@ -120,7 +120,7 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W)
     let acks = Acks::new(Lsn::default(), config.postgres.replay_window);
     let streamed =
         Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures };
-    Ok(session(daemon, streamed, Recorder::new(out)))
+    Ok(session(daemon, streamed, Recorder::new(out, config.redis.clone())))
 }
 
 /// A standby may be about to be promoted: nothing that is missing there says anything yet.
@@ -157,7 +157,7 @@ async fn owed(daemon: &Daemon, writer: &Writer, start: Start<'_>, catalog: &Sign
         }
     };
     let mut opening = Opening::resumed(&stored.owing, rules);
-    if stored.rules != daemon.rules.digest {
+    if stored.rules != daemon.rules.digest_with(&daemon.config.redis.also_prefix) {
         let before = writer.read_rules().await?;
         opening.compare_rules(before.as_ref(), &daemon.rules, rules);
         warn_of_removed_rules(daemon, before.as_ref());
