@@ -2,9 +2,12 @@
 //!
 //! - [`checkpoint`]: how far the cache has come, kept in the cache itself.
 //! - [`claims`]: which keys it can hold of which rules, a record that outlives rules and tables.
+//! - [`clear`]: deletes keys on request, by the same matcher.
 //! - [`commands`]: a batch as Redis commands; pure.
 //! - [`connection`]: one connection to a standalone server, and what its errors mean.
 //! - [`inspect`]: what the server says of itself, for `check --connect`.
+//! - `keyspace`: going through keys step by step.
+//! - [`stats`]: how many keys each rule has, and how large they are.
 //! - [`writer`]: MULTI … EXEC, the fence, and going on after a lost connection.
 //! - [`record`]: commands as text, for `plan` and `run --dry-run`.
 //! - [`scan`]: the keys under the prefix, some at a time.
@@ -19,11 +22,14 @@ use checkpoint::Checkpoint;
 
 pub mod checkpoint;
 pub mod claims;
+pub mod clear;
 pub mod commands;
 pub mod connection;
 pub mod inspect;
+mod keyspace;
 pub mod record;
 pub mod scan;
+pub mod stats;
 pub mod writer;
 
 /// What became of a batch.

@@ -13,6 +13,7 @@ use crate::error::{Error, ErrorKind};
 use crate::telemetry::{self, LogFormat};
 
 mod check;
+mod clear;
 mod daemon;
 mod demo;
 mod pass;
@@ -21,6 +22,7 @@ mod reference;
 mod reload;
 mod run;
 mod setup;
+mod stats;
 mod status;
 mod verify;
 mod warm;
@@ -86,6 +88,10 @@ enum Command {
     Reload,
     /// Show what the running daemon says of itself
     Status(status::Arguments),
+    /// Count the keys of each rule and the memory they take
+    Stats(stats::Arguments),
+    /// Delete keys that rules own
+    Clear(clear::Arguments),
     /// Describe every field of the rules file
     Reference(reference::Arguments),
     /// Start throw-away servers and show rows changing and their keys following
@@ -131,6 +137,8 @@ fn execute(arguments: Arguments) -> Result<ExitCode> {
         Command::Verify(arguments) => verify::execute(config, &arguments),
         Command::Reload => reload::execute(config),
         Command::Status(arguments) => status::execute(config, &arguments),
+        Command::Stats(arguments) => stats::execute(config, &arguments),
+        Command::Clear(arguments) => clear::execute(config, &arguments),
         Command::Reference(arguments) => reference::execute(&arguments),
         Command::Demo(arguments) => demo::execute(&arguments),
         Command::Completions { shell } => {

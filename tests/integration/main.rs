@@ -15,6 +15,7 @@ mod heals;
 mod holes;
 mod large;
 mod orders;
+mod owned;
 mod pgbench;
 mod provision;
 mod redis_side;
