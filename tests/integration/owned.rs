@@ -1,9 +1,19 @@
 //! Whose keys are whose, now and after rules have changed: the record, `clear`, `stats`, and keys under several prefixes.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
+use std::sync::Arc;
 
+use keepstep::batch::{Batch, Claim, Limits};
+use keepstep::cache::Cache;
+use keepstep::cache::checkpoint::{Checkpoint, Origin, RuleSet};
+use keepstep::cache::writer::Writer;
+use keepstep::config;
+use keepstep::metrics::Metrics;
+use keepstep::model::{Lsn, Position};
+use keepstep::rules::form::KeyForm;
 use redis::AsyncCommands;
 use serde_json::Value;
 
@@ -157,6 +167,55 @@ async fn a_record_of_the_older_form_is_read_and_written_anew() {
     assert_eq!(record["rules"]["row"]["keys"].as_array().unwrap().len(), 1, "{record}");
     let shown = stage.keepstep(&["clear", "--removed", "--yes"]);
     assert!(shown.contains("gone (removed)") && shown.contains("not known"), "{shown}");
+}
+
+/// The writer alone: what a batch says of a rule's keys is stored with it, and only where it is news.
+#[tokio::test]
+async fn what_a_batch_says_of_keys_is_stored_with_it() {
+    let stage = Stage::set();
+    let rules = stage.rules(&(rule("row", "row:{id}") + &rule("other", "other:{id}")));
+    let (config, _) = config::load(&rules, &|_| None).unwrap();
+    let rule_set = Arc::new(RuleSet::new(&config.rules));
+    let mut writer = Writer::new(config.redis, Arc::clone(&rule_set), Arc::new(Metrics::new())).unwrap();
+    writer.claim(None).await.unwrap();
+    let form = |literal: &str| -> KeyForm {
+        let form = serde_json::json!([{ "literal": literal }, { "value": { "source": { "column": 23 } } }]);
+        serde_json::from_value(form).unwrap()
+    };
+    let mut end = 0;
+    let mut apply = async |claims: Vec<Claim>| {
+        let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 2);
+        claims.into_iter().for_each(|claim| batch.claim(0, claim));
+        end += 1;
+        writer.apply(&batch, checkpoint(end, &rule_set)).await.unwrap();
+        let made_before = |key: &[u8]| writer.former("row", false).iter().any(|former| former.matches(key));
+        (made_before(b"test:row:1"), record(&stage, "test:").await["rules"]["row"].clone())
+    };
+    let (_, row) = apply(vec![Claim::Makes(vec![form("row:")])]).await;
+    assert_eq!((row["keys"].as_array().unwrap().len(), &row["former"]), (1, &Value::Null));
+    let (former, row) = apply(vec![Claim::Makes(vec![form("item:")])]).await;
+    assert!(former && row["former"][0][0]["literal"] == "row:", "{row}");
+    // A record that is gone is not written again without news; then it comes back whole.
+    let () = stage.cache().await.del("test:keepstep:rules").await.unwrap();
+    assert_eq!(apply(vec![Claim::Makes(vec![form("item:")])]).await, (true, Value::Null));
+    let (former, row) = apply(vec![Claim::Settled { owns: false }]).await;
+    assert!(!former && row["former"].is_null() && row["keys"][0][0]["literal"] == "item:", "{row}");
+}
+
+/// One that ends there.
+fn checkpoint(end: u64, rules: &RuleSet) -> Checkpoint {
+    Checkpoint {
+        version: Checkpoint::VERSION,
+        origin: Origin { system: "7".into(), timeline: 1, database: "d".into(), slot: "s".into() },
+        epoch: 1,
+        applied: Position::end(Lsn(end)),
+        low: Lsn(end),
+        good: Position::end(Lsn(end)),
+        rules: rules.digest.clone(),
+        written_us: 0,
+        owing: BTreeMap::new(),
+        progress: None,
+    }
 }
 
 const MIRROR: Mirror<'_> = Mirror { table: "rows", key: "'row:' || id", columns: "id, name" };
