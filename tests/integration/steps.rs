@@ -123,7 +123,7 @@ async fn partitions_are_one_table_and_rows_move_between_them() {
 }
 
 #[tokio::test]
-async fn an_unchanged_toasted_value_comes_from_the_old_row_or_deletes_the_key() {
+async fn an_unchanged_toasted_value_comes_from_the_old_row_or_is_read_again() {
     let stage = Stage::set();
     let tables = "create table products (id int primary key, name text, price numeric); \
                   alter table products alter column name set storage external; \
@@ -138,14 +138,8 @@ async fn an_unchanged_toasted_value_comes_from_the_old_row_or_deletes_the_key() 
     }
     let full_mirror = Mirror { table: "full_products", key: "'full:' || id", columns: "id, name, price" };
     holds(&stage, "full:2", Some(r#"{"id":2,"name":"short","price":2}"#)).await;
-    holds(&stage, "product:1", None).await;
-    let short_only = Mirror { table: "products where id = 2", ..PRODUCTS };
-    assert_in_step(&stage, &[short_only, full_mirror]).await;
-    assert_eq!(daemon.metric("keepstep_unrendered_total").await, Some(1.0));
-    // Written again as soon as the value travels again.
-    stage.execute("update products set name = repeat('y', 10000) where id = 1").await;
-    let full_mirror = Mirror { table: "full_products", key: "'full:' || id", columns: "id, name, price" };
     assert_in_step(&stage, &[PRODUCTS, full_mirror]).await;
+    assert_eq!(daemon.metric("keepstep_unrendered_total").await, Some(1.0), "the log did not carry it");
 }
 
 #[tokio::test]
