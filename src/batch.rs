@@ -83,12 +83,8 @@ pub struct Cell(usize);
 pub enum Claim {
     /// From this batch on they look like this.
     Makes(Vec<KeyForm>),
-    /// What the rule made before is gone, as far as such keys were searched for: those of exact forms, or all of them if
-    /// the rule `owns` whatever looks like them.
-    Settled {
-        /// The rule's `owns`.
-        owns: bool,
-    },
+    /// No key is left that looks like this, and that no present rule makes.
+    Gone(Vec<KeyForm>),
 }
 
 #[derive(Clone, Debug)]
@@ -258,6 +254,11 @@ impl Batch {
     /// Something becomes known of a rule's keys.
     pub fn claim(&mut self, rule: u16, claim: Claim) {
         self.claims.push((rule, claim));
+    }
+
+    /// What the other batch was to say is said with this one.
+    pub fn take_claims(&mut self, other: &mut Batch) {
+        self.claims.append(&mut other.claims);
     }
 
     /// What became known, in order.

@@ -92,25 +92,25 @@ impl Claims {
         changed
     }
 
-    /// The keys that the rule made before are gone, as far as they were searched for: those of a form that is not exact
-    /// only if the rule `owns` whatever looks like its keys. Whether that is news.
-    pub fn settle(&mut self, rule: &str, owns: bool) -> bool {
+    /// Keys that looked like this are gone; whether that is news.
+    pub fn gone(&mut self, rule: &str, former: &[KeyForm]) -> bool {
         let Some(claim) = self.rules.get_mut(rule) else { return false };
         let known = claim.former.len();
-        claim.former.retain(|form| !owns && !form.is_exact());
+        claim.former.retain(|form| !former.contains(form));
         claim.former.len() != known
     }
 
-    /// The keys under this prefix that the rule made before, as far as they may be searched for: see [`Claims::settle`].
+    /// The keys under this prefix that the rule made before, as far as they may be searched for: those of a form that is
+    /// not exact only if the rule `owns` whatever looks like its keys.
     pub fn former(&self, rule: &str, owns: bool, prefix: &str) -> Former {
         let former = self.rules.get(rule).map_or(&[][..], |claim| &claim.former);
-        let searched = former.iter().filter(|form| owns || form.is_exact());
-        let made: Vec<Pattern> = searched.map(|form| form.pattern(prefix)).collect();
-        if made.is_empty() {
+        let forms: Vec<KeyForm> = former.iter().filter(|form| owns || form.is_exact()).cloned().collect();
+        if forms.is_empty() {
             return Former::default();
         }
+        let made = forms.iter().map(|form| form.pattern(prefix)).collect();
         let present = self.rules.values().flat_map(|claim| &claim.keys);
-        Former { made, making: present.map(|form| form.pattern(prefix)).collect() }
+        Former { forms, made, making: present.map(|form| form.pattern(prefix)).collect() }
     }
 
     /// Nothing of what the rule made before is left, nor of the rule if it was removed.
@@ -137,6 +137,8 @@ impl Claims {
 /// Keys that a rule made before and that nobody keeps right any more.
 #[derive(Clone, Debug, Default)]
 pub struct Former {
+    /// What they look like.
+    pub forms: Vec<KeyForm>,
     made: Vec<Pattern>,
     /// What the present rules make, this one and others.
     making: Vec<Pattern>,
@@ -147,11 +149,6 @@ impl Former {
     pub fn matches(&self, key: &[u8]) -> bool {
         let made = |patterns: &[Pattern]| patterns.iter().any(|pattern| pattern.matches(key));
         made(&self.made) && !made(&self.making)
-    }
-
-    /// Where to look for them.
-    pub fn patterns(&self) -> &[Pattern] {
-        &self.made
     }
 }
 
@@ -237,11 +234,10 @@ mod tests {
         assert!(claims.makes("a", &[form("a:", INT)]));
         assert!(!matched(&claims, "shop:a:1") && matched(&claims, "shop:c:1"));
         // What could be anybody's was not searched for.
-        assert_eq!(claims.former("a", false, "shop:").patterns().len(), 1);
-        assert!(claims.settle("a", false));
+        let searched = claims.former("a", false, "shop:").forms;
+        assert_eq!(searched, [form("c:", INT)]);
+        assert!(claims.gone("a", &searched) && !claims.gone("a", &searched));
         assert!(!matched(&claims, "shop:c:1") && matched(&claims, "shop:b:x"));
-        assert!(!claims.settle("a", false) && claims.settle("a", true));
-        assert!(claims.former("a", true, "shop:").patterns().is_empty());
     }
 
     #[test]

@@ -13,8 +13,24 @@ use super::writer::{into_error, scan};
 
 /// Every command that keepstep sends, as an ACL names it; AUTH needs no permission.
 const COMMANDS: [&str; 18] = [
-    "type", "dbsize", "pttl", "mget", "select", "info", "scan", "get", "set", "mset", "unlink", "multi", "exec",
-    "watch", "unwatch", "eval", "wait", "memory|usage",
+    "type",
+    "dbsize",
+    "pttl",
+    "mget",
+    "select",
+    "info",
+    "scan",
+    "get",
+    "set",
+    "mset",
+    "unlink",
+    "multi",
+    "exec",
+    "watch",
+    "unwatch",
+    "eval",
+    "wait",
+    "memory|usage",
 ];
 
 /// What INFO says, as far as it matters.

@@ -1,4 +1,4 @@
-//! Every key under the prefix, some at a time.
+//! Every key under the prefixes, some at a time.
 
 use redis::Value;
 
@@ -9,28 +9,38 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::rules::pattern::Pattern;
 use crate::rules::template::RESERVED;
 
-/// A SCAN under way. It shows every key that is there from its beginning to its end, some of them twice.
+/// A SCAN under way, of one prefix after the other. It shows every key that is there from its beginning to its end, some
+/// of them twice.
 pub struct Scan {
     connection: Connection,
-    glob: Vec<u8>,
-    own: String,
-    cursor: Option<u64>,
+    main: String,
+    /// Those that are still to be gone through, in reverse.
+    prefixes: Vec<String>,
+    cursor: u64,
 }
 
 impl Scan {
     /// Begins, on a connection of its own.
     pub async fn open(config: &RedisConfig) -> Result<Self> {
         let connection = Connection::open(config).await.map_err(into_error)?;
-        let glob = Pattern::beginning_with(config.prefix.as_bytes()).scan_glob();
-        Ok(Scan { connection, glob, own: format!("{}{RESERVED}", config.prefix), cursor: Some(0) })
+        let mut prefixes: Vec<String> = config.prefixes().map(str::to_owned).collect();
+        prefixes.reverse();
+        Ok(Scan { connection, main: config.prefix.clone(), prefixes, cursor: 0 })
     }
 
-    /// Some keys, maybe none, keepstep's own left out; `None` at the end.
+    /// Some keys, maybe none, keepstep's own left out; `None` at the end. Whatever prefix a key has, it is given as under the
+    /// main one: each is written and deleted under all of them.
     pub async fn next(&mut self) -> Result<Option<Vec<Vec<u8>>>> {
-        let Some(cursor) = self.cursor else { return Ok(None) };
-        let (next, mut keys) = scan(&mut self.connection, cursor, &self.glob).await.map_err(into_error)?;
-        self.cursor = Some(next).filter(|next| *next != 0);
-        keys.retain(|key| !key.starts_with(self.own.as_bytes()));
+        let Some(prefix) = self.prefixes.last() else { return Ok(None) };
+        let glob = Pattern::beginning_with(prefix.as_bytes()).scan_glob();
+        let (next, keys) = scan(&mut self.connection, self.cursor, &glob).await.map_err(into_error)?;
+        let bare = |key: Vec<u8>| key.strip_prefix(prefix.as_bytes()).map(<[u8]>::to_vec);
+        let rules = keys.into_iter().filter_map(bare).filter(|key| !key.starts_with(RESERVED.as_bytes()));
+        let keys = rules.map(|key| [self.main.as_bytes(), &key].concat()).collect();
+        self.cursor = next;
+        if next == 0 {
+            self.prefixes.pop();
+        }
         Ok(Some(keys))
     }
 

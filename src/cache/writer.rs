@@ -157,10 +157,10 @@ impl Writer {
         }
     }
 
-    /// The keys that this rule made before and that may be there still, under each prefix.
-    pub fn former(&self, rule: &str, owns: bool) -> Vec<Former> {
-        let of_prefix = |(prefix, record): (&str, &Record)| record.claims.former(rule, owns, prefix);
-        self.config.prefixes().zip(&self.records).map(of_prefix).collect()
+    /// The keys that this rule made before and that may be there still; known once the cache is claimed.
+    pub fn former(&self, rule: &str, owns: bool) -> Former {
+        let main = self.records.first();
+        main.map(|record| record.claims.former(rule, owns, &self.config.prefix)).unwrap_or_default()
     }
 
     fn catalog_key(&self) -> String {
@@ -207,7 +207,7 @@ impl Writer {
             for record in &mut self.records {
                 let changed = match claim {
                     Claim::Makes(forms) => record.claims.makes(rule, forms),
-                    Claim::Settled { owns } => record.claims.settle(rule, *owns),
+                    Claim::Gone(forms) => record.claims.gone(rule, forms),
                 };
                 record.written &= !changed;
             }

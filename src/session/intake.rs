@@ -141,9 +141,14 @@ impl Intake {
         self.tables.get(&oid).map(|table| &table.bound.relation)
     }
 
+    /// What the rules make is said with the batch.
+    pub fn say_claims(&mut self, batch: &mut Batch) {
+        self.claims.drain(..).for_each(|(rule, claim)| batch.claim(rule, claim));
+    }
+
     /// Takes one event into the batch.
     pub fn take(&mut self, event: Event<'_>, batch: &mut Batch) -> Result<Option<Ask>> {
-        self.claims.drain(..).for_each(|(rule, claim)| batch.claim(rule, claim));
+        self.say_claims(batch);
         match event {
             Event::Relation(relation) => {
                 let unknown = self.relation(relation.oid) != Some(&relation);

@@ -13,12 +13,13 @@ use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
 use crate::cache::checkpoint::{Checkpoint, Debt, Origin};
+use crate::cache::claims::Former;
 use crate::cache::inspect;
 use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
 use crate::catalog::signature::{self, Signatures};
 use crate::catalog::{self, Catalog};
-use crate::config::{Config, diagnostic};
+use crate::config::{Config, Rule, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
@@ -82,7 +83,7 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
 
     // What was acknowledged was seen to be good; what lies behind it and `applied` is applied again.
     let proven = first.good.max(Position::end(confirmed));
-    let (mut tables, intake) = bind(daemon, &client, &Checkpoint { good: proven, ..first.clone() }).await?;
+    let (mut tables, mut intake) = bind(daemon, &client, &Checkpoint { good: proven, ..first.clone() }).await?;
     tables.carried(&catalog.carried);
     let from = first.low.min(proven.lsn);
     let replication = walsender.start(&first.origin.slot, &config.postgres.publication, from).await?;
@@ -94,12 +95,18 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
     acks.held(first.low, held);
     let checkpoint = match stored {
         Some(stored) if stored == first => stored,
-        _ => claim_with(&mut writer, &Batch::new(limits(config), 0), first).await?,
+        _ => {
+            let mut nothing = Batch::new(limits(config), 0);
+            intake.say_claims(&mut nothing);
+            claim_with(&mut writer, &nothing, first).await?
+        }
     };
+    let owns = |rule: &Rule| rule.write.as_ref().is_some_and(|write| write.owns);
+    let former = config.rules.iter().map(|rule| writer.former(&rule.name.value, owns(rule))).collect();
     begun(daemon, &checkpoint, &reasons);
     let (flushed, signatures) = (identity.flush_lsn, catalog.signatures);
     let streamed =
-        Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures };
+        Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures, former };
     Ok(session(daemon, streamed, writer))
 }
 
@@ -118,8 +125,19 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W)
     tracing::info!("printing the commands of changes from now on; nothing is written");
     let (flushed, proven, signatures) = (identity.flush_lsn, checkpoint.good, catalog.signatures);
     let acks = Acks::new(Lsn::default(), config.postgres.replay_window);
-    let streamed =
-        Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures };
+    let streamed = Streamed {
+        info,
+        client,
+        replication,
+        tables,
+        intake,
+        checkpoint,
+        proven,
+        flushed,
+        acks,
+        signatures,
+        former: Vec::new(),
+    };
     Ok(session(daemon, streamed, Recorder::new(out, config.redis.clone())))
 }
 
@@ -217,6 +235,7 @@ struct Streamed {
     flushed: Lsn,
     acks: Acks,
     signatures: Signatures,
+    former: Vec<Former>,
 }
 
 fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
@@ -240,7 +259,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         cache: Some(cache),
         in_flight: None,
         flying: Flying::Stream,
-        reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone()),
+        reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone(), streamed.former),
         settling: None,
         probing: None,
         answered_at: now,

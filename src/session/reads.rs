@@ -19,8 +19,9 @@ use super::orders::{PassOrder, Purpose, Report, Totals};
 use super::{Flying, Outcome, Session};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CacheOp, CellHasher, CellSet};
+use crate::batch::{Batch, CacheOp, CellHasher, CellSet, Claim};
 use crate::cache::checkpoint::{Debt, Progress};
+use crate::cache::claims::Former;
 use crate::cache::{Cache, Content, Held};
 use crate::canary::{self, Canary};
 use crate::catalog::sql_identifier;
@@ -28,7 +29,7 @@ use crate::config::Config;
 use crate::error::{Error, Result};
 use crate::model::Lsn;
 use crate::plan::{self, BoundTable};
-use crate::rules::bind::BoundRule;
+use crate::rules::bind::{BoundRule, BoundWrite};
 use crate::rules::pattern::Pattern;
 use crate::snapshot::audit::{self, Kind, Verdict};
 use crate::snapshot::reader::{self, Chunk, Closed, Found, Handle, Of, RowsJob, Setting, TableJob};
@@ -54,6 +55,8 @@ pub(super) struct Reads {
     barrier_passed: bool,
     /// As far as every reply was seen to be good.
     pub(super) progress: Option<Progress>,
+    /// What each rule made before.
+    former: Vec<Former>,
     backoff: Backoff,
     not_before: Instant,
     audited: Instant,
@@ -101,6 +104,8 @@ struct Pass {
     /// The rules that are read for, or swept.
     rules: Vec<u16>,
     purpose: Why,
+    /// Those of them whose earlier keys are searched for too.
+    former: Vec<u16>,
     /// Keys that Redis held when the pass began, and nobody has rendered or touched since.
     unseen: CellSet,
     began: Instant,
@@ -129,7 +134,12 @@ impl Why {
 
 impl Reads {
     /// Nothing is read yet.
-    pub(super) fn new(config: Arc<Config>, postgres: ConnInfo, progress: Option<Progress>) -> Self {
+    pub(super) fn new(
+        config: Arc<Config>,
+        postgres: ConnInfo,
+        progress: Option<Progress>,
+        former: Vec<Former>,
+    ) -> Self {
         let now = Instant::now();
         Reads {
             config,
@@ -139,10 +149,21 @@ impl Reads {
             asked: VecDeque::new(),
             barrier_passed: false,
             progress,
+            former,
             backoff: Backoff::default(),
             not_before: now,
             audited: now,
         }
+    }
+
+    /// What the rule made before, if anything of that may be left.
+    fn former_of(&self, rule: u16) -> Option<&Former> {
+        self.former.get(usize::from(rule)).filter(|former| !former.forms.is_empty())
+    }
+
+    /// Nothing of it is left.
+    fn take_former(&mut self, rule: u16) -> Claim {
+        Claim::Gone(std::mem::take(&mut self.former[usize::from(rule)]).forms)
     }
 
     /// The oldest transaction that left rows which are being read again.
@@ -388,7 +409,10 @@ impl<C: Cache + Send + 'static> Session<C> {
         let worst = owes.iter().map(|(_, debt)| *debt).max()?;
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
         let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
-        let owned: Vec<(u16, Pattern)> = reconciled.flat_map(|rule| self.searched(rule)).collect();
+        let owned: Vec<(u16, Pattern)> = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
+        let former: Vec<(u16, Former)> =
+            reconciled.filter_map(|rule| Some((rule.rule, self.reads.former_of(rule.rule)?.clone()))).collect();
+        let searched = former.iter().map(|(rule, _)| *rule).collect();
         // What was read for other rules, or of another table, or leaves more to do, is no part of this.
         let same = |progress: &&Progress| {
             progress.from.table == table.relation.oid && progress.rules == self.names(&rules) && worst == Debt::Warm
@@ -400,9 +424,10 @@ impl<C: Cache + Send + 'static> Session<C> {
             sample: 1.0,
             from,
             owned,
+            former,
             barrier: !self.reads.barrier_passed,
         };
-        Some((pass(&table, rules, Why::Debt(worst)), job))
+        Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst)) }, job))
     }
 
     fn names(&self, rules: &[u16]) -> Vec<String> {
@@ -411,7 +436,8 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// The patterns of the rule's keys that are searched for orphans.
     fn searched(&self, rule: &BoundRule) -> Option<(u16, Pattern)> {
-        let write = rule.write.as_ref().filter(|write| is_readable(rule) && rule.on.delete && !write.keep_on_delete)?;
+        let searched = |write: &&BoundWrite| rule.on.delete && !write.keep_on_delete && write.is_owner();
+        let write = rule.write.as_ref().filter(searched).filter(|_| is_readable(rule))?;
         Some((rule.rule, write.key.pattern.clone()))
     }
 
@@ -447,6 +473,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
                 from: None,
                 owned: owned.collect(),
+                former: Vec::new(),
                 barrier: false,
             };
             let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
@@ -596,7 +623,11 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.reads.progress = None;
         let mut paid = true;
         for rule in &pass.rules {
-            paid &= self.debts.settle(&self.config.rules[usize::from(*rule)].name.value);
+            let settled = self.debts.settle(&self.config.rules[usize::from(*rule)].name.value);
+            paid &= settled;
+            if settled && pass.former.contains(rule) {
+                self.batch.claim(*rule, self.reads.take_former(*rule));
+            }
         }
         match paid {
             true => self.reads.backoff.reset(),
@@ -712,11 +743,13 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
     }
 
-    fn fly_read(&mut self, batch: Batch) -> bool {
+    fn fly_read(&mut self, mut batch: Batch) -> bool {
         if batch.is_empty() {
             self.recycle(batch);
             return false;
         }
+        // No key goes out before it is recorded what it looks like.
+        batch.take_claims(&mut self.batch);
         let next = self.next_checkpoint(self.checkpoint.applied, self.checkpoint.low, self.proven);
         self.fly(batch, next, Flying::Read)
     }
@@ -835,6 +868,7 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
         table: Arc::clone(table),
         rules,
         purpose,
+        former: Vec::new(),
         unseen: CellSet::default(),
         began: Instant::now(),
         rows: 0,

@@ -16,6 +16,7 @@ use super::copy_text::Row;
 use super::visibility::Snapshot;
 use crate::batch::{Batch, CellHasher, CellId, Limits};
 use crate::cache::checkpoint::{Origin, Page};
+use crate::cache::claims::Former;
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
 use crate::catalog::{sql_identifier, sql_table};
@@ -88,8 +89,24 @@ pub struct TableJob {
     pub from: Option<Page>,
     /// The keys that are looked for in Redis, to find those that no row renders: their rules and patterns.
     pub owned: Vec<(u16, Pattern)>,
+    /// Keys that rules made before, and that are looked for too: no row renders them any more.
+    pub former: Vec<(u16, Former)>,
     /// Transactions that committed before the slot began may be invisible still: wait for them.
     pub barrier: bool,
+}
+
+impl TableJob {
+    /// Whether keys are looked for in Redis.
+    fn searches(&self) -> bool {
+        !(self.owned.is_empty() && self.former.is_empty())
+    }
+
+    /// The rule whose key it is, or was.
+    fn owner(&self, key: &[u8]) -> Option<u16> {
+        let owned = self.owned.iter().find(|(_, pattern)| pattern.matches(key)).map(|(rule, _)| *rule);
+        let former = || self.former.iter().find(|(_, former)| former.matches(key)).map(|(rule, _)| *rule);
+        owned.or_else(former)
+    }
 }
 
 /// Single rows to be read again.
@@ -335,7 +352,7 @@ impl Reader {
         if job.barrier {
             self.barrier().await?;
         }
-        let partitions = if job.owned.is_empty() { 1 } else { self.partitions().await? };
+        let partitions = if !job.searches() { 1 } else { self.partitions().await? };
         for partition in 0..partitions {
             let within = |cell: CellId| cell.0 % u128::from(partitions) == u128::from(partition);
             self.say(Found::Part).await?;
@@ -366,15 +383,14 @@ impl Reader {
 
     /// Goes through the keys that Redis holds and the rules own.
     async fn keys(&mut self, job: &TableJob, wanted: impl Fn(CellId) -> bool, as_what: Keys) -> Outcome<()> {
-        if job.owned.is_empty() {
+        if !job.searches() {
             return Ok(());
         }
         let mut scan = Scan::open(&self.setting.redis).await?;
         while let Some(keys) = scan.next().await? {
-            let owner = |key: &[u8]| job.owned.iter().find(|(_, pattern)| pattern.matches(key)).map(|(rule, _)| *rule);
             let cells = keys.iter().filter_map(|key| {
                 let cell = self.setting.hasher.cell(key);
-                let rule = owner(key).filter(|_| wanted(cell))?;
+                let rule = job.owner(key).filter(|_| wanted(cell))?;
                 Some((rule, key, cell))
             });
             let found = match as_what {

@@ -190,9 +190,21 @@ fn completions_and_help_come_for_every_command() {
         out(&output)
     };
     assert!(keepstep(&["completions", "bash"]).contains("until-caught-up"));
-    for command in
-        ["run", "check", "plan", "setup", "teardown", "warm", "verify", "reload", "status", "stats", "clear", "reference", "demo"]
-    {
+    for command in [
+        "run",
+        "check",
+        "plan",
+        "setup",
+        "teardown",
+        "warm",
+        "verify",
+        "reload",
+        "status",
+        "stats",
+        "clear",
+        "reference",
+        "demo",
+    ] {
         assert!(keepstep(&[command, "--help"]).contains("Usage: keepstep"), "{command}");
     }
 }
