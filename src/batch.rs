@@ -240,7 +240,9 @@ impl Batch {
 
     /// Every key of the rule that matches goes, whatever the batch said of it before; closes the batch.
     pub fn sweep(&mut self, rule: u16, pattern: Pattern) {
-        for entry in self.entries.iter_mut().filter(|entry| entry.rule == rule) {
+        let bytes = &self.bytes;
+        let swept = |entry: &&mut Entry| entry.rule == rule && pattern.matches(&bytes[entry.key.clone()]);
+        for entry in self.entries.iter_mut().filter(swept) {
             entry.decision = Decision::Delete;
         }
         self.sweeps.push(pattern);

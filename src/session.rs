@@ -368,7 +368,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// Whether anything more may be read: a replay that must stay together goes beyond the limits of a batch.
     fn has_room(&self) -> bool {
         let room = !self.batch.is_full() || self.intake.replaying();
-        room && self.intake.unsettled().len() < UNSETTLED_MAX && !self.intake.overflows()
+        room && self.intake.unsettled().len() < UNSETTLED_MAX
     }
 
     /// Takes what has been received, until the batch is full: a batch that left out what is here already would only be
@@ -489,7 +489,9 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         };
         self.answered_at = Instant::now();
-        self.proven = checkpoint.applied;
+        if self.flying == Flying::Stream {
+            self.proven = checkpoint.applied;
+        }
         self.checkpoint = checkpoint;
         if invalidated {
             // What a pass under way has written may be among what was deleted.

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::intake::Reread;
-use super::orders::{PassOrder, Purpose, Report, Totals};
+use super::orders::{PassOrder, Purpose, REPORTS_MAX, Report, Totals};
 use super::{Flying, Outcome, Session};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
@@ -40,6 +40,8 @@ use crate::source::conninfo::ConnInfo;
 const REREADS_AT_A_TIME: usize = 500;
 /// A reader that has had nothing to do for so long ends its connections.
 const IDLE_LIMIT: Duration = Duration::from_secs(30);
+/// How long whoever asked for a pass may leave its reports alone.
+const HEED_LIMIT: Duration = Duration::from_secs(30);
 /// How often a part of the tables is audited; `audit` says how much of them in a minute.
 const AUDIT_EVERY: Duration = Duration::from_secs(10);
 
@@ -57,6 +59,8 @@ pub(super) struct Reads {
     pub(super) progress: Option<Progress>,
     /// What each rule made before.
     former: Vec<Former>,
+    /// Tables that could not be read when it was tried last.
+    failed: BTreeSet<u32>,
     backoff: Backoff,
     not_before: Instant,
     audited: Instant,
@@ -70,6 +74,10 @@ struct Asked {
     totals: Totals,
     /// What is still to be said.
     unsaid: VecDeque<Report>,
+    /// Whoever asked has listened then.
+    heeded_at: Instant,
+    /// It is the audit's, and nobody listens.
+    is_audit: bool,
 }
 
 /// A reader and what it is at.
@@ -106,6 +114,8 @@ struct Pass {
     purpose: Why,
     /// Those of them whose earlier keys are searched for too.
     former: Vec<u16>,
+    /// What no read can render was deleted.
+    swept: bool,
     /// Keys that Redis held when the pass began, and nobody has rendered or touched since.
     unseen: CellSet,
     began: Instant,
@@ -150,6 +160,7 @@ impl Reads {
             barrier_passed: false,
             progress,
             former,
+            failed: BTreeSet::new(),
             backoff: Backoff::default(),
             not_before: now,
             audited: now,
@@ -173,8 +184,22 @@ impl Reads {
 
     /// Somebody wants tables read.
     pub(super) fn ask(&mut self, order: PassOrder) {
-        let asked = Asked { order, tables: None, totals: Totals::default(), unsaid: VecDeque::new() };
-        self.asked.push_back(asked);
+        self.take_on(order, false);
+    }
+
+    fn take_on(&mut self, order: PassOrder, is_audit: bool) {
+        let (totals, unsaid, heeded_at) = (Totals::default(), VecDeque::new(), Instant::now());
+        self.asked.push_back(Asked { order, tables: None, totals, unsaid, heeded_at, is_audit });
+    }
+
+    /// Somebody who does not listen any more holds nothing up: neither the slot nor a snapshot.
+    fn hang_up_on_the_deaf(&mut self, now: Instant) {
+        let deaf =
+            |asked: &&mut Asked| asked.unsaid.len() >= REPORTS_MAX && now.duration_since(asked.heeded_at) > HEED_LIMIT;
+        if let Some(asked) = self.asked.front_mut().filter(deaf) {
+            tracing::warn!("nobody takes what a pass reports: it goes on unheard");
+            asked.order.reports = mpsc::channel(1).0;
+        }
     }
 
     /// Whether nothing is being read, and nobody has asked for it.
@@ -229,6 +254,7 @@ impl Reads {
             let limits = super::limits(&self.config);
             let handle = reader::start(Setting {
                 postgres: self.postgres.clone(),
+                config: Arc::clone(&self.config),
                 publication: self.config.postgres.publication.clone(),
                 origin: origin.clone(),
                 redis: self.config.redis.clone(),
@@ -273,10 +299,12 @@ pub(super) enum Heard {
 /// Waits for the next; `finding` says whether the reader may say anything.
 pub(super) async fn heard(reads: &mut Reads, finding: bool) -> Heard {
     let Reads { reading, asked, .. } = reads;
+    // Whoever asked is told before more is found.
+    let heeded = asked.front().is_none_or(|asked| asked.unsaid.len() < REPORTS_MAX);
     tokio::select! {
         biased;
         listener = listener(asked.front()) => Heard::Listener(listener),
-        found = found(reading.as_mut()), if finding => Heard::Found(found),
+        found = found(reading.as_mut()), if finding && heeded => Heard::Found(found),
     }
 }
 
@@ -302,8 +330,10 @@ impl<C: Cache + Send + 'static> Session<C> {
         if !self.intake.is_past_start() || now < self.reads.not_before {
             return Ok(());
         }
-        self.start_rereads()?;
+        self.reads.hang_up_on_the_deaf(now);
+        self.give_up_overflowed();
         self.give_up_changed();
+        self.start_rereads()?;
         if self.reads.pass_mut().is_none() {
             match self.next_pass() {
                 Some((pass, job)) => self.start_pass(pass, job)?,
@@ -336,7 +366,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let (reports, _) = mpsc::channel(1);
         let purpose = Purpose::Verify { sample, repair: false };
         let rules = audited.into_iter().map(|(rule, _)| rule).collect();
-        self.reads.ask(PassOrder { rules, purpose, filter: None, reports });
+        self.reads.take_on(PassOrder { rules, purpose, filter: None, reports }, true);
     }
 
     fn start_rereads(&mut self) -> Result<()> {
@@ -358,6 +388,15 @@ impl<C: Cache + Send + 'static> Session<C> {
         // The channel has room: one job at a time is under way.
         let _ = reading.handle.rows.try_send(RowsJob { table, condition });
         Ok(())
+    }
+
+    /// The stream has touched more meanwhile than can be noted: what was read is given up, so that the stream goes on.
+    fn give_up_overflowed(&mut self) {
+        if self.intake.overflows() && self.in_flight.is_none() {
+            tracing::warn!("too much changed while a table was read: it is read again later");
+            self.end_reading();
+            self.wait_before_reading();
+        }
     }
 
     /// A table that was bound anew is read anew.
@@ -396,13 +435,17 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// The first table with a rule that owes and can pay.
     fn next_debt(&self) -> Option<(Pass, TableJob)> {
         let owing = self.debts.next(&self.checkpoint.owing);
+        if owing.is_empty() {
+            return None;
+        }
         let debt = |rule: &BoundRule| owing.get(&self.config.rules[usize::from(rule.rule)].name.value).copied();
         let can_pay =
             |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.json.is_some());
         let tables = self.intake.tables();
         let first = tables
             .filter_map(|table| Some((table.rules.iter().find(can_pay)?.rule, table)))
-            .min_by_key(|(rule, _)| *rule);
+            // Those that could not be read wait for the others.
+            .min_by_key(|(rule, table)| (self.reads.failed.contains(&table.relation.oid), *rule));
         let table = Arc::clone(first?.1);
         let owes: Vec<(&BoundRule, Debt)> =
             table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
@@ -415,11 +458,15 @@ impl<C: Cache + Send + 'static> Session<C> {
         let searched = former.iter().map(|(rule, _)| *rule).collect();
         // What was read for other rules, or of another table, or leaves more to do, is no part of this.
         let same = |progress: &&Progress| {
-            progress.from.table == table.relation.oid && progress.rules == self.names(&rules) && worst == Debt::Warm
+            let changes_count = owes.iter().all(|(rule, _)| rule.changed.is_none());
+            progress.from.table == table.relation.oid && progress.rules == self.names(&rules)
+                // While nothing was read, a change that `changed` skips can have moved a row to where it was read already.
+                && worst == Debt::Warm && changes_count
         };
         let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
         let job = TableJob {
             table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
+            longest_ttl: false,
             filter: None,
             sample: 1.0,
             from,
@@ -461,20 +508,16 @@ impl<C: Cache + Send + 'static> Session<C> {
             let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
             let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
             let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
-            let mut read = only(&table, |rule| wanted(&rule));
-            if matches!(purpose, Purpose::Verify { .. }) {
-                // Compared with the longest that a key may live.
-                let writes = read.rules.iter_mut().filter_map(|rule| rule.write.as_mut());
-                writes.filter_map(|write| write.ttl.as_mut()).for_each(|(_, jitter)| *jitter = 0.0);
-            }
             let job = TableJob {
-                table: read,
+                table: only(&table, |rule| wanted(&rule)),
+                // Compared with the longest that a key may live.
+                longest_ttl: matches!(purpose, Purpose::Verify { .. }),
                 filter,
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
                 from: None,
                 owned: owned.collect(),
                 former: Vec::new(),
-                barrier: false,
+                barrier: !self.reads.barrier_passed,
             };
             let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
             return Some((pass(&table, rules, Why::Asked(purpose)), job));
@@ -513,7 +556,10 @@ impl<C: Cache + Send + 'static> Session<C> {
         let Some(reading) = &mut self.reads.reading else { return Ok(()) };
         reading.used = Instant::now();
         match found {
-            None => self.end_reading(),
+            None => {
+                self.end_reading();
+                self.wait_before_reading();
+            }
             Some(Found::Failed(error)) => return self.reading_failed(error),
             Some(Found::Begin(answer)) => {
                 self.intake.note_touches(&hasher);
@@ -558,10 +604,11 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// goes too: when in doubt, invalidate.
     fn sweep_debts(&mut self) {
         self.reads.barrier_passed = true;
-        let Some(pass) = self.reads.reading.as_ref().and_then(|reading| reading.pass.as_ref()) else { return };
-        if pass.purpose != Why::Debt(Debt::Reconcile) {
+        let Some(pass) = self.reads.reading.as_mut().and_then(|reading| reading.pass.as_mut()) else { return };
+        if pass.purpose != Why::Debt(Debt::Reconcile) || std::mem::replace(&mut pass.swept, true) {
             return;
         }
+        let pass = &*pass;
         let owing = self.debts.next(&self.checkpoint.owing);
         let owes = |rule: &&BoundRule| {
             owing.get(&self.config.rules[usize::from(rule.rule)].name.value) == Some(&Debt::Reconcile)
@@ -621,6 +668,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         self.reads.progress = None;
+        self.reads.failed.remove(&relation.oid);
         let mut paid = true;
         for rule in &pass.rules {
             let settled = self.debts.settle(&self.config.rules[usize::from(*rule)].name.value);
@@ -644,6 +692,17 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// The reader could not go on.
     fn reading_failed(&mut self, error: Error) -> Result<()> {
         let asked = self.reads.pass_mut().is_some_and(|pass| matches!(pass.purpose, Why::Asked(_)));
+        if let Some(pass) = self.reads.pass_mut() {
+            let table = pass.table.relation.oid;
+            self.reads.failed.insert(table);
+        }
+        let rereads =
+            self.reads.reading.as_mut().map(|reading| std::mem::take(&mut reading.rereads)).unwrap_or_default();
+        match error.kind().is_transient() {
+            true => self.intake.put_back(rereads),
+            // They would never be done, and hold the slot: the rule owes instead.
+            false => self.intake.overcharge(rereads.iter().map(|reread| reread.rule)),
+        }
         self.end_reading();
         self.wait_before_reading();
         if error.kind().is_transient() {
@@ -771,6 +830,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// Redis has said which cells are not plainly right.
     pub(super) fn compared(&mut self, mut batch: Batch, differing: &[(usize, Held)], orphans: bool) {
         let unsure = self.intake.has_rereads() || self.reads.oldest_pending().is_some();
+        let owing = self.debts.next(&self.checkpoint.owing);
         let Some(asked) = self.reads.asked.front_mut() else { return self.recycle(batch) };
         let Purpose::Verify { repair, .. } = asked.order.purpose else { return self.recycle(batch) };
         let mut checked = BTreeMap::new();
@@ -786,8 +846,12 @@ impl<C: Cache + Send + 'static> Session<C> {
                     asked.totals.expired += 1;
                     continue;
                 }
-                // A row that is read again has no key meanwhile.
-                Verdict::Wrong(Kind::Missing) if unsure => {
+                // A row that is read again has no key meanwhile, nor has one that nobody warms.
+                Verdict::Wrong(Kind::Missing)
+                    if unsure
+                        || owing.contains_key(&rule.name.value)
+                        || rule.write.as_ref().is_some_and(|write| !write.warm) =>
+                {
                     checked.entry(number).and_modify(|checked| *checked -= 1);
                     asked.totals.skipped += 1;
                     continue;
@@ -825,9 +889,17 @@ impl<C: Cache + Send + 'static> Session<C> {
         let Some(report) = asked.unsaid.pop_front() else { return };
         let last = report.is_last();
         match listener {
-            Some(permit) => drop(permit.send(report)),
-            // Nobody waits for what is left to be said, but what was begun is ended in good order.
-            None => asked.unsaid.retain(Report::is_last),
+            Some(permit) => {
+                asked.heeded_at = Instant::now();
+                drop(permit.send(report));
+            }
+            // Nobody waits for what is left to be said: the table under way is the last one.
+            None => {
+                asked.unsaid.retain(Report::is_last);
+                if !asked.is_audit {
+                    asked.tables = Some(VecDeque::new());
+                }
+            }
         }
         if last {
             self.reads.asked.pop_front();
@@ -869,6 +941,7 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
         rules,
         purpose,
         former: Vec::new(),
+        swept: false,
         unseen: CellSet::default(),
         began: Instant::now(),
         rows: 0,

@@ -5,6 +5,7 @@
 //! of a table it reads single rows that changes have asked for ([`RowsJob`]).
 
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
@@ -13,25 +14,29 @@ use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::copy_text::Row;
-use super::visibility::Snapshot;
+use super::visibility::{self, Snapshot};
 use crate::batch::{Batch, CellHasher, CellId, Limits};
 use crate::cache::checkpoint::{Origin, Page};
 use crate::cache::claims::Former;
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
-use crate::catalog::{sql_identifier, sql_table};
-use crate::config::{RedisConfig, TableName};
+use crate::catalog::{self, sql_identifier, sql_table};
+use crate::config::{Config, RedisConfig, TableName};
+use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Datum, Relation, Xid};
 use crate::plan::{self, BoundTable, Noted};
+use crate::rules::bind::bind;
 use crate::rules::pattern::Pattern;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
 use crate::source::query_error;
 use crate::source::slot::MESSAGE_PREFIX;
 
-/// No statement of a chunk takes longer; one that waits for Redis so long gives its snapshot back.
+/// No statement of a chunk takes longer.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(60);
+/// How long a piece may wait for the session before its chunk gives its snapshot back.
+const PIECE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a chunk should take: no snapshot is held for much longer.
 const CHUNK_TARGET: Duration = Duration::from_millis(200);
 /// Pages of the first chunk; later ones adapt to the target.
@@ -69,6 +74,8 @@ pub struct Setting {
     pub limits: Limits,
     /// The number of rules.
     pub rules: usize,
+    /// The rules file.
+    pub config: Arc<Config>,
     /// Tells cells apart, here as in the session.
     pub hasher: CellHasher,
     /// In each marker, so that those of an earlier reader are not taken for its own.
@@ -79,8 +86,11 @@ pub struct Setting {
 
 /// A table to be read.
 pub struct TableJob {
-    /// Its shape as the stream has it, and the rules whose values are rendered; none if nothing is to be read.
+    /// The rules whose values are rendered, none if nothing is to be read, and the table as the stream has it. It is read
+    /// as the catalog has it.
     pub table: BoundTable,
+    /// Values are rendered for the longest TTL that they may have.
+    pub longest_ttl: bool,
     /// Only rows that meet this condition.
     pub filter: Option<String>,
     /// The share of its pages that are read.
@@ -275,7 +285,9 @@ struct Selection<'a> {
 }
 
 /// A leaf, and which of how many it is.
-struct Place {
+struct Place<'a> {
+    /// Its table and rules.
+    bound: &'a BoundTable,
     oid: u32,
     /// Its name in SQL.
     table: String,
@@ -359,7 +371,10 @@ impl Reader {
             self.keys(job, within, Keys::Present).await?;
             self.settle(Of::Table).await?;
             if !job.table.rules.is_empty() {
-                self.leaves(job, partition == 0).await?;
+                match self.bound(job).await? {
+                    Some(table) => self.leaves(job, &table, partition == 0).await?,
+                    None => self.nothing().await?,
+                }
             }
             if self.some_unseen(job).await? {
                 self.keys(job, within, Keys::Candidates).await?;
@@ -369,12 +384,47 @@ impl Reader {
     }
 
     async fn some_unseen(&self, job: &TableJob) -> Outcome<bool> {
-        if job.owned.is_empty() {
+        if !job.searches() {
             return Ok(false);
         }
         let (answer, unseen) = oneshot::channel();
         self.say(Found::Unseen(answer)).await?;
         unseen.await.map_err(|_| Stop::Abandoned)
+    }
+
+    /// The table and its rules as the catalog has them: the stream says nothing of DDL before a row changes. `None` if
+    /// there is no such table.
+    async fn bound(&self, job: &TableJob) -> Result<Option<BoundTable>> {
+        let Setting { config, publication, redis, .. } = &self.setting;
+        let Relation { schema, name, .. } = &job.table.relation;
+        let name = TableName { schema: schema.clone(), name: name.clone() };
+        let catalog = catalog::load(&self.client, publication, std::slice::from_ref(&name)).await?;
+        let types = Types::load(&self.client, &catalog.type_oids()).await?;
+        let Some(facts) = catalog.tables.get(&name) else { return Ok(None) };
+        let mut rules = Vec::new();
+        for number in job.table.rules.iter().map(|rule| rule.rule) {
+            let rule = &config.rules[usize::from(number)];
+            let bound = bind(rule, number, &facts.relation, Some(facts), &types, &redis.prefix);
+            let mut bound = bound.map_err(|_| {
+                let misfit = format!("rule `{}` does not fit table {name} as it is now", rule.name.value);
+                Error::new(ErrorKind::PostgresAway, misfit)
+            })?;
+            if let (true, Some((_, jitter))) =
+                (job.longest_ttl, bound.write.as_mut().and_then(|write| write.ttl.as_mut()))
+            {
+                *jitter = 0.0;
+            }
+            rules.push(bound);
+        }
+        Ok(Some(BoundTable { relation: facts.relation.clone(), rules }))
+    }
+
+    /// A chunk of a table that is not there: what the stream still has to say of it comes before the marker.
+    async fn nothing(&mut self) -> Outcome<()> {
+        let snapshot = visibility::look(&self.client).await?;
+        self.open(Of::Table, snapshot, true).await?;
+        let empty = self.empty();
+        self.say(Found::Piece(empty)).await
     }
 
     async fn partitions(&self) -> Result<u64> {
@@ -411,8 +461,8 @@ impl Reader {
         Ok(())
     }
 
-    async fn leaves(&mut self, job: &TableJob, rows_wanted: bool) -> Outcome<()> {
-        let relation = &job.table.relation;
+    async fn leaves(&mut self, job: &TableJob, table: &BoundTable, rows_wanted: bool) -> Outcome<()> {
+        let relation = &table.relation;
         let condition = self.condition(relation, job.filter.as_deref()).await?;
         let leaves = leaves(&self.client, relation.oid).await?;
         // Those before it were read to their end, by the same order.
@@ -420,7 +470,7 @@ impl Reader {
         let skipped = job.from.and_then(done).unwrap_or(0);
         for (index, (oid, name)) in leaves.iter().enumerate().skip(skipped) {
             let from = job.from.filter(|page| page.leaf == *oid);
-            let place = Place { oid: *oid, table: sql_table(name), before: index, leaves: leaves.len() };
+            let place = Place { bound: table, oid: *oid, table: sql_table(name), before: index, leaves: leaves.len() };
             self.leaf(job, &place, &condition, from, rows_wanted).await?;
         }
         Ok(())
@@ -442,7 +492,7 @@ impl Reader {
     async fn leaf(
         &mut self,
         job: &TableJob,
-        place: &Place,
+        place: &Place<'_>,
         condition: &str,
         from: Option<Page>,
         rows_wanted: bool,
@@ -467,7 +517,7 @@ impl Reader {
             drop(self.found.reserve_many(FOUND_MAX).await.map_err(|_| Stop::Abandoned)?);
             let began = Instant::now();
             let selection = Selection {
-                table: &job.table,
+                table: place.bound,
                 of: Of::Table,
                 lock: format!("LOCK TABLE ONLY {table} IN ACCESS SHARE MODE"),
                 from: format!("FROM ONLY {table} WHERE ctid >= '({next},0)' AND ctid < '({end},0)'{condition}"),
@@ -488,7 +538,7 @@ impl Reader {
                 }
                 Read::Rows(rows) => {
                     next = end;
-                    let at = |filenode| Page { table: job.table.relation.oid, leaf: oid, filenode, page: next };
+                    let at = |filenode| Page { table: place.bound.relation.oid, leaf: oid, filenode, page: next };
                     let of_leaf = (next as f64 / known.pages as f64).min(1.0);
                     let share = (place.before as f64 + of_leaf) / place.leaves as f64;
                     self.say(Found::Closed(Closed { rows, share, next: known.filenode.map(at) })).await?;
@@ -545,15 +595,19 @@ impl Reader {
             run(&self.client, "ROLLBACK").await?;
             return Ok(Read::Rewritten(leaf));
         }
+        self.open(selection.of, snapshot, selection.rows_wanted).await?;
+        let rows = self.copy(selection).await?;
+        run(&self.client, "COMMIT").await?;
+        Ok(Read::Rows(rows))
+    }
+
+    /// A chunk begins, and its marker is written.
+    async fn open(&mut self, of: Of, snapshot: Snapshot, rows_wanted: bool) -> Outcome<()> {
         self.chunk += 1;
         let content = marker(&self.setting.token, self.chunk);
         let sql = "select pg_logical_emit_message(true, $1, $2)::text";
         query_one(&self.marker, sql, &[(&MESSAGE_PREFIX, Type::TEXT), (&content, Type::TEXT)]).await?;
-        let chunk = Chunk { of: selection.of, number: self.chunk, snapshot, rows_wanted: selection.rows_wanted };
-        self.say(Found::Opened(chunk)).await?;
-        let rows = self.copy(selection).await?;
-        run(&self.client, "COMMIT").await?;
-        Ok(Read::Rows(rows))
+        self.say(Found::Opened(Chunk { of, number: self.chunk, snapshot, rows_wanted })).await
     }
 
     /// The snapshot of the transaction, and the relation as it is now; from the server that the stream comes from.
@@ -600,7 +654,9 @@ impl Reader {
             if batch.is_full() {
                 let full = std::mem::replace(&mut batch, self.empty());
                 let began = Instant::now();
-                self.say(Found::Piece(full)).await?;
+                // No snapshot, and no lock, is held for as long as Redis is away.
+                let said = tokio::time::timeout(PIECE_LIMIT, self.say(Found::Piece(full))).await;
+                said.unwrap_or_else(|_| Err(Stop::Failed(too_slow())))?;
                 self.waited += began.elapsed();
             }
         }
@@ -690,6 +746,11 @@ fn parse<T: std::str::FromStr>(row: &tokio_postgres::Row, column: usize) -> Resu
     let text: &str = row.try_get(column).map_err(failed)?;
     text.parse()
         .map_err(|_| Error::new(ErrorKind::Protocol, "Postgres answered a question about a table with something else"))
+}
+
+fn too_slow() -> Error {
+    let message = format!("what was read of a table could not be written within {PIECE_LIMIT:?}");
+    Error::new(ErrorKind::RedisAway, message)
 }
 
 fn failed(error: tokio_postgres::Error) -> Error {
