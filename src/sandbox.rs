@@ -18,6 +18,11 @@ use std::time::{Duration, Instant};
 const START_LIMIT: Duration = Duration::from_secs(30);
 /// How often that is looked at.
 const START_POLL: Duration = Duration::from_millis(20);
+/// Ports below those that Linux gives to connections (`ip_local_port_range` begins at 32768), which come and go.
+const PORT_FIRST: u16 = 12_000;
+const PORT_COUNT: u16 = 20_000;
+/// How many of them are tried.
+const PORT_TRIES: u32 = 1000;
 
 /// The throw-away servers could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -55,13 +60,16 @@ type Result<T> = std::result::Result<T, SandboxError>;
 
 /// A loopback port that nothing listens on at this moment.
 pub fn free_port() -> io::Result<u16> {
-    // Redis Cluster's bus uses port + 10000, so ports stay below 55536.
-    loop {
-        let port = TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port();
-        if port < 55_536 {
-            return Ok(port);
+    let mut last = io::Error::from(io::ErrorKind::AddrInUse);
+    for _ in 0..PORT_TRIES {
+        let random = getrandom::u32().map_err(|_| io::ErrorKind::Unsupported)?;
+        let port = PORT_FIRST + (random % u32::from(PORT_COUNT)) as u16;
+        match TcpListener::bind(("127.0.0.1", port)) {
+            Ok(_) => return Ok(port),
+            Err(error) => last = error,
         }
     }
+    Err(last)
 }
 
 /// A Postgres installation: the folder that holds `initdb` and `postgres`.
