@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::model::Relation;
 use crate::rules::template::Template;
 
 pub mod diagnostic;
@@ -253,6 +254,12 @@ pub struct TableName {
     pub schema: String,
     /// Its name.
     pub name: String,
+}
+
+impl From<&Relation> for TableName {
+    fn from(relation: &Relation) -> Self {
+        TableName { schema: relation.schema.clone(), name: relation.name.clone() }
+    }
 }
 
 impl std::fmt::Display for TableName {

@@ -25,8 +25,8 @@ use crate::cache::claims::Former;
 use crate::cache::{Cache, Content, Held};
 use crate::canary::{self, Canary};
 use crate::catalog::sql_identifier;
-use crate::config::Config;
-use crate::error::{Error, Result};
+use crate::config::{Config, TableName};
+use crate::error::{Error, ErrorKind, Result};
 use crate::model::Lsn;
 use crate::plan::{self, BoundTable};
 use crate::rules::bind::{BoundRule, BoundWrite};
@@ -74,8 +74,8 @@ struct Asked {
     totals: Totals,
     /// What is still to be said.
     unsaid: VecDeque<Report>,
-    /// Whoever asked has listened then.
-    heeded_at: Instant,
+    /// Nothing was taken since, although there is more to be said than should wait.
+    stuck_since: Option<Instant>,
     /// It is the audit's, and nobody listens.
     is_audit: bool,
 }
@@ -188,16 +188,15 @@ impl Reads {
     }
 
     fn take_on(&mut self, order: PassOrder, is_audit: bool) {
-        let (totals, unsaid, heeded_at) = (Totals::default(), VecDeque::new(), Instant::now());
-        self.asked.push_back(Asked { order, tables: None, totals, unsaid, heeded_at, is_audit });
+        let (totals, unsaid) = (Totals::default(), VecDeque::new());
+        self.asked.push_back(Asked { order, tables: None, totals, unsaid, stuck_since: None, is_audit });
     }
 
     /// Somebody who does not listen any more holds nothing up: neither the slot nor a snapshot.
     fn hang_up_on_the_deaf(&mut self, now: Instant) {
-        let deaf =
-            |asked: &&mut Asked| asked.unsaid.len() >= REPORTS_MAX && now.duration_since(asked.heeded_at) > HEED_LIMIT;
-        if let Some(asked) = self.asked.front_mut().filter(deaf) {
-            tracing::warn!("nobody takes what a pass reports: it goes on unheard");
+        let Some(asked) = self.asked.front_mut().filter(|asked| asked.unsaid.len() >= REPORTS_MAX) else { return };
+        if now.duration_since(*asked.stuck_since.get_or_insert(now)) > HEED_LIMIT {
+            tracing::warn!("nobody takes what a pass reports: it ends with the table under way");
             asked.order.reports = mpsc::channel(1).0;
         }
     }
@@ -232,10 +231,9 @@ impl Reads {
     pub(super) fn status(&self) -> Vec<PassStatus> {
         let pass = self.reading.as_ref().and_then(|reading| reading.pass.as_ref());
         let shown = pass.map(|pass| {
-            let relation = &pass.table.relation;
             let names = pass.rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone());
             let mut status = PassStatus {
-                table: format!("{}.{}", relation.schema, relation.name),
+                table: TableName::from(&pass.table.relation).to_string(),
                 rules: names.collect(),
                 purpose: pass.purpose.name().to_owned(),
                 rows_total: pass.rows_total(),
@@ -250,7 +248,10 @@ impl Reads {
     /// The reader, started if there is none.
     fn reading(&mut self, origin: &crate::cache::checkpoint::Origin) -> Result<&mut Reading> {
         if self.reading.is_none() {
-            let token = format!("{:016x}", getrandom::u64().unwrap_or_default());
+            let random = getrandom::u64().map_err(|error| {
+                Error::new(ErrorKind::Io, "the system gives no random numbers, which markers need").because(error)
+            })?;
+            let token = format!("{random:016x}");
             let limits = super::limits(&self.config);
             let handle = reader::start(Setting {
                 postgres: self.postgres.clone(),
@@ -385,7 +386,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let table = only(table, |rule| wanted.contains(&rule.rule));
         let reading = self.reads.reading(&self.checkpoint.origin)?;
         reading.rereads = rereads;
-        // The channel has room: one job at a time is under way.
+        // The channel has room: one job at a time is under way. A reader that has ended says so by itself.
         let _ = reading.handle.rows.try_send(RowsJob { table, condition });
         Ok(())
     }
@@ -527,14 +528,14 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn start_pass(&mut self, pass: Pass, job: TableJob) -> Result<()> {
         let names: Vec<&str> =
             pass.rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.as_str()).collect();
-        let relation = &pass.table.relation;
-        tracing::info!(table = %format_args!("{}.{}", relation.schema, relation.name), rules = ?names, "{} begins", pass.purpose.name());
+        let table = TableName::from(&pass.table.relation);
+        tracing::info!(%table, rules = ?names, "{} begins", pass.purpose.name());
         if matches!(pass.purpose, Why::Debt(_)) {
             names.iter().for_each(|rule| self.debts.begin(rule));
         }
         let reading = self.reads.reading(&self.checkpoint.origin)?;
         reading.pass = Some(pass);
-        // The channel has room: one job at a time is under way.
+        // The channel has room: one job at a time is under way. A reader that has ended says so by itself.
         let _ = reading.handle.tables.try_send(job);
         Ok(())
     }
@@ -586,7 +587,12 @@ impl<C: Cache + Send + 'static> Session<C> {
             Some(Found::Piece(batch)) => reading.head = Some(Head::Piece(batch)),
             Some(Found::Candidates(batch)) => reading.head = Some(Head::Candidates(batch)),
             Some(Found::Closed(closed)) => self.closed(&closed),
-            Some(Found::Done(Of::Rows)) => reading.rereads.clear(),
+            Some(Found::Done(Of::Rows)) => {
+                reading.rereads.clear();
+                if reading.pass.is_none() {
+                    self.intake.forget_touches();
+                }
+            }
             Some(Found::Done(Of::Table)) => self.pass_done(),
         }
         Ok(())
@@ -655,10 +661,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         let Some(pass) = self.reads.reading.as_mut().and_then(|reading| reading.pass.take()) else { return };
         self.intake.forget_touches();
         self.metrics.pass_rows_left.set(0);
-        let relation = &pass.table.relation;
-        let table = format!("{}.{}", relation.schema, relation.name);
+        let table = TableName::from(&pass.table.relation);
         tracing::info!(
-            table,
+            %table,
             rows = pass.rows,
             seconds = pass.began.elapsed().as_secs_f64(),
             "{} done",
@@ -668,7 +673,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         self.reads.progress = None;
-        self.reads.failed.remove(&relation.oid);
+        self.reads.failed.remove(&pass.table.relation.oid);
         let mut paid = true;
         for rule in &pass.rules {
             let settled = self.debts.settle(&self.config.rules[usize::from(*rule)].name.value);
@@ -751,7 +756,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         if let Some(pass) = reading.pass.as_mut().filter(|_| of_table) {
             verify = matches!(pass.purpose, Why::Asked(Purpose::Verify { .. }));
             if !pass.unseen.is_empty() {
-                batch.ops().for_each(|(_, op)| _ = pass.unseen.remove(&hasher.cell(key(op))));
+                batch.ops().for_each(|(_, op)| _ = pass.unseen.remove(&hasher.cell(op.key())));
             }
         }
         if !wanted {
@@ -836,8 +841,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         let mut checked = BTreeMap::new();
         batch.ops().for_each(|(rule, _)| *checked.entry(rule).or_insert(0) += 1);
         let mut wrong = HashSet::new();
-        let ops: Vec<(u16, CacheOp<'_>)> = differing.iter().filter_map(|(place, _)| batch.ops().nth(*place)).collect();
-        for ((place, held), (number, op)) in differing.iter().zip(ops) {
+        let ops: Vec<(u16, CacheOp<'_>)> = if differing.is_empty() { Vec::new() } else { batch.ops().collect() };
+        for (place, held) in differing {
+            let (number, op) = ops[*place];
             let rule = &self.config.rules[usize::from(number)];
             let ttl_ms = rule.write.as_ref().and_then(|write| write.ttl).map(|ttl| ttl.as_millis() as u64);
             let kind = match audit::judge(op, held, ttl_ms) {
@@ -862,7 +868,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             let name = rule.name.value.as_str();
             asked.totals.diverged += 1;
             self.metrics.audit_keys_diverged_total.with_label_values(&[name, kind.name()]).inc();
-            let key = String::from_utf8_lossy(key(op)).into_owned();
+            let key = String::from_utf8_lossy(op.key()).into_owned();
             tracing::warn!(rule = name, key, kind = kind.name(), applied = %self.checkpoint.applied, "a key has diverged");
             wrong.insert(*place);
             asked.unsaid.push_back(difference(name, key, kind, op, held, repair));
@@ -890,7 +896,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let last = report.is_last();
         match listener {
             Some(permit) => {
-                asked.heeded_at = Instant::now();
+                asked.stuck_since = None;
                 drop(permit.send(report));
             }
             // Nobody waits for what is left to be said: the table under way is the last one.
@@ -927,12 +933,6 @@ fn difference(rule: &str, key: String, kind: Kind, op: CacheOp<'_>, held: &Held,
         Content::Other(kind) => Some(format!("a {kind}")),
     };
     Report::Difference { rule: rule.to_owned(), key, kind, holds, should, repaired }
-}
-
-fn key(op: CacheOp<'_>) -> &[u8] {
-    match op {
-        CacheOp::Set { key, .. } | CacheOp::Delete { key } => key,
-    }
 }
 
 fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {

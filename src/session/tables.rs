@@ -87,7 +87,7 @@ impl Tables {
     /// Binds the rules of a relation as the stream describes it. The catalog adds what the stream does not say, as long
     /// as it describes the same table in the same shape.
     pub async fn bind(&mut self, relation: Relation, client: &Client) -> Result<BoundTable> {
-        let name = name(&relation);
+        let name = TableName::from(&relation);
         if !self.config.rules.iter().any(|rule| rule.table.value == name) {
             return Ok(BoundTable { relation, rules: Vec::new() });
         }
@@ -111,7 +111,7 @@ impl Tables {
     }
 
     fn bind_with(&mut self, relation: Relation, catalog: &Catalog, types: &Types) -> BoundTable {
-        let name = name(&relation);
+        let name = TableName::from(&relation);
         let facts = catalog.tables.get(&name).filter(|facts| facts.relation == relation);
         let config = Arc::clone(&self.config);
         let mut rules = Vec::new();
@@ -156,10 +156,6 @@ impl Tables {
             }
         });
     }
-}
-
-fn name(relation: &Relation) -> TableName {
-    TableName { schema: relation.schema.clone(), name: relation.name.clone() }
 }
 
 /// What can be done, and what stands in the way of the rest.

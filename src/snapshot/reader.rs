@@ -332,8 +332,7 @@ impl Reader {
     async fn wait_until(&self, what: &str, holds: impl Fn(&Snapshot) -> bool) -> Result<()> {
         let (began, mut pause, mut warned) = (Instant::now(), SETTLE_PAUSE, false);
         loop {
-            let row = query_one(&self.marker, "select pg_current_snapshot()::text", &[]).await?;
-            if holds(&parse(&row, 0)?) {
+            if holds(&visibility::look(&self.marker).await?) {
                 return Ok(());
             }
             if !warned && began.elapsed() > SETTLE_WARN {
@@ -396,8 +395,7 @@ impl Reader {
     /// there is no such table.
     async fn bound(&self, job: &TableJob) -> Result<Option<BoundTable>> {
         let Setting { config, publication, redis, .. } = &self.setting;
-        let Relation { schema, name, .. } = &job.table.relation;
-        let name = TableName { schema: schema.clone(), name: name.clone() };
+        let name = TableName::from(&job.table.relation);
         let catalog = catalog::load(&self.client, publication, std::slice::from_ref(&name)).await?;
         let types = Types::load(&self.client, &catalog.type_oids()).await?;
         let Some(facts) = catalog.tables.get(&name) else { return Ok(None) };
@@ -421,7 +419,7 @@ impl Reader {
 
     /// A chunk of a table that is not there: what the stream still has to say of it comes before the marker.
     async fn nothing(&mut self) -> Outcome<()> {
-        let snapshot = visibility::look(&self.client).await?;
+        let (snapshot, _) = self.look(0).await?;
         self.open(Of::Table, snapshot, true).await?;
         let empty = self.empty();
         self.say(Found::Piece(empty)).await
@@ -498,7 +496,7 @@ impl Reader {
         rows_wanted: bool,
     ) -> Outcome<()> {
         let (table, oid) = (&place.table, place.oid);
-        let mut known = self.look(&self.client, oid).await?.1;
+        let mut known = self.look(oid).await?.1;
         let (mut next, mut rewrites) = (0, 0);
         if let Some(page) = from.filter(|page| Some(page.filenode) == known.filenode) {
             next = page.page;
@@ -546,7 +544,7 @@ impl Reader {
                 }
             }
             if job.sample >= 1.0 {
-                pages = adapted(pages, began.elapsed().saturating_sub(self.waited));
+                pages = adapted(pages, began.elapsed(), self.waited);
             }
         }
         Ok(())
@@ -571,8 +569,7 @@ impl Reader {
     async fn rows(&mut self, job: &RowsJob) -> Outcome<()> {
         self.settle(Of::Rows).await?;
         let relation = &job.table.relation;
-        let name = TableName { schema: relation.schema.clone(), name: relation.name.clone() };
-        let table = sql_table(&name);
+        let table = sql_table(&TableName::from(relation));
         let condition = self.condition(relation, Some(&job.condition)).await?;
         let selection = Selection {
             table: &job.table,
@@ -590,7 +587,7 @@ impl Reader {
     async fn chunk(&mut self, selection: &Selection<'_>, filenode: Option<u32>) -> Outcome<Read> {
         // Taking the lock takes no snapshot, so whoever held it before is visible in the one that follows.
         run(&self.client, &format!("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY; {}", selection.lock)).await?;
-        let (snapshot, leaf) = self.look(&self.client, selection.oid).await?;
+        let (snapshot, leaf) = self.look(selection.oid).await?;
         if filenode.is_some() && leaf.filenode != filenode {
             run(&self.client, "ROLLBACK").await?;
             return Ok(Read::Rewritten(leaf));
@@ -610,12 +607,12 @@ impl Reader {
         self.say(Found::Opened(Chunk { of, number: self.chunk, snapshot, rows_wanted })).await
     }
 
-    /// The snapshot of the transaction, and the relation as it is now; from the server that the stream comes from.
-    async fn look(&self, client: &Client, oid: u32) -> Result<(Snapshot, Leaf)> {
+    /// The snapshot of the transaction, and the relation as it is now, empty if there is none; from the server that the stream comes from.
+    async fn look(&self, oid: u32) -> Result<(Snapshot, Leaf)> {
         let sql = "select pg_current_snapshot()::text, (select system_identifier::text from pg_control_system()),
             left(pg_walfile_name(pg_current_wal_lsn()), 8), pg_relation_filenode($1)::text,
             coalesce(pg_relation_size($1) / current_setting('block_size')::int8, 0)::text";
-        let row = query_one(client, sql, &[(&oid, Type::OID)]).await?;
+        let row = query_one(&self.client, sql, &[(&oid, Type::OID)]).await?;
         let text = |column| row.try_get::<_, Option<&str>>(column).map_err(failed);
         let timeline = text(2)?.and_then(|digits| u32::from_str_radix(digits, 16).ok());
         let origin = &self.setting.origin;
@@ -708,12 +705,14 @@ async fn leaves(client: &Client, oid: u32) -> Result<Vec<(u32, TableName)>> {
     rows.iter().map(|row| Ok((parse(row, 0)?, TableName { schema: parse(row, 1)?, name: parse(row, 2)? }))).collect()
 }
 
-/// As many pages as should take as long as a chunk may.
-fn adapted(pages: u64, took: Duration) -> u64 {
-    let next = if took < CHUNK_TARGET / 2 {
-        pages * 2
-    } else if took > CHUNK_TARGET * 2 {
+/// As many pages as should take as long as a chunk may. What of that it waited for its marker and for Redis counts only once
+/// it comes near the limit: smaller chunks wait as often, and only those that fit the channel hold no snapshot meanwhile.
+fn adapted(pages: u64, took: Duration, waited: Duration) -> u64 {
+    let read = took.saturating_sub(waited);
+    let next = if waited > PIECE_LIMIT / 4 || read > CHUNK_TARGET * 2 {
         pages / 2
+    } else if read < CHUNK_TARGET / 2 {
+        pages * 2
     } else {
         pages
     };
@@ -774,10 +773,15 @@ mod tests {
 
     #[test]
     fn chunks_come_near_their_target() {
-        assert_eq!(adapted(64, Duration::from_millis(10)), 128);
-        assert_eq!(adapted(64, Duration::from_millis(200)), 64);
-        assert_eq!(adapted(64, Duration::from_secs(1)), 32);
-        assert_eq!(adapted(1, Duration::from_secs(1)), 1);
-        assert_eq!(adapted(CHUNK_PAGES_MAX, Duration::ZERO), CHUNK_PAGES_MAX);
+        let adapted = |pages, took_ms, waited_ms| {
+            super::adapted(pages, Duration::from_millis(took_ms), Duration::from_millis(waited_ms))
+        };
+        assert_eq!(adapted(64, 10, 0), 128);
+        assert_eq!(adapted(64, 200, 0), 64);
+        assert_eq!(adapted(64, 1000, 0), 32);
+        assert_eq!(adapted(64, 1000, 990), 128, "a stream that lags a little");
+        assert_eq!(adapted(64, 10_000, 9990), 32, "a stream that lags much");
+        assert_eq!(adapted(1, 1000, 0), 1);
+        assert_eq!(adapted(CHUNK_PAGES_MAX, 0, 0), CHUNK_PAGES_MAX);
     }
 }

@@ -69,7 +69,7 @@ async fn differing(connection: &mut Connection, batch: &Batch) -> Result<Vec<(us
                 place.and_then(|place| Some((place, ops.get(place)?))).ok_or_else(|| unexpected("EVAL", reply))?;
             let held = match number {
                 Some(..0) => Held { content: Content::Nothing, remaining: Remaining::Missing },
-                _ => held(connection, key(*op)).await?,
+                _ => held(connection, op.key()).await?,
             };
             differing.push((place, held));
         }
@@ -81,7 +81,7 @@ fn compare(ops: &[CacheOp<'_>]) -> Cmd {
     let mut script = redis::cmd("EVAL");
     script.arg(COMPARE).arg(ops.len());
     for op in ops {
-        script.arg(key(*op));
+        script.arg(op.key());
     }
     for op in ops {
         match op {
@@ -92,12 +92,6 @@ fn compare(ops: &[CacheOp<'_>]) -> Cmd {
         };
     }
     script
-}
-
-fn key(op: CacheOp<'_>) -> &[u8] {
-    match op {
-        CacheOp::Set { key, .. } | CacheOp::Delete { key } => key,
-    }
 }
 
 async fn held(connection: &mut Connection, key: &[u8]) -> Result<Held, Failure> {
