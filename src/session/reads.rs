@@ -6,35 +6,37 @@
 //! left alone.
 //!
 //! Debts come first (what a rule owes stands in the checkpoint until a pass has paid it), then what somebody asked for,
-//! then the audit. One table is read at a time; single rows (values that the log did not carry) are read in between.
+//! then the audit (`choose`); `outgoing` sends or compares what was read. One table is read at a time; single rows (values that the log did not carry) are read in between.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use super::Session;
 use super::intake::Reread;
 use super::orders::{PassOrder, Purpose, REPORTS_MAX, Report, Totals};
-use super::{Flying, Outcome, Session};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CacheOp, CellHasher, CellSet, Claim};
+use crate::batch::{Batch, CellHasher, CellSet, Claim};
+use crate::cache::Cache;
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
-use crate::cache::{Cache, Content, Held};
 use crate::canary::{self, Canary};
 use crate::catalog::sql_identifier;
 use crate::config::{Config, TableName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Lsn;
 use crate::plan::{self, BoundTable};
-use crate::rules::bind::{BoundRule, BoundWrite};
-use crate::rules::pattern::Pattern;
-use crate::snapshot::audit::{self, Kind, Verdict};
+use crate::rules::bind::BoundRule;
 use crate::snapshot::reader::{self, Chunk, Closed, Found, Handle, Of, RowsJob, Setting, TableJob};
-use crate::snapshot::touches::Newer;
 use crate::source::conninfo::ConnInfo;
+
+use choose::is_readable;
+
+mod choose;
+mod outgoing;
 
 /// How many rows are read again at a time.
 const REREADS_AT_A_TIME: usize = 500;
@@ -358,18 +360,6 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
     }
 
-    /// The rules that say `audit`, by the largest share of each table.
-    fn ask_for_audit(&mut self) {
-        let shares = self.config.rules.iter().map(|rule| rule.write.as_ref().and_then(|write| write.audit));
-        let audited: Vec<(u16, f64)> = (0..).zip(shares).filter_map(|(rule, share)| Some((rule, share?))).collect();
-        let Some(share) = audited.iter().map(|(_, share)| *share).reduce(f64::max) else { return };
-        let sample = (share * AUDIT_EVERY.as_secs_f64() / 60.0).min(1.0);
-        let (reports, _) = mpsc::channel(1);
-        let purpose = Purpose::Verify { sample, repair: false };
-        let rules = audited.into_iter().map(|(rule, _)| rule).collect();
-        self.reads.take_on(PassOrder { rules, purpose, filter: None, reports }, true);
-    }
-
     fn start_rereads(&mut self) -> Result<()> {
         let under_way = self.reads.reading.as_ref().is_some_and(|reading| !reading.rereads.is_empty());
         if under_way || !self.intake.has_rereads() {
@@ -420,108 +410,6 @@ impl<C: Cache + Send + 'static> Session<C> {
         let asked_for = reading.pass.filter(|pass| matches!(pass.purpose, Why::Asked(_)));
         if let (Some(pass), Some(asked)) = (asked_for, self.reads.asked.front_mut()) {
             asked.tables.get_or_insert_default().push_front(pass.table.relation.oid);
-        }
-    }
-
-    /// Whether some rule owes and can pay.
-    pub(super) fn can_pay(&self) -> bool {
-        self.next_debt().is_some()
-    }
-
-    /// What is to be read next.
-    fn next_pass(&mut self) -> Option<(Pass, TableJob)> {
-        self.next_debt().or_else(|| self.next_asked())
-    }
-
-    /// The first table with a rule that owes and can pay.
-    fn next_debt(&self) -> Option<(Pass, TableJob)> {
-        let owing = self.debts.next(&self.checkpoint.owing);
-        if owing.is_empty() {
-            return None;
-        }
-        let debt = |rule: &BoundRule| owing.get(&self.config.rules[usize::from(rule.rule)].name.value).copied();
-        let can_pay =
-            |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.json.is_some());
-        let tables = self.intake.tables();
-        let first = tables
-            .filter_map(|table| Some((table.rules.iter().find(can_pay)?.rule, table)))
-            // Those that could not be read wait for the others.
-            .min_by_key(|(rule, table)| (self.reads.failed.contains(&table.relation.oid), *rule));
-        let table = Arc::clone(first?.1);
-        let owes: Vec<(&BoundRule, Debt)> =
-            table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
-        let worst = owes.iter().map(|(_, debt)| *debt).max()?;
-        let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
-        let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
-        let owned: Vec<(u16, Pattern)> = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
-        let former: Vec<(u16, Former)> =
-            reconciled.filter_map(|rule| Some((rule.rule, self.reads.former_of(rule.rule)?.clone()))).collect();
-        let searched = former.iter().map(|(rule, _)| *rule).collect();
-        // What was read for other rules, or of another table, or leaves more to do, is no part of this.
-        let same = |progress: &&Progress| {
-            let changes_count = owes.iter().all(|(rule, _)| rule.changed.is_none());
-            progress.from.table == table.relation.oid && progress.rules == self.names(&rules)
-                // While nothing was read, a change that `changed` skips can have moved a row to where it was read already.
-                && worst == Debt::Warm && changes_count
-        };
-        let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
-        let job = TableJob {
-            table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
-            longest_ttl: false,
-            filter: None,
-            sample: 1.0,
-            from,
-            owned,
-            former,
-            barrier: !self.reads.barrier_passed,
-        };
-        Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst)) }, job))
-    }
-
-    fn names(&self, rules: &[u16]) -> Vec<String> {
-        rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone()).collect()
-    }
-
-    /// The patterns of the rule's keys that are searched for orphans.
-    fn searched(&self, rule: &BoundRule) -> Option<(u16, Pattern)> {
-        let searched = |write: &&BoundWrite| rule.on.delete && !write.keep_on_delete && write.is_owner();
-        let write = rule.write.as_ref().filter(searched).filter(|_| is_readable(rule))?;
-        Some((rule.rule, write.key.pattern.clone()))
-    }
-
-    /// The next table of what somebody asked for.
-    fn next_asked(&mut self) -> Option<(Pass, TableJob)> {
-        loop {
-            let asked = self.reads.asked.front_mut()?;
-            let wanted =
-                |table: &&Arc<BoundTable>| table.rules.iter().any(|rule| asked.order.rules.contains(&rule.rule));
-            let all = || self.intake.tables().filter(wanted).map(|table| table.relation.oid).collect();
-            let Some(oid) = asked.tables.get_or_insert_with(all).pop_front() else {
-                // It goes once this is said.
-                if !asked.unsaid.back().is_some_and(Report::is_last) {
-                    asked.unsaid.push_back(Report::Done(asked.totals));
-                }
-                return None;
-            };
-            let Some(table) = self.intake.table(oid).map(Arc::clone) else { continue };
-            let rules: Vec<u16> = asked.order.rules.clone();
-            let (purpose, filter) = (asked.order.purpose, asked.order.filter.clone());
-            let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
-            let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
-            let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
-            let job = TableJob {
-                table: only(&table, |rule| wanted(&rule)),
-                // Compared with the longest that a key may live.
-                longest_ttl: matches!(purpose, Purpose::Verify { .. }),
-                filter,
-                sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
-                from: None,
-                owned: owned.collect(),
-                former: Vec::new(),
-                barrier: !self.reads.barrier_passed,
-            };
-            let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
-            return Some((pass(&table, rules, Why::Asked(purpose)), job));
         }
     }
 
@@ -728,189 +616,6 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.shared.update(|status| status.last_error = Some(error.to_string()));
         Ok(())
     }
-
-    /// Sends, or compares, what was read, if it is its turn.
-    pub(super) fn dispatch_read(&mut self) -> bool {
-        let Some(reading) = &mut self.reads.reading else { return false };
-        match reading.head.take() {
-            None => false,
-            Some(Head::Candidates(batch)) => self.dispatch_candidates(batch),
-            Some(head) if !reading.may_go() => {
-                reading.head = Some(head);
-                false
-            }
-            Some(Head::Piece(batch)) => self.dispatch_piece(batch),
-            Some(Head::Repair(batch)) => {
-                let batch = self.without_newer(batch);
-                self.fly_read(batch)
-            }
-        }
-    }
-
-    fn dispatch_piece(&mut self, batch: Batch) -> bool {
-        let hasher = self.reads.hasher.clone();
-        let Some(reading) = &mut self.reads.reading else { return false };
-        let of_table = reading.chunk.as_ref().is_some_and(|chunk| chunk.of == Of::Table);
-        let wanted = reading.chunk.as_ref().is_some_and(|chunk| chunk.rows_wanted);
-        let mut verify = false;
-        if let Some(pass) = reading.pass.as_mut().filter(|_| of_table) {
-            verify = matches!(pass.purpose, Why::Asked(Purpose::Verify { .. }));
-            if !pass.unseen.is_empty() {
-                batch.ops().for_each(|(_, op)| _ = pass.unseen.remove(&hasher.cell(op.key())));
-            }
-        }
-        if !wanted {
-            self.recycle(batch);
-            return false;
-        }
-        let before = batch.len();
-        let batch = self.without_newer(batch);
-        if verify {
-            if let Some(asked) = self.reads.asked.front_mut() {
-                asked.totals.skipped += (before - batch.len()) as u64;
-            }
-            return self.fly_comparison(batch, false);
-        }
-        self.fly_read(batch)
-    }
-
-    /// Keys that nobody has rendered or touched since the pass began: no row has them.
-    fn dispatch_candidates(&mut self, mut batch: Batch) -> bool {
-        self.strike_touched();
-        let hasher = self.reads.hasher.clone();
-        let Some(pass) = self.reads.pass_mut() else { return false };
-        batch.retain(|_, key| pass.unseen.contains(&hasher.cell(key)));
-        match pass.purpose {
-            Why::Asked(Purpose::Verify { .. }) => self.fly_comparison(batch, true),
-            _ => self.fly_read(batch),
-        }
-    }
-
-    /// What the stream has not said something newer of.
-    fn without_newer(&mut self, mut batch: Batch) -> Batch {
-        let chunk = self.reads.reading.as_ref().and_then(|reading| reading.chunk.as_ref());
-        let newer = match (chunk, self.intake.touches()) {
-            (Some(chunk), Some(touches)) if !canary::is(Canary::MarkerOnly) => touches.newer_than(&chunk.snapshot),
-            _ => Newer::default(),
-        };
-        if !newer.is_empty() {
-            batch.retain(|rule, key| !newer.has(rule, self.reads.hasher.cell(key)));
-        }
-        batch
-    }
-
-    pub(super) fn recycle(&mut self, mut batch: Batch) {
-        batch.clear();
-        if let Some(reading) = &self.reads.reading {
-            // One too many is simply dropped.
-            let _ = reading.handle.spare.try_send(batch);
-        }
-    }
-
-    fn fly_read(&mut self, mut batch: Batch) -> bool {
-        if batch.is_empty() {
-            self.recycle(batch);
-            return false;
-        }
-        // No key goes out before it is recorded what it looks like.
-        batch.take_claims(&mut self.batch);
-        let next = self.next_checkpoint(self.checkpoint.applied, self.checkpoint.low, self.proven);
-        self.fly(batch, next, Flying::Read)
-    }
-
-    fn fly_comparison(&mut self, batch: Batch, orphans: bool) -> bool {
-        if batch.is_empty() {
-            self.recycle(batch);
-            return false;
-        }
-        let Some(mut cache) = self.cache.take() else { return false };
-        self.flying = Flying::Comparison { orphans };
-        self.in_flight = Some(Box::pin(async move {
-            let outcome = cache.compare(&batch).await.map(Outcome::Compared);
-            (cache, batch, outcome)
-        }));
-        true
-    }
-
-    /// Redis has said which cells are not plainly right.
-    pub(super) fn compared(&mut self, mut batch: Batch, differing: &[(usize, Held)], orphans: bool) {
-        let unsure = self.intake.has_rereads() || self.reads.oldest_pending().is_some();
-        let owing = self.debts.next(&self.checkpoint.owing);
-        let Some(asked) = self.reads.asked.front_mut() else { return self.recycle(batch) };
-        let Purpose::Verify { repair, .. } = asked.order.purpose else { return self.recycle(batch) };
-        let mut checked = BTreeMap::new();
-        batch.ops().for_each(|(rule, _)| *checked.entry(rule).or_insert(0) += 1);
-        let mut wrong = HashSet::new();
-        let ops: Vec<(u16, CacheOp<'_>)> = if differing.is_empty() { Vec::new() } else { batch.ops().collect() };
-        for (place, held) in differing {
-            let (number, op) = ops[*place];
-            let rule = &self.config.rules[usize::from(number)];
-            let ttl_ms = rule.write.as_ref().and_then(|write| write.ttl).map(|ttl| ttl.as_millis() as u64);
-            let kind = match audit::judge(op, held, ttl_ms) {
-                Verdict::Right => continue,
-                Verdict::Expired => {
-                    asked.totals.expired += 1;
-                    continue;
-                }
-                // A row that is read again has no key meanwhile, nor has one that nobody warms.
-                Verdict::Wrong(Kind::Missing)
-                    if unsure
-                        || owing.contains_key(&rule.name.value)
-                        || rule.write.as_ref().is_some_and(|write| !write.warm) =>
-                {
-                    checked.entry(number).and_modify(|checked| *checked -= 1);
-                    asked.totals.skipped += 1;
-                    continue;
-                }
-                Verdict::Wrong(_) if orphans => Kind::Orphan,
-                Verdict::Wrong(kind) => kind,
-            };
-            let name = rule.name.value.as_str();
-            asked.totals.diverged += 1;
-            self.metrics.audit_keys_diverged_total.with_label_values(&[name, kind.name()]).inc();
-            let key = String::from_utf8_lossy(op.key()).into_owned();
-            tracing::warn!(rule = name, key, kind = kind.name(), applied = %self.checkpoint.applied, "a key has diverged");
-            wrong.insert(*place);
-            asked.unsaid.push_back(difference(name, key, kind, op, held, repair));
-        }
-        for (rule, checked) in checked {
-            asked.totals.checked += checked;
-            let name = self.config.rules[usize::from(rule)].name.value.as_str();
-            self.metrics.audit_keys_checked_total.with_label_values(&[name]).inc_by(checked);
-        }
-        let mut place = 0;
-        batch.retain(|_, _| {
-            place += 1;
-            repair && wrong.contains(&(place - 1))
-        });
-        match (batch.is_empty(), &mut self.reads.reading) {
-            (false, Some(reading)) => reading.head = Some(Head::Repair(batch)),
-            _ => self.recycle(batch),
-        }
-    }
-
-    /// Says one thing to whoever asked; `None` if nobody listens any more.
-    fn say(&mut self, listener: Option<mpsc::OwnedPermit<Report>>) {
-        let Some(asked) = self.reads.asked.front_mut() else { return };
-        let Some(report) = asked.unsaid.pop_front() else { return };
-        let last = report.is_last();
-        match listener {
-            Some(permit) => {
-                asked.stuck_since = None;
-                drop(permit.send(report));
-            }
-            // Nobody waits for what is left to be said: the table under way is the last one.
-            None => {
-                asked.unsaid.retain(Report::is_last);
-                if !asked.is_audit {
-                    asked.tables = Some(VecDeque::new());
-                }
-            }
-        }
-        if last {
-            self.reads.asked.pop_front();
-        }
-    }
 }
 
 impl Reading {
@@ -919,39 +624,6 @@ impl Reading {
         let marked = self.chunk.as_ref().is_some_and(|chunk| chunk.number <= self.marked);
         (marked || canary::is(Canary::VisibilityOnly)) && !self.behind_stream
     }
-}
-
-fn difference(rule: &str, key: String, kind: Kind, op: CacheOp<'_>, held: &Held, repaired: bool) -> Report {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    let should = match op {
-        CacheOp::Set { value, .. } => Some(text(value)),
-        CacheOp::Delete { .. } => None,
-    };
-    let holds = match &held.content {
-        Content::Nothing => None,
-        Content::String(value) => Some(text(value)),
-        Content::Other(kind) => Some(format!("a {kind}")),
-    };
-    Report::Difference { rule: rule.to_owned(), key, kind, holds, should, repaired }
-}
-
-fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
-    Pass {
-        table: Arc::clone(table),
-        rules,
-        purpose,
-        former: Vec::new(),
-        swept: false,
-        unseen: CellSet::default(),
-        began: Instant::now(),
-        rows: 0,
-        share: 0.0,
-    }
-}
-
-/// Whether the table says what the rule's keys hold: not where some operations do not count.
-fn is_readable(rule: &BoundRule) -> bool {
-    rule.write.as_ref().is_some_and(|write| write.json.is_some()) && rule.on.insert && rule.on.update
 }
 
 /// The table with some of its rules.

@@ -1,0 +1,153 @@
+//! Which table is read next, and for which rules.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::super::Session;
+use super::super::orders::{PassOrder, Purpose, Report};
+use super::{AUDIT_EVERY, Pass, Why, only};
+use crate::batch::CellSet;
+use crate::cache::Cache;
+use crate::cache::checkpoint::{Debt, Progress};
+use crate::cache::claims::Former;
+use crate::plan::BoundTable;
+use crate::rules::bind::{BoundRule, BoundWrite};
+use crate::rules::pattern::Pattern;
+use crate::snapshot::reader::TableJob;
+
+impl<C: Cache + Send + 'static> Session<C> {
+    /// The rules that say `audit`, by the largest share of each table.
+    pub(super) fn ask_for_audit(&mut self) {
+        let shares = self.config.rules.iter().map(|rule| rule.write.as_ref().and_then(|write| write.audit));
+        let audited: Vec<(u16, f64)> = (0..).zip(shares).filter_map(|(rule, share)| Some((rule, share?))).collect();
+        let Some(share) = audited.iter().map(|(_, share)| *share).reduce(f64::max) else { return };
+        let sample = (share * AUDIT_EVERY.as_secs_f64() / 60.0).min(1.0);
+        let (reports, _) = mpsc::channel(1);
+        let purpose = Purpose::Verify { sample, repair: false };
+        let rules = audited.into_iter().map(|(rule, _)| rule).collect();
+        self.reads.take_on(PassOrder { rules, purpose, filter: None, reports }, true);
+    }
+
+    /// Whether some rule owes and can pay.
+    pub(in crate::session) fn can_pay(&self) -> bool {
+        self.next_debt().is_some()
+    }
+
+    /// What is to be read next.
+    pub(super) fn next_pass(&mut self) -> Option<(Pass, TableJob)> {
+        self.next_debt().or_else(|| self.next_asked())
+    }
+
+    /// The first table with a rule that owes and can pay.
+    fn next_debt(&self) -> Option<(Pass, TableJob)> {
+        let owing = self.debts.next(&self.checkpoint.owing);
+        if owing.is_empty() {
+            return None;
+        }
+        let debt = |rule: &BoundRule| owing.get(&self.config.rules[usize::from(rule.rule)].name.value).copied();
+        let can_pay =
+            |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.json.is_some());
+        let tables = self.intake.tables();
+        let first = tables
+            .filter_map(|table| Some((table.rules.iter().find(can_pay)?.rule, table)))
+            // Those that could not be read wait for the others.
+            .min_by_key(|(rule, table)| (self.reads.failed.contains(&table.relation.oid), *rule));
+        let table = Arc::clone(first?.1);
+        let owes: Vec<(&BoundRule, Debt)> =
+            table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
+        let worst = owes.iter().map(|(_, debt)| *debt).max()?;
+        let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
+        let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
+        let owned: Vec<(u16, Pattern)> = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
+        let former: Vec<(u16, Former)> =
+            reconciled.filter_map(|rule| Some((rule.rule, self.reads.former_of(rule.rule)?.clone()))).collect();
+        let searched = former.iter().map(|(rule, _)| *rule).collect();
+        // What was read for other rules, or of another table, or leaves more to do, is no part of this.
+        let same = |progress: &&Progress| {
+            let changes_count = owes.iter().all(|(rule, _)| rule.changed.is_none());
+            progress.from.table == table.relation.oid && progress.rules == self.names(&rules)
+                // While nothing was read, a change that `changed` skips can have moved a row to where it was read already.
+                && worst == Debt::Warm && changes_count
+        };
+        let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
+        let job = TableJob {
+            table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
+            longest_ttl: false,
+            filter: None,
+            sample: 1.0,
+            from,
+            owned,
+            former,
+            barrier: !self.reads.barrier_passed,
+        };
+        Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst)) }, job))
+    }
+
+    pub(super) fn names(&self, rules: &[u16]) -> Vec<String> {
+        rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone()).collect()
+    }
+
+    /// The patterns of the rule's keys that are searched for orphans.
+    fn searched(&self, rule: &BoundRule) -> Option<(u16, Pattern)> {
+        let searched = |write: &&BoundWrite| rule.on.delete && !write.keep_on_delete && write.is_owner();
+        let write = rule.write.as_ref().filter(searched).filter(|_| is_readable(rule))?;
+        Some((rule.rule, write.key.pattern.clone()))
+    }
+
+    /// The next table of what somebody asked for.
+    fn next_asked(&mut self) -> Option<(Pass, TableJob)> {
+        loop {
+            let asked = self.reads.asked.front_mut()?;
+            let wanted =
+                |table: &&Arc<BoundTable>| table.rules.iter().any(|rule| asked.order.rules.contains(&rule.rule));
+            let all = || self.intake.tables().filter(wanted).map(|table| table.relation.oid).collect();
+            let Some(oid) = asked.tables.get_or_insert_with(all).pop_front() else {
+                // It goes once this is said.
+                if !asked.unsaid.back().is_some_and(Report::is_last) {
+                    asked.unsaid.push_back(Report::Done(asked.totals));
+                }
+                return None;
+            };
+            let Some(table) = self.intake.table(oid).map(Arc::clone) else { continue };
+            let rules: Vec<u16> = asked.order.rules.clone();
+            let (purpose, filter) = (asked.order.purpose, asked.order.filter.clone());
+            let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
+            let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
+            let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
+            let job = TableJob {
+                table: only(&table, |rule| wanted(&rule)),
+                // Compared with the longest that a key may live.
+                longest_ttl: matches!(purpose, Purpose::Verify { .. }),
+                filter,
+                sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
+                from: None,
+                owned: owned.collect(),
+                former: Vec::new(),
+                barrier: !self.reads.barrier_passed,
+            };
+            let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
+            return Some((pass(&table, rules, Why::Asked(purpose)), job));
+        }
+    }
+}
+
+fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
+    Pass {
+        table: Arc::clone(table),
+        rules,
+        purpose,
+        former: Vec::new(),
+        swept: false,
+        unseen: CellSet::default(),
+        began: Instant::now(),
+        rows: 0,
+        share: 0.0,
+    }
+}
+
+/// Whether the table says what the rule's keys hold: not where some operations do not count.
+pub(super) fn is_readable(rule: &BoundRule) -> bool {
+    rule.write.as_ref().is_some_and(|write| write.json.is_some()) && rule.on.insert && rule.on.update
+}
