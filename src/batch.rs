@@ -374,6 +374,15 @@ mod tests {
     }
 
     #[test]
+    fn a_sweep_concerns_only_keys_that_match() {
+        let mut batch = Batch::new(LIMITS, 1);
+        set(&mut batch, "list:1", "1");
+        set(&mut batch, "row:1", "1");
+        batch.sweep(0, Pattern::beginning_with(b"list:"));
+        assert_eq!(show(&batch), ["-list:1", "row:1=1"], "the same rule's other keys stay as they were decided");
+    }
+
+    #[test]
     fn what_is_not_kept_is_gone() {
         let mut batch = Batch::new(LIMITS, 1);
         for key in ["a", "b", "c"] {

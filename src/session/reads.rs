@@ -6,7 +6,8 @@
 //! left alone.
 //!
 //! Debts come first (what a rule owes stands in the checkpoint until a pass has paid it), then what somebody asked for,
-//! then the audit (`choose`); `outgoing` sends or compares what was read. One table is read at a time; single rows (values that the log did not carry) are read in between.
+//! then the audit (`choose`); `outgoing` sends or compares what was read. One table is read at a time; single rows (values
+//! that the log did not carry) are read in between.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::sync::Arc;

@@ -7,6 +7,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use keepstep::model::Lsn;
 use tokio_postgres::Client;
 
 use crate::support::{
@@ -458,4 +459,28 @@ async fn canary_acknowledging_past_the_oldest_work_left() {
     let wrong = killed_with_work_deferred(Some("ack_past_low")).await;
     assert!(wrong.iter().any(|one| one.starts_with("test:row:1: is missing, its row is")), "{wrong:?}");
     assert!(wrong.iter().any(|one| one == "a change was acknowledged with work left"), "{wrong:?}");
+}
+
+/// A row that is to be read again, of a table that is gone by then: it holds neither the slot nor other rules.
+#[tokio::test]
+async fn a_row_that_can_never_be_read_again_holds_nothing_up() {
+    let stage = Stage::set();
+    let tables = "create table rows (id int primary key, version bigint not null, filler text);
+                  alter table rows alter filler set storage external;
+                  insert into rows values (1, 1, repeat('x', 10000));
+                  create table others (id int primary key)";
+    stage.execute(tables).await;
+    let other = "[rule.other]\ntable = \"public.others\"\nkey = \"other:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\n";
+    let rules = stage.rules(&(RULES.replace("\"version\"]", "\"version\", \"filler\"]") + other));
+    stage.keepstep(&["setup"]);
+    let _daemon = Daemon::start(&stage, &rules).await;
+    warm(&stage).await;
+    stage.execute("begin; update rows set version = 2; drop table rows; commit").await;
+    let sql = stage.sql().await;
+    sql.batch_execute("insert into others values (1)").await.unwrap();
+    let end: String = sql.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.unwrap().get(0);
+    let end: Lsn = end.parse().unwrap();
+    wait_for("nothing to be pending any more", async || (stage.checkpoint().await?.low >= end).then_some(())).await;
+    wait_for("every debt to be paid", async || stage.checkpoint().await?.owing.is_empty().then_some(())).await;
+    assert_in_step(&stage, &[Mirror { table: "others", key: "'other:' || id", columns: "id" }]).await;
 }
