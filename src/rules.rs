@@ -1,6 +1,7 @@
 //! What a rule means for a table: templates, ownership, and the binding of a rule to a relation.
 
 pub mod bind;
+pub mod expression;
 pub mod filter;
 pub mod form;
 mod key;
