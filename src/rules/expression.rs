@@ -16,7 +16,7 @@
 //! |---|---|---|
 //! | `bool` | bool | `&& \|\| ! ?:` |
 //! | `int2`, `int4`, `int8`, `oid` | int, 64 bits | `== != < <= > >= + - * / %` |
-//! | `numeric`, and `1.50` here | decimal, exact, 38 digits | `== … + - *` |
+//! | `numeric`, and `1.50` here | decimal, exact, 38 digits (a literal like `1e300` that needs more is a float) | `== … + - *` |
 //! | `float4`, `float8` | float | `== … + - * /` |
 //! | `text`, `varchar`, `char(n)`, `name` | text, by code point | `== … +`, `size`, `startsWith`, `endsWith`, `contains`, `matches`, `lowerAscii`, `upperAscii` |
 //! | `uuid`, enums, `inet` and all others | their text form | `== !=` and the functions of text |
@@ -64,12 +64,15 @@ mod tree;
 mod typing;
 mod value;
 
+#[cfg(test)]
+mod tests;
+
 use std::fmt;
 use std::ops::Range;
 
 use evaluate::Term;
 use tree::{Kind, Node};
-use value::{Value, float_text, span_seconds};
+use value::{Value, float_text};
 
 use crate::decode::types::Types;
 use crate::decode::value::ValueError;
@@ -372,7 +375,11 @@ impl fmt::Display for Number {
 ///
 /// # Errors
 /// Every problem, in the order of the text.
-pub fn bind(expression: &Expression, scope: &Scope<'_>, wanted: Wanted) -> Result<BoundExpression, Vec<ExpressionError>> {
+pub fn bind(
+    expression: &Expression,
+    scope: &Scope<'_>,
+    wanted: Wanted,
+) -> Result<BoundExpression, Vec<ExpressionError>> {
     typing::bind(&expression.root, scope, wanted)
 }
 
@@ -424,7 +431,7 @@ impl BoundExpression {
             Value::Int(integer) => Numeric::Int(integer),
             Value::Decimal(decimal) => Numeric::Decimal(decimal),
             Value::Float(float) => Numeric::Float(float),
-            Value::Span(us) => Numeric::Decimal(span_seconds(us)?),
+            Value::Span(us) => Numeric::Decimal(decimal::Decimal::seconds(us)),
             other => return Err(EvalError::NotWanted { wanted: "a number", kind: other.kind() }.into()),
         };
         Ok(Some(Number(numeric)))

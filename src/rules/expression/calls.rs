@@ -134,7 +134,9 @@ fn no_such_call(name: &str, is_behind: bool, arguments: usize, node: &Node) -> E
         "length" | "len" | "char_length" | "count" => "write size(row.name)",
         "coalesce" | "ifnull" | "nvl" => "write row.name != null ? row.name : \"…\"",
         "concat" => "join texts with `+`",
-        "now" | "current_timestamp" => "an expression knows the row alone: a value that ages is what `ttl` and `every` are for",
+        "now" | "current_timestamp" => {
+            "an expression knows the row alone: a value that ages is what `ttl` and `every` are for"
+        }
         "like" | "ilike" => "write row.name.matches(\"…\")",
         "float" => "write double(row.name)",
         "str" | "text" => "write string(row.name)",

@@ -76,8 +76,20 @@ impl Decimal {
         }
     }
 
+    /// Microseconds as seconds, without zeros at the end.
+    pub(super) fn seconds(us: i64) -> Self {
+        let mut seconds = Decimal { digits: us.into(), scale: 6 };
+        while seconds.scale > 0 && seconds.digits % 10 == 0 {
+            seconds = Decimal { digits: seconds.digits / 10, scale: seconds.scale - 1 };
+        }
+        seconds
+    }
+
     /// The digits at a scale that is no coarser.
     fn at_scale(self, scale: u32) -> Option<i128> {
+        if self.digits == 0 {
+            return Some(0);
+        }
         self.digits.checked_mul(power_of_ten(scale.checked_sub(self.scale)?)?)
     }
 
@@ -160,11 +172,13 @@ mod tests {
 
     #[test]
     fn decimals_are_written_as_they_were_read() {
-        for text in ["0", "0.00", "-1.50", "12345678901234567890.12345678", "-0.001", "99999999999999999999999999999999999999"]
+        for text in
+            ["0", "0.00", "-1.50", "12345678901234567890.12345678", "-0.001", "99999999999999999999999999999999999999"]
         {
             assert_eq!(decimal(text).to_string(), text);
         }
-        for (text, shown) in [(".5", "0.5"), ("1e3", "1000"), ("1.5E-3", "0.0015"), ("-2.50e1", "-25.0"), ("0e9", "0")] {
+        for (text, shown) in [(".5", "0.5"), ("1e3", "1000"), ("1.5E-3", "0.0015"), ("-2.50e1", "-25.0"), ("0e9", "0")]
+        {
             assert_eq!(decimal(text).to_string(), shown, "{text}");
         }
         for text in ["", "-", ".", "1.2.3", "1e", "e5", "0x1", "NaN", " 1", "1 ", "+1", "--1"] {
@@ -177,7 +191,8 @@ mod tests {
 
     #[test]
     fn they_compare_whatever_their_scales() {
-        let ascending = ["-1e30", "-2", "-1.5", "-1e-300", "0", "1e-300", "0.1", "0.10000000000000000000000000000000001", "1e30"];
+        let ascending =
+            ["-1e30", "-2", "-1.5", "-1e-300", "0", "1e-300", "0.1", "0.10000000000000000000000000000000001", "1e30"];
         for (place, left) in ascending.iter().enumerate() {
             for (other, right) in ascending.iter().enumerate() {
                 assert_eq!(decimal(left).compare(decimal(right)), place.cmp(&other), "{left} {right}");

@@ -247,7 +247,7 @@ impl Term {
                 Ok(text.is_some())
             }
             Term::Choice(_) => self.chosen(images)?.write_text(images, out),
-            _ => Ok(self.evaluate(images)?.write_text(out)?),
+            _ => Ok(self.evaluate(images)?.write_text(out)),
         }
     }
 
@@ -422,7 +422,7 @@ impl Function {
             (Self::Int, value) => to_int(&value)?,
             (Self::Double, value) => to_double(&value)?,
             (Self::Text, Value::Text(text)) => Value::Text(text),
-            (Self::Text, value) => Value::Text(Cow::Owned(value.text()?.into_owned())),
+            (Self::Text, value) => Value::Text(Cow::Owned(value.text().into_owned())),
             (Self::LowerAscii, Value::Text(text)) => Value::Text(Cow::Owned(text.to_ascii_lowercase())),
             (Self::UpperAscii, Value::Text(text)) => Value::Text(Cow::Owned(text.to_ascii_uppercase())),
             (_, value) => return Err(EvalError::Argument { function: self.name(), kind: value.kind() }),

@@ -51,6 +51,8 @@ fn syntax_error(text: &str, lexemes: &[Lexeme], errors: &ParseErrors) -> Express
         (format!("has the integer {found}, which does not fit into 64 bits"), format!("write {found}.0 for a decimal"))
     } else if message.starts_with("invalid string literal") || message.starts_with("invalid bytes literal") {
         ("has a text with an escape that CEL does not know".to_owned(), "write a backslash as `\\\\`".to_owned())
+    } else if message.contains("Recursion limit") {
+        (format!("nests more than {DEPTH_MAX} brackets or choices"), "put it into several rules".to_owned())
     } else if message.starts_with("invalid argument to has()") {
         ("calls `has` with something that is no field".to_owned(), "write has(row.column)".to_owned())
     } else if lexeme.kind == LexemeKind::Word && text[..lexeme.range.start].ends_with('.') {
@@ -122,11 +124,12 @@ impl Reader<'_> {
             LiteralValue::Double(double) => {
                 let range = self.signed(token, double.inner().is_sign_negative());
                 let digits: String = self.text[range.clone()].split_whitespace().collect();
-                let decimal = Decimal::parse(digits.as_bytes()).map_err(|_| {
-                    ExpressionError::new(range.clone(), "has a decimal of more than 38 digits")
-                        .help("write double(\"…\") for a float")
-                })?;
-                return Ok(self.leaf(Kind::Decimal(decimal), range));
+                let kind = match Decimal::parse(digits.as_bytes()) {
+                    Ok(decimal) => Kind::Decimal(decimal),
+                    Err(_) if digits.contains(['e', 'E']) => Kind::Float(*double.inner()),
+                    Err(_) => return Err(ExpressionError::new(range, "has a decimal of more than 38 digits")),
+                };
+                return Ok(self.leaf(kind, range));
             }
             LiteralValue::String(text) => Kind::Text(text.inner().to_owned()),
             LiteralValue::Bytes(bytes) => Kind::Bytes(bytes.inner().to_vec()),

@@ -22,6 +22,8 @@ pub(super) enum Kind {
     Int(i64),
     /// With a point or an exponent.
     Decimal(Decimal),
+    /// With an exponent that no decimal holds.
+    Float(f64),
     Text(String),
     Bytes(Vec<u8>),
     List(Vec<Node>),
@@ -91,6 +93,7 @@ impl Node {
             | Kind::Bool(_)
             | Kind::Int(_)
             | Kind::Decimal(_)
+            | Kind::Float(_)
             | Kind::Text(_)
             | Kind::Bytes(_)
             | Kind::Name(_) => Vec::new(),

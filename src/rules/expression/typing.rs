@@ -149,6 +149,7 @@ impl Binder<'_> {
             Kind::Bool(truth) => constant(Value::Bool(*truth), Type::Bool),
             Kind::Int(integer) => constant(Value::Int(*integer), Type::Int),
             Kind::Decimal(decimal) => constant(Value::Decimal(*decimal), Type::Decimal),
+            Kind::Float(float) => constant(Value::Float(*float), Type::Float),
             Kind::Text(text) => constant(Value::Text(Cow::Owned(text.clone())), Type::Text),
             Kind::Bytes(bytes) => constant(Value::Text(Cow::Owned(hex(bytes))), Type::Bytes),
             Kind::List(_) => self.wrong(
@@ -227,8 +228,7 @@ impl Binder<'_> {
         let column = &self.scope.relation.columns[place];
         let info = self.scope.types.get(column.type_oid);
         let (load, ty) = load(info);
-        let term =
-            Term::Column(Column { of, place, in_identity: column.identity, load, json: info.json.clone() });
+        let term = Term::Column(Column { of, place, in_identity: column.identity, load, json: info.json.clone() });
         Some(Typed { term, ty, type_name: info.name.clone(), range: node.range.clone() })
     }
 
@@ -434,7 +434,9 @@ impl Binder<'_> {
             Wanted::Value => error.help("string(…) gives its seconds"),
             Wanted::Number if typed.ty == Type::Text => error.help("write int(…) or double(…) for a text of digits"),
             Wanted::Number => error,
-            Wanted::Timestamp => error.help("name a column of a date or time, or write timestamp(\"2030-01-01T00:00:00Z\")"),
+            Wanted::Timestamp => {
+                error.help("name a column of a date or time, or write timestamp(\"2030-01-01T00:00:00Z\")")
+            }
         })
     }
 }

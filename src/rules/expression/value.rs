@@ -96,28 +96,28 @@ impl Value<'_> {
             Value::Bool(false) => out.extend_from_slice(b"false"),
             Value::Float(float) if !float.is_finite() => write_json_string(out, float_text(*float).as_bytes())?,
             Value::Text(text) => write_json_string(out, text.as_bytes())?,
-            Value::Instant(_) => write_json_string(out, self.text()?.as_bytes())?,
+            Value::Instant(_) => write_json_string(out, self.text().as_bytes())?,
             Value::Int(_) | Value::Decimal(_) | Value::Float(_) | Value::Span(_) | Value::Container(_) => {
-                out.extend_from_slice(self.text()?.as_bytes());
+                out.extend_from_slice(self.text().as_bytes());
             }
         }
         Ok(())
     }
 
     /// Appends it as the type's output function writes it; `false` for NULL.
-    pub(super) fn write_text(&self, out: &mut Vec<u8>) -> Result<bool, EvalError> {
+    pub(super) fn write_text(&self, out: &mut Vec<u8>) -> bool {
         match self {
-            Value::Null => return Ok(false),
+            Value::Null => return false,
             Value::Bool(truth) => out.push(if *truth { b't' } else { b'f' }),
             Value::Instant(instant) => out.extend_from_slice(instant.text().as_bytes()),
-            _ => out.extend_from_slice(self.text()?.as_bytes()),
+            _ => out.extend_from_slice(self.text().as_bytes()),
         }
-        Ok(true)
+        true
     }
 
     /// What `string()` gives: numbers as Postgres writes them, times as JSON shows them, a duration in seconds.
-    pub(super) fn text(&self) -> Result<Cow<'_, str>, EvalError> {
-        Ok(match self {
+    pub(super) fn text(&self) -> Cow<'_, str> {
+        match self {
             Value::Null => Cow::Borrowed("null"),
             Value::Bool(truth) => Cow::Borrowed(if *truth { "true" } else { "false" }),
             Value::Int(integer) => Cow::Owned(integer.to_string()),
@@ -125,16 +125,8 @@ impl Value<'_> {
             Value::Float(float) => Cow::Owned(float_text(*float)),
             Value::Text(text) | Value::Container(text) => Cow::Borrowed(text),
             Value::Instant(instant) => Cow::Owned(instant.to_string()),
-            Value::Span(us) => Cow::Owned(span_seconds(*us)?.to_string()),
-        })
-    }
-}
-
-/// Microseconds as seconds.
-pub(super) fn span_seconds(us: i64) -> Result<Decimal, EvalError> {
-    match us % 1_000_000 {
-        0 => Ok(Decimal::from(us / 1_000_000)),
-        _ => Decimal::from(us).multiply(Decimal::parse(b"0.000001")?),
+            Value::Span(us) => Cow::Owned(Decimal::seconds(*us).to_string()),
+        }
     }
 }
 
