@@ -1,13 +1,13 @@
 //! The operations that go out together: in a batch the last one per cell wins.
 //!
-//! Keys and values lie one behind the other in one buffer; a hash table over the keys finds the cell that a later
-//! change of the same key overwrites. So a change allocates nothing once the buffers have grown to their limit,
-//! and the buffers live on from batch to batch.
+//! A cell is a key, or a key and a member of the set or sorted set that it holds. Keys, members and values lie one behind
+//! the other in one buffer; a hash table over the cells finds the one that a later change overwrites. So a change
+//! allocates nothing once the buffers have grown to their limit, and the buffers live on from batch to batch.
 
 use std::hash::BuildHasher;
 use std::ops::Range;
 
-use hashbrown::{DefaultHashBuilder, HashTable};
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 
 use crate::model::{Lsn, Position, Timestamp};
 use crate::rules::form::KeyForm;
@@ -25,28 +25,100 @@ pub struct Limits {
     pub bytes: usize,
 }
 
-/// What becomes of one key.
+/// What becomes of one cell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CacheOp<'a> {
-    /// It gets this value.
+    /// The key gets this value, whatever it held.
     Set {
         /// The key, prefix included.
         key: &'a [u8],
-        /// The value.
+        /// The value, as `form` says.
         value: &'a [u8],
-        /// Its time to live in milliseconds; `None` is for ever.
-        ttl_ms: Option<u64>,
+        /// What the key holds.
+        form: Form,
+        /// How long it lives.
+        life: Life,
         /// Only if the key exists.
         present_only: bool,
     },
-    /// It goes.
+    /// The key goes.
     Delete {
         /// The key, prefix included.
         key: &'a [u8],
     },
+    /// The set or sorted set gets this member.
+    Add {
+        /// The key, prefix included.
+        key: &'a [u8],
+        /// The member.
+        member: &'a [u8],
+        /// Its score, if it is a sorted set, as Redis reads a float.
+        score: Option<&'a [u8]>,
+    },
+    /// The member goes.
+    Remove {
+        /// The key, prefix included.
+        key: &'a [u8],
+        /// The member.
+        member: &'a [u8],
+        /// Whether it is a sorted set.
+        sorted: bool,
+    },
 }
 
-/// Which cell it is: 128 bits of hash of its key. No two cells of any cache share one.
+/// What kind of value it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A string.
+    String,
+    /// A hash: see [`fields`].
+    Hash,
+    /// JSON, as the JSON data type of Redis keeps it.
+    Json,
+}
+
+/// How long a key lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Life {
+    /// Until it is deleted.
+    Forever,
+    /// So many milliseconds.
+    Ms(u64),
+    /// Until then: milliseconds since 1970.
+    Until(u64),
+    /// As long as before.
+    Keep,
+}
+
+/// Appends a field of a [`Form::Hash`]; `write` appends its value.
+pub fn field<E>(out: &mut Vec<u8>, name: &[u8], write: impl FnOnce(&mut Vec<u8>) -> Result<(), E>) -> Result<(), E> {
+    out.extend_from_slice(&(name.len() as u32).to_ne_bytes());
+    out.extend_from_slice(name);
+    let at = out.len();
+    out.extend_from_slice(&[0; LEN_BYTES]);
+    write(out)?;
+    let len = (out.len() - at - LEN_BYTES) as u32;
+    out[at..at + LEN_BYTES].copy_from_slice(&len.to_ne_bytes());
+    Ok(())
+}
+
+/// How long the length before each name and value of a hash's field is.
+const LEN_BYTES: usize = size_of::<u32>();
+
+/// The fields of a [`Form::Hash`] and their values.
+pub fn fields(mut value: &[u8]) -> impl Iterator<Item = (&[u8], &[u8])> {
+    std::iter::from_fn(move || {
+        let mut part = || {
+            let (len, rest) = value.split_first_chunk::<LEN_BYTES>()?;
+            let (part, rest) = rest.split_at_checked(u32::from_ne_bytes(*len) as usize)?;
+            value = rest;
+            Some(part)
+        };
+        part().zip(part())
+    })
+}
+
+/// Which cell it is: 128 bits of hash of its key and member. No two cells of any cache share one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct CellId(pub u128);
 
@@ -58,10 +130,15 @@ pub type CellSet = hashbrown::HashSet<CellId, DefaultHashBuilder>;
 pub struct CellHasher([DefaultHashBuilder; 2]);
 
 impl CellHasher {
-    /// The id of the cell of this key.
-    pub fn cell(&self, key: &[u8]) -> CellId {
-        let [high, low] = self.0.each_ref().map(|half| u128::from(half.hash_one(key)));
+    /// The id of the cell of this key, or of this member in it.
+    pub fn cell(&self, key: &[u8], member: Option<&[u8]>) -> CellId {
+        let [high, low] = self.0.each_ref().map(|half| u128::from(half.hash_one((key, member))));
         CellId(high << 64 | low)
+    }
+
+    /// The id of the cell that the operation decides.
+    pub fn of(&self, op: &CacheOp<'_>) -> CellId {
+        self.cell(op.key(), op.member())
     }
 }
 
@@ -69,12 +146,39 @@ impl<'a> CacheOp<'a> {
     /// The key, prefix included.
     pub fn key(&self) -> &'a [u8] {
         match self {
-            CacheOp::Set { key, .. } | CacheOp::Delete { key } => key,
+            CacheOp::Set { key, .. }
+            | CacheOp::Delete { key }
+            | CacheOp::Add { key, .. }
+            | CacheOp::Remove { key, .. } => key,
         }
+    }
+
+    /// The member, if that is what it decides.
+    pub fn member(&self) -> Option<&'a [u8]> {
+        match self {
+            CacheOp::Set { .. } | CacheOp::Delete { .. } => None,
+            CacheOp::Add { member, .. } | CacheOp::Remove { member, .. } => Some(member),
+        }
+    }
+
+    /// Whether it is there afterwards.
+    pub fn puts(&self) -> bool {
+        matches!(self, CacheOp::Set { .. } | CacheOp::Add { .. })
     }
 }
 
-/// A key in a batch, to decide about.
+/// What a [`Cell`] is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Of {
+    /// A key.
+    Key,
+    /// A member of a set.
+    Set,
+    /// A member of a sorted set.
+    SortedSet,
+}
+
+/// Something in a batch to decide about.
 #[derive(Clone, Copy, Debug)]
 pub struct Cell(usize);
 
@@ -89,15 +193,51 @@ pub enum Claim {
 
 #[derive(Clone, Debug)]
 enum Decision {
-    Set { value: Range<usize>, ttl_ms: Option<u64>, present_only: bool },
-    Delete,
+    /// It is there, with this value or score.
+    Put { value: Range<usize>, form: Form, life: Life, present_only: bool },
+    /// It is not there.
+    Gone,
 }
 
 #[derive(Clone, Debug)]
 struct Entry {
-    key: Range<usize>,
+    /// Where key and member stand, and where the key ends.
+    cell: Range<usize>,
+    key_end: usize,
+    of: Of,
     rule: u16,
+    /// What was decided later says more of a key and its members.
+    decided: u32,
     decision: Decision,
+}
+
+impl Entry {
+    fn key<'b>(&self, bytes: &'b [u8]) -> &'b [u8] {
+        &bytes[self.cell.start..self.key_end]
+    }
+
+    fn member<'b>(&self, bytes: &'b [u8]) -> Option<&'b [u8]> {
+        (self.of != Of::Key).then(|| &bytes[self.key_end..self.cell.end])
+    }
+
+    fn op<'b>(&self, bytes: &'b [u8]) -> CacheOp<'b> {
+        let key = self.key(bytes);
+        match (self.member(bytes), &self.decision) {
+            (None, Decision::Gone) => CacheOp::Delete { key },
+            (None, Decision::Put { value, form, life, present_only }) => CacheOp::Set {
+                key,
+                value: &bytes[value.clone()],
+                form: *form,
+                life: *life,
+                present_only: *present_only,
+            },
+            (Some(member), Decision::Gone) => CacheOp::Remove { key, member, sorted: self.of == Of::SortedSet },
+            (Some(member), Decision::Put { value, .. }) => {
+                let score = (self.of == Of::SortedSet).then(|| &bytes[value.clone()]);
+                CacheOp::Add { key, member, score }
+            }
+        }
+    }
 }
 
 /// Operations, and how far the stream has come with them.
@@ -106,6 +246,10 @@ pub struct Batch {
     limits: Limits,
     bytes: Vec<u8>,
     entries: Vec<Entry>,
+    /// How many of them are members.
+    members: usize,
+    /// How many decisions were made.
+    decided: u32,
     places: HashTable<usize>,
     hasher: DefaultHashBuilder,
     sweeps: Vec<Pattern>,
@@ -128,6 +272,8 @@ impl Batch {
             limits,
             bytes: Vec::new(),
             entries: Vec::new(),
+            members: 0,
+            decided: 0,
             places: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             sweeps: Vec::new(),
@@ -146,6 +292,7 @@ impl Batch {
         // One oversized row must not be paid for in memory ever after.
         self.bytes.shrink_to(2 * self.limits.bytes);
         self.entries.clear();
+        (self.members, self.decided) = (0, 0);
         self.places.clear();
         self.sweeps.clear();
         self.claims.clear();
@@ -179,60 +326,85 @@ impl Batch {
     }
 
     /// The cell of the key that `render` appends; `None`, and nothing changed, if it says that there is no key.
-    /// A new cell is a delete until [`Batch::set`] says otherwise.
+    /// A new cell is gone until [`Batch::set`] says otherwise.
     pub fn cell(&mut self, rule: u16, render: impl FnOnce(&mut Vec<u8>) -> bool) -> Option<Cell> {
+        self.cell_of(rule, Of::Key, |out| render(out).then_some(out.len()))
+    }
+
+    /// The same for a key and a member behind it; `render` says where the key ends.
+    pub fn cell_of(&mut self, rule: u16, of: Of, render: impl FnOnce(&mut Vec<u8>) -> Option<usize>) -> Option<Cell> {
         let start = self.bytes.len();
-        if !render(&mut self.bytes) {
+        let Some(key_end) = render(&mut self.bytes) else {
             self.bytes.truncate(start);
             return None;
-        }
-        let key = &self.bytes[start..];
-        let hash = self.hasher.hash_one(key);
-        let same = |place: &usize| &self.bytes[self.entries[*place].key.clone()] == key;
+        };
+        let key_end = if of == Of::Key { self.bytes.len() } else { key_end };
+        let (bytes, entries, hasher) = (&self.bytes, &self.entries, &self.hasher);
+        let cell = &bytes[start..];
+        let hash = hasher.hash_one(cell);
+        let same = |place: &usize| {
+            let entry = &entries[*place];
+            &bytes[entry.cell.clone()] == cell
+                && entry.key_end - entry.cell.start == key_end - start
+                && (entry.of == Of::Key) == (of == Of::Key)
+        };
         if let Some(place) = self.places.find(hash, same) {
+            let place = *place;
             self.bytes.truncate(start);
-            return Some(Cell(*place));
+            self.entries[place].of = of;
+            return Some(Cell(place));
         }
         let place = self.entries.len();
-        self.entries.push(Entry { key: start..self.bytes.len(), rule, decision: Decision::Delete });
+        let cell = start..self.bytes.len();
+        self.members += usize::from(of != Of::Key);
+        self.entries.push(Entry { cell, key_end, of, rule, decided: self.decided, decision: Decision::Gone });
         let (bytes, entries, hasher) = (&self.bytes, &self.entries, &self.hasher);
-        let hash_of = |place: &usize| hasher.hash_one(&bytes[entries[*place].key.clone()]);
+        let hash_of = |place: &usize| hasher.hash_one(&bytes[entries[*place].cell.clone()]);
         self.places.insert_unique(hash, place, hash_of);
         Some(Cell(place))
     }
 
-    /// The cell's key.
-    pub fn key(&self, cell: Cell) -> &[u8] {
-        &self.bytes[self.entries[cell.0].key.clone()]
+    /// The cell's key, and its member.
+    pub fn key(&self, cell: Cell) -> (&[u8], Option<&[u8]>) {
+        let entry = &self.entries[cell.0];
+        (entry.key(&self.bytes), entry.member(&self.bytes))
     }
 
     /// Takes out every cell that is not to be kept. Nothing may be added afterwards.
-    pub fn retain(&mut self, mut keep: impl FnMut(u16, &[u8]) -> bool) {
+    pub fn retain(&mut self, mut keep: impl FnMut(u16, &CacheOp<'_>) -> bool) {
         let bytes = &self.bytes;
-        self.entries.retain(|entry| keep(entry.rule, &bytes[entry.key.clone()]));
+        self.entries.retain(|entry| keep(entry.rule, &entry.op(bytes)));
         self.places.clear();
     }
 
-    /// The cell's key goes.
+    /// The cell's key, or member, goes.
     pub fn delete(&mut self, cell: Cell) {
-        self.entries[cell.0].decision = Decision::Delete;
+        self.decide(cell, Decision::Gone);
     }
 
-    /// The cell's key gets the value that `render` appends. If it fails the key goes: when in doubt, invalidate.
+    fn decide(&mut self, cell: Cell, decision: Decision) {
+        self.decided += 1;
+        let entry = &mut self.entries[cell.0];
+        (entry.decision, entry.decided) = (decision, self.decided);
+    }
+
+    /// The cell's key gets the value, or its member the score, that `render` appends. If it fails the key or member goes:
+    /// when in doubt, invalidate.
     pub fn set<E>(
         &mut self,
         cell: Cell,
-        ttl_ms: Option<u64>,
+        form: Form,
+        life: Life,
         present_only: bool,
         render: impl FnOnce(&mut Vec<u8>) -> Result<(), E>,
     ) -> Result<(), E> {
         let start = self.bytes.len();
         let rendered = render(&mut self.bytes);
-        let entry = &mut self.entries[cell.0];
         if rendered.is_ok() {
-            entry.decision = Decision::Set { value: start..self.bytes.len(), ttl_ms, present_only };
+            let value = start..self.bytes.len();
+            self.decide(cell, Decision::Put { value, form, life, present_only });
         } else {
-            entry.decision = Decision::Delete;
+            self.decide(cell, Decision::Gone);
             self.bytes.truncate(start);
         }
         rendered
@@ -241,9 +413,9 @@ impl Batch {
     /// Every key of the rule that matches goes, whatever the batch said of it before; closes the batch.
     pub fn sweep(&mut self, rule: u16, pattern: Pattern) {
         let bytes = &self.bytes;
-        let swept = |entry: &&mut Entry| entry.rule == rule && pattern.matches(&bytes[entry.key.clone()]);
+        let swept = |entry: &&mut Entry| entry.rule == rule && pattern.matches(entry.key(bytes));
         for entry in self.entries.iter_mut().filter(swept) {
-            entry.decision = Decision::Delete;
+            entry.decision = Decision::Gone;
         }
         self.sweeps.push(pattern);
     }
@@ -288,21 +460,23 @@ impl Batch {
         &self.commits
     }
 
-    /// The rule and the operation of each cell, in the order of first touch.
+    /// The rule and the operation of each cell, in the order of first touch. What was decided of a member before its whole
+    /// key was deleted is left out: the key goes first.
     pub fn ops(&self) -> impl Iterator<Item = (u16, CacheOp<'_>)> {
-        self.entries.iter().map(|entry| {
-            let key = &self.bytes[entry.key.clone()];
-            let op = match &entry.decision {
-                Decision::Delete => CacheOp::Delete { key },
-                Decision::Set { value, ttl_ms, present_only } => CacheOp::Set {
-                    key,
-                    value: &self.bytes[value.clone()],
-                    ttl_ms: *ttl_ms,
-                    present_only: *present_only,
-                },
-            };
-            (entry.rule, op)
-        })
+        let deleted = self.deleted_keys();
+        let superseded = move |entry: &Entry| {
+            let of_key = deleted.get(entry.key(&self.bytes)).filter(|_| entry.of != Of::Key);
+            of_key.is_some_and(|decided| *decided > entry.decided)
+        };
+        let entries = self.entries.iter().filter(move |entry| !superseded(entry));
+        entries.map(|entry| (entry.rule, entry.op(&self.bytes)))
+    }
+
+    /// The keys that go as a whole, and when that was decided; empty where there are no members.
+    fn deleted_keys(&self) -> HashMap<&[u8], u32, DefaultHashBuilder> {
+        let wholly = |entry: &&Entry| entry.of == Of::Key && matches!(entry.decision, Decision::Gone);
+        let entries = self.entries.iter().filter(|_| self.members > 0).filter(wholly);
+        entries.map(|entry| (entry.key(&self.bytes), entry.decided)).collect()
     }
 }
 
@@ -322,7 +496,7 @@ mod tests {
 
     fn set(batch: &mut Batch, key: &str, value: &str) {
         let cell = cell(batch, key);
-        let rendered = batch.set(cell, None, false, |out| {
+        let rendered = batch.set(cell, Form::String, Life::Forever, false, |out| {
             out.extend_from_slice(value.as_bytes());
             Ok::<_, ()>(())
         });
@@ -334,8 +508,72 @@ mod tests {
         let ops = batch.ops().map(|(_, op)| match op {
             CacheOp::Set { key, value, .. } => format!("{}={}", text(key), text(value)),
             CacheOp::Delete { key } => format!("-{}", text(key)),
+            CacheOp::Add { key, member, score: None } => format!("{}+{}", text(key), text(member)),
+            CacheOp::Add { key, member, score: Some(score) } => {
+                format!("{}+{}:{}", text(key), text(member), text(score))
+            }
+            CacheOp::Remove { key, member, .. } => format!("{}-{}", text(key), text(member)),
         });
         ops.collect()
+    }
+
+    fn member(batch: &mut Batch, key: &str, member: &str, of: Of) -> Cell {
+        let cell = batch.cell_of(0, of, |out| {
+            out.extend_from_slice(key.as_bytes());
+            let key_end = out.len();
+            out.extend_from_slice(member.as_bytes());
+            Some(key_end)
+        });
+        cell.expect("it was rendered")
+    }
+
+    fn add(batch: &mut Batch, key: &str, name: &str, score: &str) {
+        let cell = member(batch, key, name, if score.is_empty() { Of::Set } else { Of::SortedSet });
+        let added = batch.set(cell, Form::String, Life::Forever, false, |out| {
+            out.extend_from_slice(score.as_bytes());
+            Ok::<_, ()>(())
+        });
+        added.expect("it was rendered");
+    }
+
+    #[test]
+    fn members_are_cells_of_their_own() {
+        let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 1);
+        add(&mut batch, "a", "bc", "");
+        add(&mut batch, "ab", "c", "");
+        set(&mut batch, "abc", "1");
+        add(&mut batch, "z", "m", "1.5");
+        let gone = member(&mut batch, "a", "bc", Of::Set);
+        batch.delete(gone);
+        assert_eq!(show(&batch), ["a-bc", "ab+c", "abc=1", "z+m:1.5"], "told apart by where the key ends");
+    }
+
+    #[test]
+    fn a_key_that_goes_takes_what_its_members_were_before() {
+        let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 1);
+        add(&mut batch, "a", "1", "");
+        add(&mut batch, "b", "1", "");
+        let key = cell(&mut batch, "a");
+        batch.delete(key);
+        add(&mut batch, "a", "2", "");
+        assert_eq!(show(&batch), ["b+1", "-a", "a+2"]);
+        batch.delete(key);
+        assert_eq!(show(&batch), ["b+1", "-a"]);
+    }
+
+    #[test]
+    fn fields_come_out_as_they_went_in() {
+        let mut value = Vec::new();
+        for (name, text) in [("a", "1"), ("", ""), ("b", "x=y")] {
+            let written = field(&mut value, name.as_bytes(), |out| {
+                out.extend_from_slice(text.as_bytes());
+                Ok::<_, ()>(())
+            });
+            written.expect("it was rendered");
+        }
+        let read: Vec<(&[u8], &[u8])> = fields(&value).collect();
+        assert_eq!(read, [(&b"a"[..], &b"1"[..]), (b"", b""), (b"b", b"x=y")]);
+        assert_eq!(fields(&value[..value.len() - 1]).count(), 2, "never a part of one");
     }
 
     #[test]
@@ -354,7 +592,7 @@ mod tests {
         let mut batch = Batch::new(LIMITS, 1);
         set(&mut batch, "a", "1");
         let a = cell(&mut batch, "a");
-        let failed = batch.set(a, None, false, |out| {
+        let failed = batch.set(a, Form::String, Life::Forever, false, |out| {
             out.extend_from_slice(b"half");
             Err("too large")
         });
@@ -388,16 +626,17 @@ mod tests {
         for key in ["a", "b", "c"] {
             set(&mut batch, key, "1");
         }
-        batch.retain(|_, key| key != b"b");
+        batch.retain(|_, op| op.key() != b"b");
         assert_eq!(show(&batch), ["a=1", "c=1"]);
     }
 
     #[test]
     fn cells_are_told_apart_by_their_keys() {
         let hasher = CellHasher::default();
-        assert_eq!(hasher.cell(b"a"), hasher.clone().cell(b"a"));
-        assert_ne!(hasher.cell(b"a"), hasher.cell(b"b"));
-        let CellId(id) = hasher.cell(b"a");
+        assert_eq!(hasher.cell(b"a", None), hasher.clone().cell(b"a", None));
+        assert_ne!(hasher.cell(b"a", None), hasher.cell(b"b", None));
+        assert_ne!(hasher.cell(b"ab", None), hasher.cell(b"a", Some(b"b")));
+        let CellId(id) = hasher.cell(b"a", None);
         assert_ne!(id >> 64, id & u128::from(u64::MAX), "two hashes, not one twice");
     }
 

@@ -14,6 +14,8 @@
 //!
 //! **Architecture invariant:** nothing outside this module sends a command that writes, and every reply is looked at.
 
+use std::collections::BTreeMap;
+
 use crate::batch::Batch;
 use crate::catalog::signature::Signatures;
 use crate::error::Result;
@@ -50,13 +52,22 @@ pub struct Held {
     pub remaining: Remaining,
 }
 
-/// What a key is.
+/// What a key, or a member of it, is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Content {
-    /// There is no such key.
+    /// There is no such key, or no such member.
     Nothing,
     /// A string.
     String(Vec<u8>),
+    /// A hash: its fields and their values.
+    Hash(BTreeMap<Vec<u8>, Vec<u8>>),
+    /// JSON, as Redis's JSON type shows it.
+    Json(Vec<u8>),
+    /// The member is there.
+    Member {
+        /// Its score in a sorted set.
+        score: Option<Vec<u8>>,
+    },
     /// Something else, by its type's name.
     Other(String),
 }

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::model::Relation;
+use crate::rules::expression::Expression;
 use crate::rules::template::Template;
 
 pub mod diagnostic;
@@ -237,7 +238,9 @@ pub struct Rule {
     pub on_given: bool,
     /// `vars`: names that templates may use as they use columns.
     pub vars: Vec<(Spanned<String>, Spanned<Template>)>,
-    /// `key`, `value`, `columns`: a row is a key.
+    /// `when`: the rows that count; `None` is all.
+    pub when: Option<Spanned<Expression>>,
+    /// `key`, `value`: a row is a key, or a member of one.
     pub write: Option<WriteAction>,
     /// `delete`: a row change makes these keys stale.
     pub delete: Vec<Spanned<Template>>,
@@ -292,18 +295,10 @@ impl Operations {
 pub struct WriteAction {
     /// `key`
     pub key: Spanned<Template>,
-    /// `value = "json"`
-    pub value: Spanned<ValueKind>,
-    /// `columns`; `["*"]` is every published column.
-    pub columns: Spanned<ColumnSelection>,
-    /// `rename = { column = "field" }`
-    pub rename: Vec<(Spanned<String>, Spanned<String>)>,
-    /// `strings`: columns rendered as JSON strings.
-    pub strings: Vec<Spanned<String>>,
-    /// `ttl`
-    pub ttl: Option<Duration>,
-    /// `jitter`, as a share of the TTL from 0.0 to below 1.0.
-    pub jitter: f64,
+    /// `value`
+    pub value: Value,
+    /// `ttl`, `expire_at`, `keep_ttl`
+    pub life: Life,
     /// `write = "present"`: only keys that exist are refreshed.
     pub present_only: bool,
     /// `on_delete = "keep"`: a deleted row's key is left to its TTL.
@@ -316,11 +311,89 @@ pub struct WriteAction {
     pub audit: Option<f64>,
 }
 
-/// The shape a key's value takes.
+/// What a key holds.
+#[derive(Clone, Debug)]
+pub enum Value {
+    /// `json`, `hash`, `rejson`: the row itself.
+    Row(RowValue),
+    /// `string`: what `template` gives.
+    Text(Spanned<Template>),
+    /// `set`, `zset`: the row is one of its members.
+    Member {
+        /// `member`
+        member: Spanned<Template>,
+        /// `score`, of a sorted set.
+        score: Option<Spanned<Expression>>,
+    },
+}
+
+/// The row as a value.
+#[derive(Clone, Debug)]
+pub struct RowValue {
+    /// How it is kept.
+    pub form: RowForm,
+    /// `columns`; `["*"]` is every published column.
+    pub columns: Spanned<ColumnSelection>,
+    /// `rename = { column = "field" }`
+    pub rename: Vec<(Spanned<String>, Spanned<String>)>,
+    /// `strings`: columns rendered as JSON strings.
+    pub strings: Vec<Spanned<String>>,
+    /// `compute = { field = "expression" }`
+    pub compute: Vec<(Spanned<String>, Spanned<Expression>)>,
+}
+
+/// How a row is kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ValueKind {
+pub enum RowForm {
     /// A string that holds what `row_to_json` gives.
     Json,
+    /// A hash.
+    Hash,
+    /// Redis's JSON type.
+    Rejson,
+}
+
+impl RowForm {
+    /// As in `value`.
+    pub fn name(self) -> &'static str {
+        match self {
+            RowForm::Json => "json",
+            RowForm::Hash => "hash",
+            RowForm::Rejson => "rejson",
+        }
+    }
+}
+
+/// How long a written key lives.
+#[derive(Clone, Debug)]
+pub enum Life {
+    /// As long as its row.
+    Forever,
+    /// `ttl`, shortened by `jitter`: a share from 0.0 to below 1.0.
+    Ttl(Lifetime, f64),
+    /// `expire_at`
+    Until(Spanned<Expression>),
+    /// `keep_ttl`
+    Keep,
+}
+
+/// `ttl`
+#[derive(Clone, Debug)]
+pub enum Lifetime {
+    /// The same for every row.
+    Constant(Duration),
+    /// An expression that gives a duration.
+    OfRow(Spanned<Expression>),
+}
+
+impl Life {
+    /// The `ttl`, if it is the same for every row.
+    pub fn constant(&self) -> Option<Duration> {
+        match self {
+            Life::Ttl(Lifetime::Constant(ttl), _) => Some(*ttl),
+            _ => None,
+        }
+    }
 }
 
 /// `columns`

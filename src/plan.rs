@@ -3,10 +3,13 @@
 //! Where the change does not carry enough for a right value, the key is deleted (I9). A key that the old image had and
 //! the new one has not is deleted too; where both have the same key, the later operation on the cell wins.
 
-use crate::batch::{Batch, Cell, CellHasher, CellId};
+use crate::batch::{self, Batch, Cell, CellHasher, CellId, Form, Life, Of};
 use crate::decode::value::{self, ValueError};
 use crate::model::{Change, Datum, Lsn, OldTuple, Relation, Timestamp};
-use crate::rules::bind::{BoundKey, BoundRule, BoundWrite, JsonField, Rendered};
+use crate::rules::bind::{
+    BoundKey, BoundLife, BoundMember, BoundRule, BoundValue, BoundWrite, FieldSource, HashField, JsonField, Rendered,
+};
+use crate::rules::expression::{self, BoundExpression, EvalError, Image, Operation, Truth, Unevaluated};
 
 /// The largest value that is written. Redis refuses bulk strings over 512 MB, and the byte budget must hold.
 pub const VALUE_BYTES_MAX: usize = 64 << 20;
@@ -40,7 +43,7 @@ pub enum Noted {
     Incomplete(RowName),
 }
 
-/// The columns of a key, by their places, and their values: they name one row. `None` is NULL.
+/// The columns of a key and its member, by their places, and their values: they name one row. `None` is NULL.
 pub type RowName = Vec<(usize, Option<Box<[u8]>>)>;
 
 /// Why a value could not be rendered.
@@ -58,6 +61,21 @@ pub enum Unrendered {
     /// Postgres's text form was not as expected.
     #[error(transparent)]
     Invalid(#[from] ValueError),
+    /// An expression has no value.
+    #[error(transparent)]
+    Failed(#[from] EvalError),
+    /// What the row says means that there is no key, or no member.
+    #[error("the row has no value")]
+    Absent,
+}
+
+impl From<Unevaluated> for Unrendered {
+    fn from(why: Unevaluated) -> Self {
+        match why {
+            Unevaluated::Unknown => Unrendered::UnchangedToast,
+            Unevaluated::Failed(error) => Unrendered::Failed(error),
+        }
+    }
 }
 
 impl Unrendered {
@@ -68,6 +86,8 @@ impl Unrendered {
             Self::ColumnGone => "column_gone",
             Self::TooLarge => "too_large",
             Self::Invalid(_) => "invalid",
+            Self::Failed(_) => "expression",
+            Self::Absent => "absent",
         }
     }
 }
@@ -107,13 +127,38 @@ struct Images<'r> {
     old: Option<&'r [Datum<'r>]>,
     /// Whether `old` is the whole row, or the columns of the replica identity only.
     old_is_full: bool,
+    /// It is an UPDATE: without `old` the replica identity is what it was.
+    is_update: bool,
 }
 
 impl<'r> Images<'r> {
-    /// The old row, if it holds every column of the key.
-    fn old_for(&self, key: &BoundKey) -> Option<&'r [Datum<'r>]> {
-        self.old.filter(|_| self.old_is_full || key.in_identity)
+    /// The old row, if it holds every column of the key and its member.
+    fn old_for(&self, key: &BoundKey, member: Option<&BoundMember>) -> Option<&'r [Datum<'r>]> {
+        let in_identity = key.in_identity && member.is_none_or(|member| member.text.in_identity);
+        self.old.filter(|_| self.old_is_full || in_identity)
     }
+
+    /// Whether the old row counts: also where that is not known, and where the log says of it only that it was there.
+    fn old_counts(&self, when: Option<&BoundExpression>) -> bool {
+        let image = match self.old {
+            Some(old) if self.old_is_full => Image::Full(old),
+            Some(old) => Image::Key(old),
+            None => return true,
+        };
+        when.is_none_or(|when| truth(when, image) != Truth::False)
+    }
+
+    /// Whether the new row counts.
+    fn new_counts(&self, when: Option<&BoundExpression>) -> Truth {
+        match (when, self.new) {
+            (Some(when), Some(new)) => truth(when, Image::Full(new)),
+            _ => Truth::True,
+        }
+    }
+}
+
+fn truth(when: &BoundExpression, row: Image<'_>) -> Truth {
+    when.truth(&expression::Images { row, old: Image::Absent, new: row, op: Operation::Insert })
 }
 
 /// Adds the operations of one row change to the batch, and what else happened to `notes`.
@@ -139,6 +184,7 @@ pub fn change(
         new: new_tuple.is_some().then_some(&new),
         old: old_tuple.is_some().then_some(&old),
         old_is_full: matches!(old_tuple, Some(OldTuple::Full(_))),
+        is_update: matches!(change, Change::Update { .. }),
     };
     for rule in &table.rules {
         if counts(rule, &change, &images, &table.relation, scratch.touched.is_some()) {
@@ -159,7 +205,12 @@ pub fn row(table: &BoundTable, row: &[Datum<'_>], random: &mut u64, batch: &mut 
     for rule in &table.rules {
         if let Some(write) = &rule.write {
             let (batch, notes) = (&mut *batch, &mut *notes);
-            put(write, row, &mut Target { rule: rule.rule, batch, notes, noted: None, touched: false }, random);
+            let mut target = Target { rule: rule.rule, batch, notes, noted: None, touched: false };
+            match rule.when.as_ref().map_or(Truth::True, |when| truth(when, Image::Full(row))) {
+                Truth::True => put(write, row, &mut target, random),
+                Truth::False => {}
+                unclear => target.unclear(write, row, unclear),
+            }
         }
     }
 }
@@ -238,18 +289,28 @@ impl Target<'_> {
         self.notes.push(Note { rule: self.rule, what });
     }
 
-    /// The cell of the row's key, if it has one.
-    fn cell(&mut self, key: &BoundKey, row: &[Datum<'_>]) -> Option<Cell> {
+    /// The cell of the row's key, or of its member, if it has one.
+    fn cell(&mut self, key: &BoundKey, member: Option<&BoundMember>, row: &[Datum<'_>]) -> Option<Cell> {
         let mut rendered = Rendered::Done;
-        let cell = self.batch.cell(self.rule, |out| {
+        let of = match member {
+            None => Of::Key,
+            Some(BoundMember { sorted: false, .. }) => Of::Set,
+            Some(BoundMember { sorted: true, .. }) => Of::SortedSet,
+        };
+        let cell = self.batch.cell_of(self.rule, of, |out| {
             rendered = key.render(row, out);
-            rendered == Rendered::Done
+            let key_end = out.len();
+            if let (Rendered::Done, Some(member)) = (rendered, member) {
+                rendered = member.text.render(row, out);
+            }
+            (rendered == Rendered::Done).then_some(key_end)
         });
         match rendered {
             Rendered::Done => {
                 self.touched = true;
                 if let (Some(noted), Some(cell)) = (&mut self.noted, cell) {
-                    noted.cells.push(noted.hasher.cell(self.batch.key(cell)));
+                    let (key, member) = self.batch.key(cell);
+                    noted.cells.push(noted.hasher.cell(key, member));
                 }
             }
             Rendered::Null => self.note(Noted::Keyless),
@@ -258,50 +319,147 @@ impl Target<'_> {
         cell
     }
 
-    fn delete(&mut self, key: &BoundKey, row: &[Datum<'_>]) {
-        if let Some(cell) = self.cell(key, row) {
+    fn delete(&mut self, key: &BoundKey, member: Option<&BoundMember>, row: &[Datum<'_>]) {
+        if let Some(cell) = self.cell(key, member, row) {
             self.batch.delete(cell);
         }
+    }
+
+    /// Whether the row has a key is not known: it goes (I9).
+    fn unclear(&mut self, write: &BoundWrite, row: &[Datum<'_>], why: Truth) {
+        self.delete(&write.key, write.member.as_ref(), row);
+        self.note(match why {
+            Truth::Failed(error) => Noted::Unrendered(Unrendered::Failed(error)),
+            _ => Noted::Incomplete(name(write, row)),
+        });
     }
 }
 
 fn apply_rule(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>, random: &mut u64) {
+    let when = rule.when.as_ref();
+    let old_counts = images.old_counts(when);
+    let new_counts = images.new_counts(when);
     for key in &rule.delete {
-        for row in [images.old_for(key), images.new].into_iter().flatten() {
-            target.delete(key, row);
+        let old = images.old_for(key, None).filter(|_| old_counts);
+        // Where the old row may have counted and its key is not known, it may be that of the new one.
+        let new = images.new.filter(|_| new_counts != Truth::False || old.is_none() && old_counts && images.is_update);
+        for row in [old, new].into_iter().flatten() {
+            target.delete(key, None, row);
         }
     }
     let Some(write) = &rule.write else { return };
+    let member = write.member.as_ref();
     let leaves_key = images.new.is_none() && write.keep_on_delete;
-    if let Some(old) = images.old_for(&write.key).filter(|_| !leaves_key) {
-        target.delete(&write.key, old);
+    if let Some(old) = images.old_for(&write.key, member).filter(|_| old_counts && !leaves_key) {
+        target.delete(&write.key, member, old);
     }
-    if let Some(new) = images.new {
-        put(write, new, target, random);
+    match (images.new, new_counts) {
+        (None, _) => {}
+        (Some(new), Truth::True) => put(write, new, target, random),
+        // It leaves the condition, if it was in it.
+        (Some(new), Truth::False) if images.is_update && old_counts => target.delete(&write.key, member, new),
+        (Some(_), Truth::False) => {}
+        (Some(new), unclear) => target.unclear(write, new, unclear),
     }
 }
 
+/// Writes the row's key, or adds its member.
 fn put(write: &BoundWrite, row: &[Datum<'_>], target: &mut Target<'_>, random: &mut u64) {
-    let Some(cell) = target.cell(&write.key, row) else { return };
-    let ttl_ms = write.ttl.map(|(ttl, jitter)| jittered(ttl.as_millis(), jitter, random));
-    let rendered = target.batch.set(cell, ttl_ms, write.present_only, |out| match &write.json {
-        Some(fields) => render_json(fields, row, out),
+    let Some(cell) = target.cell(&write.key, write.member.as_ref(), row) else { return };
+    let life = match life(&write.life, row, random) {
+        Ok(life) => life,
+        Err(why) => return target.unrendered(cell, write, row, why),
+    };
+    let form = match &write.value {
+        Some(BoundValue::Json(form, _)) => *form,
+        Some(BoundValue::Hash(_)) => Form::Hash,
+        _ => Form::String,
+    };
+    let rendered = target.batch.set(cell, form, life, write.present_only, |out| match &write.value {
+        Some(value) => render(value, row, out),
         None => Err(Unrendered::ColumnGone),
     });
-    match rendered {
-        Ok(()) => {}
-        Err(Unrendered::UnchangedToast) => target.note(Noted::Incomplete(name(&write.key, row))),
-        Err(why) => target.note(Noted::Unrendered(why)),
+    if let Err(why) = rendered {
+        target.unrendered(cell, write, row, why);
     }
 }
 
-/// The row, by the columns of its key.
-fn name(key: &BoundKey, row: &[Datum<'_>]) -> RowName {
+impl Target<'_> {
+    /// There is no value: no key either.
+    fn unrendered(&mut self, cell: Cell, write: &BoundWrite, row: &[Datum<'_>], why: Unrendered) {
+        self.batch.delete(cell);
+        match why {
+            Unrendered::UnchangedToast => self.note(Noted::Incomplete(name(write, row))),
+            Unrendered::Absent => self.note(Noted::Keyless),
+            why => self.note(Noted::Unrendered(why)),
+        }
+    }
+}
+
+/// The row, by the columns of its key and its member.
+fn name(write: &BoundWrite, row: &[Datum<'_>]) -> RowName {
     let value = |place: usize| match row.get(place) {
         Some(Datum::Text(text)) => Some((*text).into()),
         _ => None,
     };
-    key.columns().into_iter().map(|place| (place, value(place))).collect()
+    let of_member = write.member.iter().flat_map(|member| member.text.columns());
+    let mut places: Vec<usize> = write.key.columns().into_iter().chain(of_member).collect();
+    places.sort_unstable();
+    places.dedup();
+    places.into_iter().map(|place| (place, value(place))).collect()
+}
+
+/// How long the row's key lives. A life that is over is no key.
+fn life(life: &BoundLife, row: &[Datum<'_>], random: &mut u64) -> Result<Life, Unrendered> {
+    let images = || expression::Images::of_row(row);
+    match life {
+        BoundLife::Forever => Ok(Life::Forever),
+        BoundLife::Keep => Ok(Life::Keep),
+        BoundLife::Ttl(ttl, jitter) => Ok(Life::Ms(jittered(ttl.as_millis(), *jitter, random))),
+        BoundLife::OfRow(ttl, jitter) => match ttl.number(&images())? {
+            None => Ok(Life::Forever),
+            Some(seconds) => match (seconds.to_f64() * 1000.0) as u64 {
+                0 => Err(Unrendered::Absent),
+                ms => Ok(Life::Ms(jittered(u128::from(ms), *jitter, random))),
+            },
+        },
+        BoundLife::Until(at) => match at.timestamp(&images())? {
+            None => Ok(Life::Forever),
+            Some(at) => match at.unix_us() / 1000 {
+                ..=0 => Err(Unrendered::Absent),
+                ms => Ok(Life::Until(ms.unsigned_abs())),
+            },
+        },
+    }
+}
+
+fn render(value: &BoundValue, row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<(), Unrendered> {
+    match value {
+        BoundValue::Json(_, fields) => render_json(fields, row, out),
+        BoundValue::Hash(fields) => render_hash(fields, row, out),
+        BoundValue::Nothing => Ok(()),
+        BoundValue::Text(text) => match text.render(row, out) {
+            Rendered::Done => Ok(()),
+            Rendered::Null => Err(Unrendered::Absent),
+            Rendered::Unknown => Err(Unrendered::UnchangedToast),
+        },
+        BoundValue::Score(score) => match score.number(&expression::Images::of_row(row))? {
+            None => Err(Unrendered::Absent),
+            Some(number) => {
+                out.extend_from_slice(score_text(number.to_f64()).as_bytes());
+                Ok(())
+            }
+        },
+    }
+}
+
+/// A float as Redis reads and shows it: the shortest text that gives the same one.
+fn score_text(score: f64) -> String {
+    match score {
+        f64::INFINITY => "inf".to_owned(),
+        f64::NEG_INFINITY => "-inf".to_owned(),
+        score => format!("{score:?}").trim_end_matches(".0").to_owned(),
+    }
 }
 
 /// The row as `row_to_json` shows it.
@@ -309,18 +467,55 @@ fn render_json(fields: &[JsonField], row: &[Datum<'_>], out: &mut Vec<u8>) -> Re
     let start = out.len();
     for field in fields {
         out.extend_from_slice(&field.lead);
-        match row.get(field.column) {
-            Some(Datum::Text(text)) if field.as_string => value::write_json_string(out, text)?,
-            Some(Datum::Text(text)) => value::write_json(out, &field.json, text)?,
-            Some(Datum::Null) => out.extend_from_slice(b"null"),
-            Some(Datum::UnchangedToast) => return Err(Unrendered::UnchangedToast),
-            None => return Err(Unrendered::ColumnGone),
+        match &field.source {
+            FieldSource::Column { place, json, as_string } => match row.get(*place) {
+                Some(Datum::Text(text)) if *as_string => value::write_json_string(out, text)?,
+                Some(Datum::Text(text)) => value::write_json(out, json, text)?,
+                Some(Datum::Null) => out.extend_from_slice(b"null"),
+                Some(Datum::UnchangedToast) => return Err(Unrendered::UnchangedToast),
+                None => return Err(Unrendered::ColumnGone),
+            },
+            FieldSource::Computed(computed) => computed.write_json(&expression::Images::of_row(row), out)?,
         }
         if out.len() - start > VALUE_BYTES_MAX {
             return Err(Unrendered::TooLarge);
         }
     }
-    out.push(b'}');
+    out.extend_from_slice(if fields.is_empty() { b"{}" } else { b"}" });
+    Ok(())
+}
+
+/// The columns that are not NULL, in text form.
+fn render_hash(fields: &[HashField], row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<(), Unrendered> {
+    let start = out.len();
+    for field in fields {
+        let before = out.len();
+        let mut is_null = false;
+        batch::field(out, &field.name, |out| match &field.source {
+            FieldSource::Column { place, .. } => match row.get(*place) {
+                Some(Datum::Text(text)) => {
+                    out.extend_from_slice(text);
+                    Ok(())
+                }
+                Some(Datum::Null) => {
+                    is_null = true;
+                    Ok(())
+                }
+                Some(Datum::UnchangedToast) => Err(Unrendered::UnchangedToast),
+                None => Err(Unrendered::ColumnGone),
+            },
+            FieldSource::Computed(computed) => {
+                is_null = !computed.write_text(&expression::Images::of_row(row), out)?;
+                Ok(())
+            }
+        })?;
+        if is_null {
+            out.truncate(before);
+        }
+        if out.len() - start > VALUE_BYTES_MAX {
+            return Err(Unrendered::TooLarge);
+        }
+    }
     Ok(())
 }
 
@@ -427,6 +622,10 @@ pub(crate) mod tests {
         let ops = batch.ops().map(|(_, op)| match op {
             CacheOp::Set { key, value, .. } => format!("{}={}", text(key), text(value)),
             CacheOp::Delete { key } => format!("-{}", text(key)),
+            CacheOp::Add { key, member, score } => {
+                format!("{}+{}:{}", text(key), text(member), score.map(text).unwrap_or_default())
+            }
+            CacheOp::Remove { key, member, .. } => format!("{}-{}", text(key), text(member)),
         });
         let notes = notes.iter().map(|note| match &note.what {
             Noted::Keyless => "keyless".to_owned(),

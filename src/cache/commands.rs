@@ -1,11 +1,15 @@
 //! A batch as Redis commands; pure.
 //!
-//! Inside MULTI the order of different keys does not show, so plain sets become one MSET and deletes one UNLINK:
-//! Redis parses, queues and answers two commands instead of thousands.
+//! Inside MULTI the order of different keys does not show, so plain sets become one MSET, deletes one UNLINK, and the members
+//! of a key one command: Redis parses, queues and answers a few commands instead of thousands. Deletes go first: what
+//! is left of a deleted key's members came later.
+
+use std::collections::BTreeMap;
+use std::iter;
 
 use redis::Cmd;
 
-use crate::batch::{Batch, CacheOp};
+use crate::batch::{Batch, CacheOp, Form, Life, fields};
 use crate::config::RedisConfig;
 use crate::rules::pattern::Pattern;
 
@@ -48,6 +52,8 @@ struct Encoder {
     plain: Cmd,
     unlink: Cmd,
     others: Vec<Cmd>,
+    /// By key and command, because an order by anything else would be random.
+    members: BTreeMap<(Vec<u8>, &'static str), Cmd>,
 }
 
 impl Encoder {
@@ -57,10 +63,10 @@ impl Encoder {
         for (_, op) in batch.ops() {
             match op {
                 CacheOp::Delete { key } => (deletes, delete_bytes) = (deletes + 1, delete_bytes + key.len()),
-                CacheOp::Set { key, value, ttl_ms: None, present_only: false } => {
+                CacheOp::Set { key, value, form: Form::String, life: Life::Forever, present_only: false } => {
                     (sets, set_bytes) = (sets + 1, set_bytes + key.len() + value.len());
                 }
-                CacheOp::Set { .. } => {}
+                _ => {}
             }
         }
         let copies = redis.prefixes().count();
@@ -70,37 +76,114 @@ impl Encoder {
         plain.arg(if sets * copies == 1 { "SET" } else { "MSET" });
         let mut unlink = Cmd::with_capacity(1 + deletes * copies, delete_bytes * copies + deletes * more + 8);
         unlink.arg("UNLINK");
-        Encoder { plain, unlink, others: Vec::new() }
+        Encoder { plain, unlink, others: Vec::new(), members: BTreeMap::new() }
     }
 
     /// The operation, for this key.
     fn add(&mut self, key: &[u8], op: CacheOp<'_>) {
         match op {
-            CacheOp::Delete { .. } => {
-                self.unlink.arg(key);
-            }
-            CacheOp::Set { value, ttl_ms: None, present_only: false, .. } => {
+            CacheOp::Delete { .. } => _ = self.unlink.arg(key),
+            CacheOp::Set { value, form: Form::String, life: Life::Forever, present_only: false, .. } => {
                 self.plain.arg(key).arg(value);
             }
-            CacheOp::Set { value, ttl_ms, present_only, .. } => {
-                let mut set = Cmd::with_capacity(6, key.len() + value.len() + 32);
-                set.arg("SET").arg(key).arg(value);
-                if let Some(ttl_ms) = ttl_ms {
-                    set.arg("PX").arg(ttl_ms);
-                }
-                if present_only {
-                    set.arg("XX");
-                }
-                self.others.push(set);
+            CacheOp::Set { value, form: Form::String, life, present_only, .. } => {
+                self.others.push(set(key, value, life, present_only));
             }
+            CacheOp::Set { value, form: Form::Json, life, present_only, .. } => {
+                self.others.push(set_json(key, value, present_only));
+                // JSON.SET leaves a TTL as it is.
+                self.others.extend(if life == Life::Forever { Some(about("PERSIST", key)) } else { expire(key, life) });
+            }
+            CacheOp::Set { value, form: Form::Hash, life, present_only, .. } => {
+                self.others.extend(set_hash(key, value, life, present_only));
+                self.others.extend(expire(key, life));
+            }
+            CacheOp::Add { member, score: None, .. } => _ = self.member(key, "SADD").arg(member),
+            CacheOp::Add { member, score: Some(score), .. } => _ = self.member(key, "ZADD").arg(score).arg(member),
+            CacheOp::Remove { member, sorted: false, .. } => _ = self.member(key, "SREM").arg(member),
+            CacheOp::Remove { member, sorted: true, .. } => _ = self.member(key, "ZREM").arg(member),
         }
     }
 
-    fn finish(self) -> Vec<Cmd> {
-        let Encoder { plain, unlink, mut others } = self;
-        others.extend([plain, unlink].into_iter().filter(|command| command.args_iter().len() > 1));
-        others
+    fn member(&mut self, key: &[u8], command: &'static str) -> &mut Cmd {
+        self.members.entry((key.to_vec(), command)).or_insert_with(|| about(command, key))
     }
+
+    fn finish(self) -> Vec<Cmd> {
+        let Encoder { plain, unlink, others, members } = self;
+        let many = |command: &Cmd| command.args_iter().len() > 1;
+        let mut commands: Vec<Cmd> = Some(unlink).into_iter().filter(many).collect();
+        commands.extend(others);
+        commands.extend(members.into_values());
+        commands.extend(Some(plain).filter(many));
+        commands
+    }
+}
+
+fn set(key: &[u8], value: &[u8], life: Life, present_only: bool) -> Cmd {
+    let mut set = Cmd::with_capacity(6, key.len() + value.len() + 32);
+    set.arg("SET").arg(key).arg(value);
+    match life {
+        Life::Forever => {}
+        Life::Ms(ms) => _ = set.arg("PX").arg(ms),
+        Life::Until(at_ms) => _ = set.arg("PXAT").arg(at_ms),
+        Life::Keep => _ = set.arg("KEEPTTL"),
+    }
+    if present_only {
+        set.arg("XX");
+    }
+    set
+}
+
+fn set_json(key: &[u8], value: &[u8], present_only: bool) -> Cmd {
+    let mut set = about("JSON.SET", key);
+    set.arg("$").arg(value);
+    if present_only {
+        set.arg("XX");
+    }
+    set
+}
+
+/// Replaces a hash whole.
+fn set_hash(key: &[u8], value: &[u8], life: Life, present_only: bool) -> Vec<Cmd> {
+    let kept = life == Life::Keep;
+    if kept || present_only {
+        let mut set = redis::cmd("EVAL");
+        set.arg(REPLACE_HASH).arg(1).arg(key).arg(u8::from(present_only)).arg(u8::from(kept));
+        fields(value).for_each(|(name, value)| _ = set.arg(name).arg(value));
+        return vec![set];
+    }
+    let mut set = about("HSET", key);
+    fields(value).for_each(|(name, value)| _ = set.arg(name).arg(value));
+    // A hash without fields is no key.
+    let set = Some(set).filter(|set| set.args_iter().len() > 2);
+    iter::once(about("UNLINK", key)).chain(set).collect()
+}
+
+/// Its arguments: whether the key must exist, whether it keeps its TTL, then fields and values.
+const REPLACE_HASH: &str = "\
+if ARGV[1] == '1' and redis.call('EXISTS', KEYS[1]) == 0 then return end \
+local left = ARGV[2] == '1' and redis.call('PTTL', KEYS[1]) or -1 \
+redis.call('UNLINK', KEYS[1]) \
+for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end \
+if left > 0 then redis.call('PEXPIRE', KEYS[1], left) end";
+
+/// Behind a command that sets no TTL by itself.
+fn expire(key: &[u8], life: Life) -> Option<Cmd> {
+    let (command, at) = match life {
+        Life::Forever | Life::Keep => return None,
+        Life::Ms(ms) => ("PEXPIRE", ms),
+        Life::Until(at_ms) => ("PEXPIREAT", at_ms),
+    };
+    let mut expire = about(command, key);
+    expire.arg(at);
+    Some(expire)
+}
+
+fn about(command: &str, key: &[u8]) -> Cmd {
+    let mut command = redis::cmd(command);
+    command.arg(key);
+    command
 }
 
 /// The command as one would type it into `redis-cli`.
@@ -158,7 +241,8 @@ mod tests {
                     out.extend_from_slice(value.as_bytes());
                     Ok::<_, ()>(())
                 };
-                batch.set(cell, *ttl_ms, *present_only, render).expect("a value");
+                let life = ttl_ms.map_or(Life::Forever, Life::Ms);
+                batch.set(cell, Form::String, life, *present_only, render).expect("a value");
             }
         }
         batch
@@ -172,7 +256,7 @@ mod tests {
             ("c", Some(r#"{"x":"y z"}"#), None, false),
             ("d", None, None, false),
         ]);
-        assert_eq!(commands, [r#"MSET a 1 c "{\"x\":\"y z\"}""#, "UNLINK b d"]);
+        assert_eq!(commands, ["UNLINK b d", r#"MSET a 1 c "{\"x\":\"y z\"}""#]);
     }
 
     #[test]
@@ -194,11 +278,11 @@ mod tests {
         assert_eq!(
             commands,
             [
+                "UNLINK v1:b older:b xb",
                 "SET v1:c 1 PX 9 XX",
                 "SET older:c 1 PX 9 XX",
                 "SET xc 1 PX 9 XX",
                 "MSET v1:a 1 older:a 1 xa 1",
-                "UNLINK v1:b older:b xb"
             ]
         );
         assert_eq!(keys(&batch, &redis).concat(), b"v1:av1:bv1:colder:aolder:bolder:cxaxbxc");

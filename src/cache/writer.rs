@@ -16,7 +16,7 @@ use std::sync::Arc;
 use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CacheOp, Claim};
+use crate::batch::{Batch, Claim};
 use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -379,8 +379,9 @@ impl Writer {
 
     /// The rules whose keys are deleted where they should be written.
     fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = &'b str> + 'b {
-        let sets = batch.ops().filter(|(_, op)| matches!(op, CacheOp::Set { .. }));
-        sets.map(|(rule, _)| self.rules.names[usize::from(rule)].as_str())
+        // With a member goes its whole key.
+        let lost = batch.ops().filter(|(_, op)| op.puts() || op.member().is_some());
+        lost.map(|(rule, _)| self.rules.names[usize::from(rule)].as_str())
     }
 
     /// Redis takes no writes: what should be set is deleted instead.

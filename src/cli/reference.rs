@@ -83,6 +83,7 @@ fn described(kind: Kind) -> String {
         Kind::Texts => "array of strings".to_owned(),
         Kind::Columns => "array of column names".to_owned(),
         Kind::Pairs => "table of strings".to_owned(),
+        Kind::Expression => "expression".to_owned(),
     }
 }
 
@@ -144,7 +145,7 @@ fn value_schema(kind: Kind) -> Value {
     let array = |items: Value| json!({ "type": "array", "items": items, "minItems": 1, "uniqueItems": true });
     match kind {
         Kind::Text => json!({ "type": "string" }),
-        Kind::Url | Kind::Path | Kind::Template => text,
+        Kind::Url | Kind::Path | Kind::Template | Kind::Expression => text,
         Kind::Address => pattern(r"^off$|:[0-9]+$"),
         Kind::Choice(choices) => json!({ "type": "string", "enum": choices }),
         Kind::Choices(choices) => array(json!({ "type": "string", "enum": choices })),

@@ -156,6 +156,8 @@ pub enum Kind {
     Choices(&'static [&'static str]),
     /// A table of strings.
     Pairs,
+    /// An expression.
+    Expression,
 }
 
 /// What holds without a field.
@@ -536,19 +538,94 @@ pub const FIELDS: &[Field] = &[
         default: Fallback::Absent,
         meaning: "The key that a row is written to: `{column}`, `{column?default}` for NULL, filters `{column|lower}`, \
                   `upper`, `urlencode`, `md5`, `sha256`, and `{{` `}}` for braces. It begins with a literal.",
-        needs: &["value", "columns"],
-        limits: "A rule has `key`, `delete` or both.",
+        needs: &["value"],
+        limits: "",
         example: "\"product:{id}\"",
     },
     Field {
         table: Table::Rule,
         name: "value",
-        kind: Kind::Choice(&["json"]),
+        kind: Kind::Choice(&["json", "hash", "rejson", "string", "set", "zset"]),
         default: Fallback::Absent,
-        meaning: "What the key holds: `\"json\"` is what Postgres's `row_to_json` gives for `columns`.",
+        meaning: "What the key holds. `\"json\"`: a string with what Postgres's `row_to_json` gives for `columns`. \
+                  `\"hash\"`: a field for each of `columns` that is not NULL, in text form, replaced whole. `\"rejson\"`: a \
+                  value of Redis's JSON type. `\"string\"`: what `template` gives. `\"set\"` and `\"zset\"`: the row is \
+                  `member` of a set, or of a sorted set with `score`.",
         needs: &["key"],
-        limits: "",
+        limits: "`json`, `hash` and `rejson` need `columns`; `string` needs `template`; `set` needs `member`; `zset` needs \
+                 `member` and `score`.",
         example: "\"json\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "template",
+        kind: Kind::Template,
+        default: Fallback::Absent,
+        meaning: "The value, with placeholders as in `key`. If one of them is NULL and has no default, there is no key.",
+        needs: &["key"],
+        limits: "Only with `value = \"string\"`.",
+        example: "\"{price} {currency}\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "member",
+        kind: Kind::Template,
+        default: Fallback::Absent,
+        meaning: "What of the row is a member of the set, with placeholders as in `key`.",
+        needs: &["key"],
+        limits: "Only with `value = \"set\"` or `\"zset\"`.",
+        example: "\"{id}\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "score",
+        kind: Kind::Expression,
+        default: Fallback::Absent,
+        meaning: "The member's score, as an expression that gives a number. A row whose score is NULL is no member.",
+        needs: &["member"],
+        limits: "Only with `value = \"zset\"`.",
+        example: "\"row.rank\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "when",
+        kind: Kind::Expression,
+        default: Fallback::Absent,
+        meaning: "Only rows for which this is true count: a row that leaves the condition loses its key. Where it is not known \
+                  whether an old row met it, it counts as if it had.",
+        needs: &[],
+        limits: "",
+        example: "\"row.active && row.stock > 0\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "compute",
+        kind: Kind::Pairs,
+        default: Fallback::Absent,
+        meaning: "More fields of the value, each an expression: `compute = { total = \"row.price * row.qty\" }`.",
+        needs: &["columns"],
+        limits: "",
+        example: "{ total = \"row.price * row.qty\" }",
+    },
+    Field {
+        table: Table::Rule,
+        name: "expire_at",
+        kind: Kind::Expression,
+        default: Fallback::Absent,
+        meaning: "When the key goes, as an expression that gives a time. NULL is never.",
+        needs: &["key"],
+        limits: "Not together with `ttl` or `keep_ttl`.",
+        example: "\"row.expires_at\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "keep_ttl",
+        kind: Kind::Flag,
+        default: Fallback::Value("false"),
+        meaning: "Writing a key leaves the TTL that it has, whoever gave it.",
+        needs: &["key"],
+        limits: "Not together with `ttl` or `expire_at`.",
+        example: "true",
     },
     Field {
         table: Table::Rule,
@@ -660,7 +737,7 @@ pub const FIELDS: &[Field] = &[
         meaning: "Keys that a change makes stale; they are deleted. Templates as in `key`, filled from the old and \
                   from the new row.",
         needs: &[],
-        limits: "A rule has `key`, `delete` or both.",
+        limits: "",
         example: "[\"products:cat:{category_id}\", \"feed:global\"]",
     },
     Field {
@@ -683,25 +760,10 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
         Table::Redis | Table::Admin => &[],
-        Table::Defaults => &["every", "keep_ttl", "redelete"],
-        Table::Rule => &[
-            "when",
-            "lookup",
-            "delete_tags",
-            "delete_match",
-            "bump",
-            "stream",
-            "publish",
-            "template",
-            "compute",
-            "member",
-            "score",
-            "every",
-            "expire_at",
-            "keep_ttl",
-            "tags",
-            "redelete",
-        ],
+        Table::Defaults => &["every", "redelete"],
+        Table::Rule => {
+            &["lookup", "delete_tags", "delete_match", "bump", "stream", "publish", "every", "tags", "redelete"]
+        }
     }
 }
 
@@ -709,7 +771,6 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
 pub(super) fn later_choices(name: &str) -> &'static [&'static str] {
     match name {
         "source" => &["outbox"],
-        "value" => &["hash", "rejson", "string", "set", "zset"],
         _ => &[],
     }
 }

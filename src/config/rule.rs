@@ -1,7 +1,6 @@
 //! `[defaults]` and `[rule.NAME]`: what a rule says for itself, and whether its fields agree with each other.
 
 use std::collections::HashSet;
-use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -9,14 +8,18 @@ use super::diagnostic::Diagnostic;
 use super::fields::Table;
 use super::mistake::Mistake;
 use super::quantity;
-use super::section::{Section, template};
-use super::{ColumnSelection, Operations, Rule, Spanned, TableName, ValueKind, WriteAction};
+use super::section::{Section, expression, template};
+use super::{
+    ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Spanned, TableName, Value, WriteAction,
+};
+use crate::rules::expression::Expression;
 use crate::rules::template::Template;
 
 /// `[defaults]`, and the same fields of a rule: `None` is not given.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Defaults {
-    ttl: Option<Spanned<Option<Duration>>>,
+    /// `Some(None)` is `"off"`.
+    ttl: Option<Spanned<Option<Lifetime>>>,
     jitter: Option<Spanned<f64>>,
     present_only: Option<bool>,
     keep_on_delete: Option<Spanned<bool>>,
@@ -34,7 +37,7 @@ pub(super) fn defaults(mut section: Section<'_, '_>) -> Defaults {
 impl Defaults {
     fn read(section: &mut Section<'_, '_>) -> Self {
         Defaults {
-            ttl: section.duration_or_off("ttl"),
+            ttl: section.lifetime("ttl"),
             jitter: section.parsed("jitter", quantity::share),
             present_only: section.choice("write").map(|choice| choice.value == "present"),
             keep_on_delete: section
@@ -63,6 +66,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
     let table = section.parsed("table", table_name);
     let operations = operations(&mut section);
     let vars = section.pairs("vars", |text| template(text, Template::parse_free));
+    let when = section.parsed("when", expression);
     let key = section.parsed("key", |text| template(text, Template::parse));
     let write = write_action(&mut section, key, defaults);
     let delete =
@@ -81,6 +85,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
         on: operations,
         on_given,
         vars,
+        when,
         write,
         delete,
         changed,
@@ -158,39 +163,105 @@ fn write_action(
     key: Option<Spanned<Template>>,
     defaults: &Defaults,
 ) -> Option<WriteAction> {
-    let value = section.choice("value").map(|choice| Spanned { value: ValueKind::Json, span: choice.span });
+    let value = value(section);
+    let owns = section.flag("owns").unwrap_or(false);
+    let until = section.parsed("expire_at", expression);
+    let keep = section.flag("keep_ttl").unwrap_or(false);
+    let own = Defaults::read(section);
+    section.given("key")?;
+    let is_member = matches!(value, Some(Value::Member { .. }));
+    if is_member {
+        refuse(section, &["ttl", "jitter", "expire_at", "keep_ttl", "write", "on_delete"], "a set or sorted set");
+    }
+    if keep {
+        refuse(section, &["ttl", "jitter", "expire_at"], "a key that keeps its TTL");
+    }
+    if until.is_some() {
+        refuse(section, &["ttl", "jitter"], "a key with `expire_at`");
+    }
+    check_jitter(section, &own, defaults);
+    let settings = own.or(defaults);
+    let jitter = settings.jitter.as_ref().map_or(0.0, |jitter| jitter.value);
+    let life = match (until, settings.ttl.as_ref().and_then(|ttl| ttl.value.clone())) {
+        _ if is_member => Life::Forever,
+        _ if keep => Life::Keep,
+        (Some(until), _) => Life::Until(until),
+        (None, Some(ttl)) => Life::Ttl(ttl, jitter),
+        (None, None) => Life::Forever,
+    };
+    if !is_member {
+        check_lifetime(section, &settings, &life);
+    }
+    Some(WriteAction {
+        key: key?,
+        value: value?,
+        life,
+        present_only: settings.present_only.unwrap_or(false) && !is_member,
+        keep_on_delete: settings.keep_on_delete.is_some_and(|keep| keep.value) && !is_member,
+        owns,
+        warm: settings.warm.unwrap_or(true),
+        audit: settings.audit.flatten(),
+    })
+}
+
+/// What the key holds. Each kind of value has fields of its own.
+fn value(section: &mut Section<'_, '_>) -> Option<Value> {
+    let kind = section.choice("value");
+    let row = row_value(section);
+    let text = section.parsed("template", |text| template(text, Template::parse_free));
+    let member = section.parsed("member", |text| template(text, Template::parse_free));
+    let score = section.parsed("score", expression);
+    const ROW: &[&str] = &["columns", "rename", "strings", "compute"];
+    let kind = kind?.value;
+    let (needed, foreign): (&[&str], &[&[&str]]) = match kind {
+        "string" => (&["template"], &[ROW, &["member", "score"]]),
+        "set" => (&["member"], &[ROW, &["template", "score"]]),
+        "zset" => (&["member", "score"], &[ROW, &["template"]]),
+        "hash" => (&["columns"], &[&["template", "member", "score", "strings"]]),
+        _ => (&["columns"], &[&["template", "member", "score"]]),
+    };
+    refuse(section, &foreign.concat(), &format!("`value = \"{kind}\"`"));
+    for name in needed.iter().filter_map(|name| Table::Rule.field(name)) {
+        if section.given(name.name).is_none() {
+            let problem = section
+                .error(format_args!("`value = \"{kind}\"` needs `{}`", name.name), section.given("value")?, "")
+                .help(format!("add:  {} = {}", name.name, name.example));
+            section.reader.report_missing(section.header.start, problem);
+        }
+    }
+    match kind {
+        "string" => Some(Value::Text(text?)),
+        "set" => Some(Value::Member { member: member?, score: None }),
+        "zset" => Some(Value::Member { member: member?, score: Some(score?) }),
+        "hash" => Some(Value::Row(RowValue { form: RowForm::Hash, ..row? })),
+        "rejson" => Some(Value::Row(RowValue { form: RowForm::Rejson, ..row? })),
+        _ => Some(Value::Row(row?)),
+    }
+}
+
+/// Reports each of these fields that is given: `what` has none.
+fn refuse(section: &mut Section<'_, '_>, names: &[&str], what: &str) {
+    for name in names {
+        if let Some(span) = section.given(name) {
+            let problem = section.error(format_args!("{what} takes no `{name}`"), span, "");
+            section.report(problem.help(format!("leave `{name}` out")));
+        }
+    }
+}
+
+fn row_value(section: &mut Section<'_, '_>) -> Option<RowValue> {
     let columns = columns(section);
     let rename = section.pairs("rename", |text| match text {
         "" => Err(Mistake::whole(text, "is an empty name")),
         _ => Ok(text.to_owned()),
     });
     let strings = section.columns("strings").map_or_else(Vec::new, |columns| columns.value);
-    let owns = section.flag("owns").unwrap_or(false);
-    let own = Defaults::read(section);
-    section.given("key")?;
-    check_jitter(section, &own, defaults);
-    let settings = own.or(defaults);
-    check_lifetime(section, &settings);
-    if let Some(columns) = &columns {
-        check_columns(section, &columns.value, "rename", rename.iter().map(|(column, _)| column));
-        check_columns(section, &columns.value, "strings", strings.iter());
-        check_fields(section, &columns.value, &rename);
-    }
-    let ttl = settings.ttl.and_then(|ttl| ttl.value);
-    Some(WriteAction {
-        key: key?,
-        value: value?,
-        columns: columns?,
-        rename,
-        strings,
-        ttl,
-        jitter: settings.jitter.map_or(0.0, |jitter| jitter.value),
-        present_only: settings.present_only.unwrap_or(false),
-        keep_on_delete: settings.keep_on_delete.is_some_and(|keep| keep.value),
-        owns,
-        warm: settings.warm.unwrap_or(true),
-        audit: settings.audit.flatten(),
-    })
+    let compute = section.pairs("compute", expression);
+    let columns = columns?;
+    check_columns(section, &columns.value, "rename", rename.iter().map(|(column, _)| column));
+    check_columns(section, &columns.value, "strings", strings.iter());
+    check_fields(section, &columns.value, &rename, &compute);
+    Some(RowValue { form: RowForm::Json, columns, rename, strings, compute })
 }
 
 /// `columns`, where `"*"` stands alone.
@@ -236,7 +307,7 @@ fn check_changed(section: &mut Section<'_, '_>, operations: Operations) {
 /// `jitter` shortens a TTL; without one it does nothing. One from `[defaults]` just waits for a rule that has a TTL.
 fn check_jitter(section: &mut Section<'_, '_>, own: &Defaults, defaults: &Defaults) {
     let ttl = own.ttl.as_ref().or(defaults.ttl.as_ref());
-    if let (Some(jitter), None) = (&own.jitter, ttl.and_then(|ttl| ttl.value))
+    if let (Some(jitter), None) = (&own.jitter, ttl.and_then(|ttl| ttl.value.as_ref()))
         && section.given("ttl").is_none()
     {
         let problem = section
@@ -247,10 +318,10 @@ fn check_jitter(section: &mut Section<'_, '_>, own: &Defaults, defaults: &Defaul
 }
 
 /// What becomes of keys in the long run is easily overlooked.
-fn check_lifetime(section: &mut Section<'_, '_>, settings: &Defaults) {
-    let ttl = settings.ttl.as_ref().filter(|ttl| ttl.value.is_some());
+fn check_lifetime(section: &mut Section<'_, '_>, settings: &Defaults, life: &Life) {
+    let ttl = settings.ttl.as_ref().filter(|_| matches!(life, Life::Ttl(..)));
     match (ttl, &settings.keep_on_delete) {
-        (None, Some(keep)) if keep.value => {
+        (None, Some(keep)) if keep.value && matches!(life, Life::Forever) => {
             let title = format!("{}: keys of deleted rows stay for ever", section.title);
             let warning = Diagnostic::warning(title, keep.span.clone(), "and there is no `ttl`");
             section.report(warning.help("add:  ttl = \"1d\", or leave `on_delete` out"));
@@ -291,11 +362,12 @@ fn check_columns<'c>(
     }
 }
 
-/// Two fields of one JSON object cannot have the same name.
+/// Two fields of one value cannot have the same name.
 fn check_fields(
     section: &mut Section<'_, '_>,
     columns: &ColumnSelection,
     rename: &[(Spanned<String>, Spanned<String>)],
+    compute: &[(Spanned<String>, Spanned<Expression>)],
 ) {
     let renamed = |column: &str| rename.iter().find(|(from, _)| from.value == column).map(|(_, to)| to);
     let kept = match columns {
@@ -304,7 +376,8 @@ fn check_fields(
     };
     let kept = kept.iter().filter(|name| renamed(&name.value).is_none());
     let mut fields: Vec<&Spanned<String>> = kept.collect();
-    for (_, to) in rename {
+    let computed = compute.iter().map(|(name, _)| name);
+    for to in rename.iter().map(|(_, to)| to).chain(computed) {
         if let Some(first) = fields.iter().find(|field| field.value == to.value) {
             let problem = section
                 .error(format_args!("the value has two fields `{}`", to.value), to.span.clone(), "again")
@@ -323,8 +396,13 @@ fn check_vars(
     write: Option<&WriteAction>,
     delete: &[Spanned<Template>],
 ) {
+    let of_value = write.and_then(|write| match &write.value {
+        Value::Text(text) => Some(&text.value),
+        Value::Member { member, .. } => Some(&member.value),
+        Value::Row(_) => None,
+    });
     let of_keys = write.map(|write| &write.key.value).into_iter().chain(delete.iter().map(|key| &key.value));
-    let templates = of_keys.chain(vars.iter().map(|(_, var)| &var.value));
+    let templates = of_keys.chain(of_value).chain(vars.iter().map(|(_, var)| &var.value));
     let used: HashSet<&str> = templates.flat_map(Template::placeholders).map(|part| part.name.as_str()).collect();
     for (name, _) in vars.iter().filter(|(name, _)| !used.contains(name.value.as_str())) {
         let title = format!("{}: no template uses `{}`", section.title, name.value);
@@ -342,22 +420,45 @@ fn fingerprint(rule: &Rule) -> String {
     };
     let names = |names: &[Spanned<String>]| sorted(names.iter().map(|name| name.value.clone()).collect());
     let write = rule.write.as_ref().map(|write| {
-        let columns = match &write.columns.value {
-            ColumnSelection::All => None,
-            ColumnSelection::Named(names) => Some(names.iter().map(|name| name.value.clone()).collect::<Vec<_>>()),
-        };
-        let ValueKind::Json = write.value.value;
-        serde_json::json!({
+        let mut canonical = serde_json::json!({
             "key": write.key.value.text(),
-            "value": "json",
-            "columns": columns,
-            "rename": sorted_pairs(write.rename.iter().map(|(from, to)| (from.value.as_str(), to.value.as_str()))),
-            "strings": names(&write.strings),
-            "ttl_ms": write.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
-            "jitter": write.jitter,
+            "ttl_ms": write.life.constant().map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+            "jitter": if let Life::Ttl(_, jitter) = write.life { jitter } else { 0.0 },
             "present_only": write.present_only,
             "keep_on_delete": write.keep_on_delete,
-        })
+        });
+        match &write.value {
+            Value::Row(row) => {
+                let columns = match &row.columns.value {
+                    ColumnSelection::All => None,
+                    ColumnSelection::Named(names) => {
+                        Some(names.iter().map(|name| name.value.clone()).collect::<Vec<_>>())
+                    }
+                };
+                canonical["value"] = row.form.name().into();
+                canonical["columns"] = columns.into();
+                canonical["rename"] = serde_json::json!(sorted_pairs(
+                    row.rename.iter().map(|(from, to)| (from.value.as_str(), to.value.as_str()))
+                ));
+                canonical["strings"] = names(&row.strings).into();
+                if !row.compute.is_empty() {
+                    let compute = row.compute.iter().map(|(name, sql)| (name.value.as_str(), sql.value.text()));
+                    canonical["compute"] = serde_json::json!(compute.collect::<Vec<_>>());
+                }
+            }
+            Value::Text(text) => canonical["template"] = text.value.text().into(),
+            Value::Member { member, score } => {
+                canonical["member"] = member.value.text().into();
+                canonical["score"] = score.as_ref().map(|score| score.value.text()).into();
+            }
+        }
+        match &write.life {
+            Life::Ttl(Lifetime::OfRow(ttl), _) => canonical["ttl"] = ttl.value.text().into(),
+            Life::Until(at) => canonical["expire_at"] = at.value.text().into(),
+            Life::Keep => canonical["keep_ttl"] = true.into(),
+            Life::Forever | Life::Ttl(Lifetime::Constant(_), _) => {}
+        }
+        canonical
     });
     let canonical = serde_json::json!({
         "schema": rule.table.value.schema,
@@ -367,6 +468,7 @@ fn fingerprint(rule: &Rule) -> String {
         "write": write,
         "delete": sorted(rule.delete.iter().map(|key| key.value.text().to_owned()).collect()),
         "changed": rule.changed.as_deref().map(names),
+        "when": rule.when.as_ref().map(|when| when.value.text()),
     });
     let digest = Sha256::digest(canonical.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()

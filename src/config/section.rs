@@ -16,7 +16,8 @@ use super::fields::{Fallback, Field, Kind, Table, later, later_choices};
 use super::interpolate::{fill, reference_out_of_place};
 use super::mistake::Mistake;
 use super::quantity::{self, duration_written, seconds_written, size_written};
-use super::{Environment, RulesFile, Spanned};
+use super::{Environment, Lifetime, RulesFile, Spanned};
+use crate::rules::expression::Expression;
 use crate::rules::template::{Template, TemplateError, place};
 use crate::suggest::nearest;
 
@@ -194,20 +195,21 @@ impl<'r, 'a> Section<'r, 'a> {
 
     /// A duration; `Some(None)` is `"off"`.
     pub(super) fn duration_or_off(&mut self, name: &'static str) -> Option<Spanned<Option<Duration>>> {
-        let Some(Kind::Duration { min, max, off }) = self.table.field(name).map(|field| field.kind) else {
-            return None;
-        };
-        self.parsed(name, |text| match text {
-            "off" if off => Ok(None),
-            _ => {
-                let duration = quantity::duration(text)?;
-                if off && duration.is_zero() {
-                    return Ok(None);
-                }
-                let bounds = (duration_written(min), duration_written(max));
-                within(text, duration, &(min..=max), &bounds).map(Some)
-            }
-        })
+        let kind = self.table.field(name)?.kind;
+        self.parsed(name, |text| bounded(text, kind))
+    }
+
+    /// The same, or an expression that gives one: one that names the row.
+    pub(super) fn lifetime(&mut self, name: &'static str) -> Option<Spanned<Option<Lifetime>>> {
+        let kind = self.table.field(name)?.kind;
+        let mut lifetime = self.parsed(name, |text| match text.contains("row") {
+            true => expression(text).map(|value| Some(Lifetime::OfRow(Spanned { value, span: 0..0 }))),
+            false => bounded(text, kind).map(|duration| duration.map(Lifetime::Constant)),
+        })?;
+        if let Some(Lifetime::OfRow(expression)) = &mut lifetime.value {
+            expression.span = lifetime.span.clone();
+        }
+        Some(lifetime)
     }
 
     /// A duration that cannot be `"off"`.
@@ -429,6 +431,20 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 }
 
+/// A duration within the field's bounds; `None` is `"off"`.
+fn bounded(text: &str, kind: Kind) -> Result<Option<Duration>, Mistake> {
+    let Kind::Duration { min, max, off } = kind else { return Ok(None) };
+    if off && text == "off" {
+        return Ok(None);
+    }
+    let duration = quantity::duration(text)?;
+    if off && duration.is_zero() {
+        return Ok(None);
+    }
+    let bounds = (duration_written(min), duration_written(max));
+    within(text, duration, &(min..=max), &bounds).map(Some)
+}
+
 /// The entries of a table in the order of the file.
 pub(super) fn in_file_order<'a>(table: &'a DeTable<'a>) -> Vec<(&'a toml::Spanned<Cow<'a, str>>, &'a Value<'a>)> {
     let mut entries: Vec<_> = table.iter().collect();
@@ -504,6 +520,7 @@ fn wanted(kind: Kind) -> &'static str {
         Kind::Flag => "true or false",
         Kind::Count { .. } => "a whole number",
         Kind::Template => "a key template in quotes",
+        Kind::Expression => "an expression in quotes",
         Kind::Templates => "an array of key templates",
         Kind::Columns => "an array of column names",
         Kind::Choices(_) | Kind::Texts => "an array of texts",
@@ -547,4 +564,14 @@ fn rewritten(kind: Kind, value: &DeValue<'_>, source: &str) -> Option<String> {
         (Kind::Count { .. }, DeValue::String(text)) => text.parse::<u64>().ok().map(|number| number.to_string()),
         _ => None,
     }
+}
+
+/// The expression that `text` is.
+pub(super) fn expression(text: &str) -> Result<Expression, Mistake> {
+    Expression::parse(text).map_err(|error| Mistake {
+        range: error.range,
+        problem: error.problem,
+        label: error.label,
+        help: error.help,
+    })
 }

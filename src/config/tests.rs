@@ -321,16 +321,18 @@ fn a_whole_file_is_resolved() {
     assert_eq!(product.name.value, "product");
     assert_eq!(&text[product.name.span.clone()], "product");
     let write = product.write.as_ref().unwrap();
-    assert_eq!((write.ttl, write.present_only, write.owns), (Some(Duration::from_secs(86_400)), true, false));
-    assert_eq!(write.jitter.to_bits(), 0.05_f64.to_bits());
+    assert_eq!((write.present_only, write.owns), (true, false));
+    let Life::Ttl(Lifetime::Constant(ttl), jitter) = write.life else { panic!("{:?}", write.life) };
+    assert_eq!((ttl, jitter.to_bits()), (Duration::from_secs(86_400), 0.05_f64.to_bits()));
     assert_eq!((write.warm, write.audit), (false, Some(0.01)));
     assert_eq!(&text[write.key.span.clone()], "\"product:{id}\"");
 
     assert_eq!(all.table.value, TableName { schema: "public".to_owned(), name: "a.\"b\"".to_owned() });
     assert_eq!((all.on, all.on_given), (Operations { update: false, ..Operations::ALL }, true));
     let write = all.write.as_ref().unwrap();
-    assert_eq!((write.ttl, write.present_only, write.owns), (None, false, true));
-    assert_eq!(write.columns.value, ColumnSelection::All);
+    assert_eq!((write.present_only, write.owns), (false, true));
+    let (Life::Forever, Value::Row(row)) = (&write.life, &write.value) else { panic!("{write:?}") };
+    assert_eq!(row.columns.value, ColumnSelection::All);
     assert_eq!((write.warm, write.audit), (true, None));
 }
 
@@ -361,6 +363,12 @@ fn fingerprints_follow_what_decides_keys_and_values() {
         format!("{base}write = \"present\"\n"),
         format!("{base}rename = {{ id = \"key\" }}\n"),
         format!("{base}vars = {{ id = \"x\" }}\n"),
+        format!("{base}when = \"row.id > 1\"\n"),
+        format!("{base}compute = {{ twice = \"row.id * 2\" }}\n"),
+        format!("{base}expire_at = \"row.at\"\n"),
+        format!("{base}keep_ttl = true\n"),
+        format!("{base}ttl = \"row.s\"\n"),
+        base.replace("value = \"json\"", "value = \"rejson\""),
         format!("[defaults]\non_delete = \"keep\"\n{base}"),
     ];
     for rule in different {
@@ -381,6 +389,8 @@ fn file_of(value: impl Fn(&fields::Field) -> Option<&'static str>) -> String {
     tables.into_values().collect()
 }
 
+const KEPT: &str = "key = \"kept:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\nkeep_ttl = true\n";
+
 #[test]
 fn every_field_of_the_table_is_read_and_takes_its_example() {
     // What needs another value than the reference shows, to stand beside the others.
@@ -388,10 +398,17 @@ fn every_field_of_the_table_is_read_and_takes_its_example() {
         Some(match (field.table, field.name) {
             (Table::Redis, "url") => "\"rediss://cache\"",
             (Table::Admin, "token") => "\"${SECRET}\"",
+            (Table::Rule, "template" | "member" | "score" | "expire_at" | "keep_ttl") => return None,
             _ => field.example,
         })
     };
-    let text = file_of(value);
+    let others = [("string", vec!["template", "expire_at"]), ("zset", vec!["member", "score"])];
+    let example = |name: &&str| format!("{name} = {}\n", Table::Rule.field(name).expect("a field").example);
+    let rule = |(kind, fields): (&str, Vec<&str>)| {
+        let fields: String = fields.iter().map(example).collect();
+        format!("[rule.{kind}]\ntable = \"public.t\"\nkey = \"{kind}:{{id}}\"\nvalue = \"{kind}\"\n{fields}")
+    };
+    let text = file_of(value) + &others.map(rule).concat() + "[rule.kept]\ntable = \"public.t\"\n" + KEPT;
     let errors = said(&text).into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error);
     assert_eq!(errors.collect::<Vec<_>>(), [], "{text}");
 }

@@ -18,12 +18,14 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::expression::{self, BoundExpression, Expression, ExpressionError, Names, Wanted};
 use super::form::{KeyForm, Piece, Source};
 use super::key::{Column, Lost};
 use super::pattern::Pattern;
 use super::template::{Part, Placeholder, RESERVED, Template, place};
+use crate::batch::Form;
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
-use crate::config::{ColumnSelection, Operations, Rule, Spanned, WriteAction};
+use crate::config::{ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Spanned, Value};
 use crate::decode::types::{JsonType, Types};
 use crate::model::Relation;
 use crate::suggest::nearest;
@@ -38,6 +40,8 @@ pub struct BoundRule {
     pub rule: u16,
     /// The operations that count.
     pub on: Operations,
+    /// The rows that count; `None` is all.
+    pub when: Option<BoundExpression>,
     /// Write-through, if the rule has it.
     pub write: Option<BoundWrite>,
     /// The keys that a change makes stale.
@@ -60,10 +64,12 @@ impl BoundRule {
 pub struct BoundWrite {
     /// The key.
     pub key: BoundKey,
+    /// The member, where the key is a set or a sorted set.
+    pub member: Option<BoundMember>,
     /// The value; `None` while a column it needs is missing: the key is deleted instead (I9).
-    pub json: Option<Vec<JsonField>>,
-    /// The time to live and its jitter as a share.
-    pub ttl: Option<(Duration, f64)>,
+    pub value: Option<BoundValue>,
+    /// The time to live.
+    pub life: BoundLife,
     /// Only keys that exist are refreshed.
     pub present_only: bool,
     /// A deleted row's key stays.
@@ -72,7 +78,61 @@ pub struct BoundWrite {
     pub owns: bool,
 }
 
+/// A member of a set.
+#[derive(Clone, Debug)]
+pub struct BoundMember {
+    /// It, as a key without a prefix.
+    pub text: BoundKey,
+    /// Whether it has a score.
+    pub sorted: bool,
+}
+
+/// What is written.
+#[derive(Clone, Debug)]
+pub enum BoundValue {
+    /// A JSON object: as a string, or as Redis's JSON type.
+    Json(Form, Vec<JsonField>),
+    /// A hash.
+    Hash(Vec<HashField>),
+    /// A text, as a key without a prefix.
+    Text(BoundKey),
+    /// Nothing: a set's member says it all.
+    Nothing,
+    /// A sorted set's member has a score.
+    Score(BoundExpression),
+}
+
+/// See [`crate::config::Life`].
+#[derive(Clone, Debug)]
+pub enum BoundLife {
+    /// As long as its row.
+    Forever,
+    /// So long, shortened by a share.
+    Ttl(Duration, f64),
+    /// As long as the row says, shortened by a share.
+    OfRow(BoundExpression, f64),
+    /// Until the row says.
+    Until(BoundExpression),
+    /// As long as before.
+    Keep,
+}
+
+impl BoundLife {
+    /// No TTL is shortened.
+    pub fn without_jitter(&mut self) {
+        if let BoundLife::Ttl(_, jitter) | BoundLife::OfRow(_, jitter) = self {
+            *jitter = 0.0;
+        }
+    }
+}
+
 impl BoundWrite {
+    /// What names the cell, and the row: the key, and the member.
+    pub fn named_by(&self) -> impl Iterator<Item = &BoundKey> {
+        let text = if let Some(BoundValue::Text(text)) = &self.value { Some(text) } else { None };
+        std::iter::once(&self.key).chain(self.member.as_ref().map(|member| &member.text)).chain(text)
+    }
+
     /// Whether every key that the template can have made is the rule's own, so that one without a row may be searched for
     /// and deleted.
     pub fn is_owner(&self) -> bool {
@@ -80,17 +140,38 @@ impl BoundWrite {
     }
 }
 
+/// Where a field's value comes from.
+#[derive(Clone, Debug)]
+pub enum FieldSource {
+    /// A column: its place in the tuple, and how `row_to_json` shows its type.
+    Column {
+        /// Its place.
+        place: usize,
+        /// Its type.
+        json: Arc<JsonType>,
+        /// Shown as a JSON string instead.
+        as_string: bool,
+    },
+    /// `compute`
+    Computed(BoundExpression),
+}
+
 /// One field of a JSON object.
 #[derive(Clone, Debug)]
 pub struct JsonField {
     /// What stands before the value: `{"id":` for the first, `,"name":` for every other, escaped.
     pub lead: Box<[u8]>,
-    /// The place of the column in the tuple.
-    pub column: usize,
-    /// How `row_to_json` shows its type.
-    pub json: Arc<JsonType>,
-    /// Shown as a JSON string instead.
-    pub as_string: bool,
+    /// Its value.
+    pub source: FieldSource,
+}
+
+/// One field of a hash.
+#[derive(Clone, Debug)]
+pub struct HashField {
+    /// Its name.
+    pub name: Box<[u8]>,
+    /// Its value.
+    pub source: FieldSource,
 }
 
 /// A rule does not fit the relation.
@@ -122,21 +203,31 @@ pub fn bind(
     let (mut problems, mut lossy) = (Vec::new(), Vec::new());
     scope.check_identity(&mut problems);
     let key = rule.write.as_ref().and_then(|write| scope.key(&write.key, &mut problems));
+    let member = rule.write.as_ref().and_then(|write| scope.member(&write.value, &mut problems));
     let delete: Vec<_> = rule.delete.iter().filter_map(|template| scope.key(template, &mut problems)).collect();
     if let (Some(write), Some(key)) = (&rule.write, &key) {
-        problems.extend(scope.shared_key(&write.key, key));
+        problems.extend(scope.shared_key(&write.key, key, member.as_ref()));
     }
-    let keys = key.iter().chain(&delete);
-    let changed = rule.changed.as_ref().and_then(|names| scope.changed(names, keys, &mut lossy));
+    let when = scope.expression(rule.when.as_ref(), Wanted::Condition, &mut problems);
     let write = rule.write.as_ref().zip(key).map(|(write, key)| BoundWrite {
         key,
-        json: scope.json_fields(write, &mut lossy),
-        ttl: write.ttl.map(|ttl| (ttl, write.jitter)),
+        member,
+        value: scope.value(&write.value, &mut lossy),
+        life: scope.life(&write.life, &mut lossy),
         present_only: write.present_only,
         keep_on_delete: write.keep_on_delete,
         owns: write.owns,
     });
-    let bound = BoundRule { rule: rule_index, on: rule.on, write, delete, changed };
+    let changed = rule.changed.as_ref().and_then(|names| {
+        let mut places = scope.places(names, &mut lossy)?;
+        let written = write.iter().flat_map(BoundWrite::named_by);
+        places.extend(written.chain(&delete).flat_map(BoundKey::columns));
+        places.extend(when.iter().flat_map(|when| when.columns()));
+        places.sort_unstable();
+        places.dedup();
+        Some(places)
+    });
+    let bound = BoundRule { rule: rule_index, on: rule.on, when, write, delete, changed };
     if problems.is_empty() && lossy.is_empty() {
         return Ok(bound);
     }
@@ -198,6 +289,77 @@ impl Scope<'_> {
             problems.push(BindProblem::ReservedKey { span: template.span.clone(), key: example });
         }
         Some(key)
+    }
+
+    /// The member of a set; `None` where there is none, or a problem was added.
+    fn member(&self, value: &Value, problems: &mut Vec<BindProblem>) -> Option<BoundMember> {
+        let Value::Member { member, score } = value else { return None };
+        let text = self.text(member, problems)?;
+        if self.has_identity() && self.rule.on.delete {
+            problems.extend(self.outside_identity(member, &text));
+        }
+        Some(BoundMember { text, sorted: score.is_some() })
+    }
+
+    /// A template that is no key.
+    fn text(&self, template: &Spanned<Template>, problems: &mut Vec<BindProblem>) -> Option<BoundKey> {
+        let pieces = self.pieces(template, true, problems)?;
+        Some(BoundKey::new("", pieces, |place| self.relation.columns[place].identity))
+    }
+
+    /// `None` if there is no expression, or a problem was added.
+    fn expression(
+        &self,
+        expression: Option<&Spanned<Expression>>,
+        wanted: Wanted,
+        problems: &mut Vec<BindProblem>,
+    ) -> Option<BoundExpression> {
+        let expression = expression?;
+        let scope = expression::Scope { relation: self.relation, types: self.types, names: Names::Row };
+        match expression::bind(&expression.value, &scope, wanted) {
+            Ok(bound) => Some(bound),
+            Err(errors) => {
+                let at = |error: &ExpressionError| place(&expression.span, expression.value.text(), &error.range);
+                problems.extend(errors.into_iter().map(|error| BindProblem::Expression { span: at(&error), error }));
+                None
+            }
+        }
+    }
+
+    /// `None` if a column of it is missing.
+    fn value(&self, value: &Value, problems: &mut Vec<BindProblem>) -> Option<BoundValue> {
+        match value {
+            Value::Text(text) => self.text(text, problems).map(BoundValue::Text),
+            Value::Member { score: None, .. } => Some(BoundValue::Nothing),
+            Value::Member { score, .. } => {
+                self.expression(score.as_ref(), Wanted::Number, problems).map(BoundValue::Score)
+            }
+            Value::Row(row) => {
+                let fields = self.fields(row, problems)?;
+                Some(match row.form {
+                    RowForm::Json => BoundValue::Json(Form::String, json_fields(fields)),
+                    RowForm::Rejson => BoundValue::Json(Form::Json, json_fields(fields)),
+                    RowForm::Hash => {
+                        let field = |(name, source): (String, _)| HashField { name: name.into_bytes().into(), source };
+                        BoundValue::Hash(fields.into_iter().map(field).collect())
+                    }
+                })
+            }
+        }
+    }
+
+    /// Where a column is missing the key lives for ever, but then it has no value either.
+    fn life(&self, life: &Life, problems: &mut Vec<BindProblem>) -> BoundLife {
+        let bound = match life {
+            Life::Forever => Some(BoundLife::Forever),
+            Life::Keep => Some(BoundLife::Keep),
+            Life::Ttl(Lifetime::Constant(ttl), jitter) => Some(BoundLife::Ttl(*ttl, *jitter)),
+            Life::Ttl(Lifetime::OfRow(ttl), jitter) => {
+                self.expression(Some(ttl), Wanted::Number, problems).map(|ttl| BoundLife::OfRow(ttl, *jitter))
+            }
+            Life::Until(at) => self.expression(Some(at), Wanted::Timestamp, problems).map(BoundLife::Until),
+        };
+        bound.unwrap_or(BoundLife::Forever)
     }
 
     /// A template's pieces. A `var` is resolved in its place; inside of one, names are columns only.
@@ -314,18 +476,25 @@ impl Scope<'_> {
     }
 
     /// Why two rows could have this key, if they can.
-    fn shared_key(&self, template: &Spanned<Template>, key: &BoundKey) -> Option<BindProblem> {
+    fn shared_key(
+        &self,
+        template: &Spanned<Template>,
+        key: &BoundKey,
+        member: Option<&BoundMember>,
+    ) -> Option<BindProblem> {
         let facts = self.facts?;
         let values = key.values();
+        let of_member = member.map(|member| member.text.values()).unwrap_or_default();
         let named = |places: &[usize]| places.iter().map(|place| self.column_name(*place)).collect::<Vec<_>>();
-        let told: Vec<String> =
-            values.iter().filter(|value| value.lost.is_none()).flat_map(|value| named(&value.columns)).collect();
+        let told = values.iter().chain(&of_member).filter(|value| value.lost.is_none());
+        let told: Vec<String> = told.flat_map(|value| named(&value.columns)).collect();
         let is_in =
             |columns: &[String], index: &UniqueIndex| index.columns.iter().all(|column| columns.contains(column));
         if facts.unique.iter().any(|index| is_in(&told, index)) {
             return None;
         }
-        let used = named(&key.columns());
+        let columns = key.columns().into_iter().chain(member.iter().flat_map(|member| member.text.columns()));
+        let used = named(&columns.collect::<Vec<_>>());
         let Some(held) = facts.unique.iter().find(|index| is_in(&used, index)) else {
             let unique = facts.unique.iter().map(|index| index.columns.clone()).collect();
             let how = Sharing::NotUnique { used, unique };
@@ -345,21 +514,6 @@ impl Scope<'_> {
         Some(BindProblem::SharedKey { span: span.unwrap_or(template.span.clone()), how })
     }
 
-    /// The places of the columns of `changed` and of the rule's own templates; `None` if one is missing, so that
-    /// every UPDATE counts.
-    fn changed<'k>(
-        &self,
-        names: &[Spanned<String>],
-        keys: impl Iterator<Item = &'k BoundKey>,
-        problems: &mut Vec<BindProblem>,
-    ) -> Option<Vec<usize>> {
-        let mut places = self.places(names, problems)?;
-        places.extend(keys.flat_map(BoundKey::columns));
-        places.sort_unstable();
-        places.dedup();
-        Some(places)
-    }
-
     /// The places of all these columns, or `None` and a problem for each that is missing.
     fn places(&self, names: &[Spanned<String>], problems: &mut Vec<BindProblem>) -> Option<Vec<usize>> {
         let found = names.iter().map(|name| self.column(&name.value, name.span.clone()));
@@ -368,37 +522,48 @@ impl Scope<'_> {
         (places.len() == names.len()).then_some(places)
     }
 
-    /// The fields of the JSON object; `None` if a column of it is missing.
-    fn json_fields(&self, write: &WriteAction, problems: &mut Vec<BindProblem>) -> Option<Vec<JsonField>> {
+    /// The fields of the value; `None` if a column of it is missing.
+    fn fields(&self, row: &RowValue, problems: &mut Vec<BindProblem>) -> Option<Vec<(String, FieldSource)>> {
         let known = problems.len();
-        let columns = match &write.columns.value {
+        let columns = match &row.columns.value {
             ColumnSelection::All => (0..self.relation.columns.len()).collect(),
             ColumnSelection::Named(names) => self.places(names, problems).unwrap_or_default(),
         };
-        self.places(&write.strings, problems);
-        let mut taken: Vec<&str> = Vec::with_capacity(columns.len());
-        let mut fields = Vec::with_capacity(columns.len());
-        for column in columns {
-            let name = &self.relation.columns[column].name;
-            let renamed = write.rename.iter().find(|(from, _)| from.value == *name).map(|(_, to)| to);
-            let field = renamed.map_or(name.as_str(), |to| to.value.as_str());
-            if taken.contains(&field) {
-                let span = renamed.map_or(write.columns.span.clone(), |to| to.span.clone());
-                problems.push(BindProblem::DuplicateField { span, field: field.to_owned() });
+        self.places(&row.strings, problems);
+        let mut fields: Vec<(String, FieldSource)> = Vec::with_capacity(columns.len() + row.compute.len());
+        let mut add = |field: &str, span: &Range<usize>, source, problems: &mut Vec<BindProblem>| {
+            if fields.iter().any(|(taken, _)| taken == field) {
+                problems.push(BindProblem::DuplicateField { span: span.clone(), field: field.to_owned() });
             }
-            taken.push(field);
-            fields.push(JsonField {
-                lead: field_lead(field, fields.is_empty()),
-                column,
-                json: self.types.get(self.relation.columns[column].type_oid).json.clone(),
-                as_string: write.strings.iter().any(|string| string.value == *name),
-            });
+            fields.push((field.to_owned(), source));
+        };
+        for place in columns {
+            let name = &self.relation.columns[place].name;
+            let renamed = row.rename.iter().find(|(from, _)| from.value == *name).map(|(_, to)| to);
+            let field = renamed.map_or(name.as_str(), |to| to.value.as_str());
+            let source = FieldSource::Column {
+                place,
+                json: self.types.get(self.relation.columns[place].type_oid).json.clone(),
+                as_string: row.strings.iter().any(|string| string.value == *name),
+            };
+            add(field, renamed.map_or(&row.columns.span, |to| &to.span), source, problems);
         }
-        for (from, _) in &write.rename {
+        for (name, expression) in &row.compute {
+            if let Some(computed) = self.expression(Some(expression), Wanted::Value, problems) {
+                add(&name.value, &name.span, FieldSource::Computed(computed), problems);
+            }
+        }
+        for (from, _) in &row.rename {
             problems.extend(self.column(&from.value, from.span.clone()).err());
         }
         (problems.len() == known).then_some(fields)
     }
+}
+
+fn json_fields(fields: Vec<(String, FieldSource)>) -> Vec<JsonField> {
+    let lead =
+        |(index, (name, source)): (usize, (String, _))| JsonField { lead: field_lead(&name, index == 0), source };
+    fields.into_iter().enumerate().map(lead).collect()
 }
 
 /// `{"name":` or `,"name":`

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::expression::ExpressionError;
 use super::filter::Filter;
 use crate::catalog::{HiddenColumn, sql_identifier, sql_table};
 use crate::config::diagnostic::Diagnostic;
@@ -104,6 +105,13 @@ pub enum BindProblem {
         /// The field.
         field: String,
     },
+    /// An expression does not fit the table.
+    Expression {
+        /// Where.
+        span: Range<usize>,
+        /// Why.
+        error: ExpressionError,
+    },
 }
 
 /// How the log can be made to hold more of a table's old rows.
@@ -182,6 +190,11 @@ impl BindProblem {
                 let title = format!("rule `{name}` puts two columns into the field `{field}`");
                 Diagnostic::error(title, span.clone(), "the second one")
                     .help("give each field a name of its own in `rename`")
+            }
+            Self::Expression { span, error } => {
+                let title = format!("rule `{name}`: the expression {}", error.problem);
+                let problem = Diagnostic::error(title, span.clone(), error.label.clone());
+                error.help.iter().fold(problem, |problem, help| problem.help(help.clone()))
             }
         }
     }

@@ -7,9 +7,10 @@ use std::sync::LazyLock;
 use proptest::prelude::*;
 use tokio_postgres::types::Type;
 
-use super::bind::{BoundKey, BoundRule, Rendered, Unbound, bind};
+use super::bind::{BoundKey, BoundRule, BoundValue, FieldSource, JsonField, Rendered, Unbound, bind};
 use super::form::KeyForm;
 use super::ownership::check_overlaps;
+use crate::batch::Form;
 use crate::catalog::{HiddenColumn, Leaf, Persistence, Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::diagnostic::{Diagnostic, render};
 use crate::config::{Config, Rule, RulesFile, TableName, parse};
@@ -271,13 +272,20 @@ fn changed_counts_what_the_templates_use() {
 fn json_fields_are_named_and_escaped() {
     let rule = "[rule.r]\ntable = \"public.products\"\nkey = \"p:{id}\"\nvalue = \"json\"\ncolumns = [\"price\", \"id\"]\n\
                 rename = { price = 'the \"price\"' }\nstrings = [\"price\"]\n";
-    let fields = bound_rule(rule, &products()).write.unwrap().json.unwrap();
+    let fields = |rule: &str| match bound_rule(rule, &products()).write.unwrap().value {
+        Some(BoundValue::Json(Form::String, fields)) => fields,
+        other => panic!("{other:?}"),
+    };
+    let column = |field: &JsonField| match field.source {
+        FieldSource::Column { place, as_string, .. } => (place, as_string),
+        FieldSource::Computed(_) => panic!("{field:?}"),
+    };
+    let of_rule = fields(rule);
     let shown: Vec<_> =
-        fields.iter().map(|field| (String::from_utf8_lossy(&field.lead), field.column, field.as_string)).collect();
+        of_rule.iter().map(|field| (String::from_utf8_lossy(&field.lead), column(field).0, column(field).1)).collect();
     assert_eq!(shown, [(r#"{"the \"price\"":"#.into(), 3, true), (r#","id":"#.into(), 0, false)]);
     let all = rule.replace("[\"price\", \"id\"]", "[\"*\"]");
-    let fields = bound_rule(&all, &products()).write.unwrap().json.unwrap();
-    assert_eq!(fields.iter().map(|field| field.column).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
+    assert_eq!(fields(&all).iter().map(|field| column(field).0).collect::<Vec<_>>(), [0, 1, 2, 3, 4, 5]);
 }
 
 #[test]
@@ -294,7 +302,7 @@ fn a_lost_value_column_leaves_the_keys() {
     let (problems, fallback) = without("price");
     let fallback = fallback.unwrap();
     assert_eq!(problems, 2);
-    assert!(fallback.write.is_some_and(|write| write.json.is_none()));
+    assert!(fallback.write.is_some_and(|write| write.value.is_none()));
     assert_eq!(fallback.changed, None);
     let (_, fallback) = without("id");
     assert!(fallback.is_none());

@@ -438,7 +438,7 @@ mod tests {
         fn state(&self) -> (Vec<String>, bool) {
             let ops = self.batch.ops().map(|(_, op)| match op {
                 CacheOp::Set { value, .. } => String::from_utf8_lossy(value).into_owned(),
-                CacheOp::Delete { key } => format!("-{}", String::from_utf8_lossy(key)),
+                op => format!("-{}", String::from_utf8_lossy(op.key())),
             });
             let ready = self.intake.is_whole(&self.batch) || self.batch.is_full() && !self.intake.replaying();
             (ops.collect(), ready)

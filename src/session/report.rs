@@ -14,6 +14,8 @@ use crate::source::slot::SlotState;
 pub(super) struct RuleMetrics {
     sets: IntCounter,
     deletes: IntCounter,
+    adds: IntCounter,
+    removes: IntCounter,
     delay: Histogram,
 }
 
@@ -22,9 +24,12 @@ impl RuleMetrics {
     pub(super) fn of(config: &Config, metrics: &Metrics) -> Vec<Self> {
         let handles = config.rules.iter().map(|rule| {
             let name = rule.name.value.as_str();
+            let ops = |op| metrics.cache_ops_total.with_label_values(&[name, op]);
             RuleMetrics {
-                sets: metrics.cache_ops_total.with_label_values(&[name, "set"]),
-                deletes: metrics.cache_ops_total.with_label_values(&[name, "delete"]),
+                sets: ops("set"),
+                deletes: ops("delete"),
+                adds: ops("add"),
+                removes: ops("remove"),
                 delay: metrics.commit_to_cache_seconds.with_label_values(&[name]),
             }
         });
@@ -39,9 +44,12 @@ pub(super) fn batch(batch: &Batch, invalidated: bool, rules: &[RuleMetrics], met
     }
     metrics.batch_cells.observe(batch.len() as f64);
     for (rule, op) in batch.ops() {
+        let rule = &rules[usize::from(rule)];
         match op {
-            CacheOp::Set { .. } if !invalidated => rules[usize::from(rule)].sets.inc(),
-            CacheOp::Set { .. } | CacheOp::Delete { .. } => rules[usize::from(rule)].deletes.inc(),
+            CacheOp::Set { .. } if !invalidated => rule.sets.inc(),
+            CacheOp::Add { .. } if !invalidated => rule.adds.inc(),
+            CacheOp::Set { .. } | CacheOp::Delete { .. } => rule.deletes.inc(),
+            CacheOp::Add { .. } | CacheOp::Remove { .. } => rule.removes.inc(),
         }
     }
     // Clocks may differ: a negative delay is none.

@@ -407,10 +407,8 @@ impl Reader {
                 let misfit = format!("rule `{}` does not fit table {name} as it is now", rule.name.value);
                 Error::new(ErrorKind::PostgresAway, misfit)
             })?;
-            if let (true, Some((_, jitter))) =
-                (job.longest_ttl, bound.write.as_mut().and_then(|write| write.ttl.as_mut()))
-            {
-                *jitter = 0.0;
+            if let (true, Some(write)) = (job.longest_ttl, &mut bound.write) {
+                write.life.without_jitter();
             }
             rules.push(bound);
         }
@@ -437,7 +435,7 @@ impl Reader {
         let mut scan = Scan::open(&self.setting.redis).await?;
         while let Some(keys) = scan.next().await? {
             let cells = keys.iter().filter_map(|key| {
-                let cell = self.setting.hasher.cell(key);
+                let cell = self.setting.hasher.cell(key, None);
                 let rule = job.owner(key).filter(|_| wanted(cell))?;
                 Some((rule, key, cell))
             });

@@ -3,6 +3,7 @@
 //! Values are fetched many at a time, and TTLs only where there can be any, because asking for one costs Redis more than
 //! a value does. What does not look right is then looked at by itself.
 
+use std::collections::BTreeMap;
 use std::iter;
 
 use redis::{Cmd, Value};
@@ -10,7 +11,7 @@ use redis::{Cmd, Value};
 use super::super::connection::{Connection, Failure};
 use super::{Writer, unexpected};
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CacheOp};
+use crate::batch::{Batch, CacheOp, Form, Life};
 use crate::cache::{Content, Held, Remaining};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -47,34 +48,40 @@ impl Writer {
 
 /// How many keys a command names: Redis does nothing else meanwhile.
 const KEYS_AT_A_TIME: usize = 512;
-/// How many keys that do not look right are read at a time.
-const DIFFERING_AT_A_TIME: usize = 32;
+/// How many keys are looked at by themselves in one piece.
+const LOOKS_AT_A_TIME: usize = 64;
 /// PTTL of each key.
 const TTLS: &str = "local ttls = {} for i, key in ipairs(KEYS) do ttls[i] = redis.call('PTTL', key) end return ttls";
 
 async fn differing(connection: &mut Connection, batch: &Batch) -> Result<Vec<(usize, Held)>, Failure> {
     let ops: Vec<CacheOp<'_>> = batch.ops().map(|(_, op)| op).collect();
-    let all_forever = !ops.iter().any(|op| matches!(op, CacheOp::Set { ttl_ms: Some(_), .. }));
-    let ask_ttls = !all_forever || some_expire(connection).await?;
-    let questions = |ops: &[CacheOp<'_>]| iter::once(values(ops)).chain(ask_ttls.then(|| ttls(ops)));
-    let replies = connection.send(ops.chunks(KEYS_AT_A_TIME).flat_map(questions)).await?;
+    let strings: Vec<usize> = (0..ops.len()).filter(|place| is_string(&ops[*place])).collect();
+    let live_on = |op: &CacheOp<'_>| matches!(op, CacheOp::Set { life: Life::Forever, .. });
+    let ask_ttls = !strings.iter().all(|place| live_on(&ops[*place])) || some_expire(connection).await?;
+    let questions = |places: &[usize]| iter::once(values(&ops, places)).chain(ask_ttls.then(|| ttls(&ops, places)));
+    let replies = connection.send(strings.chunks(KEYS_AT_A_TIME).flat_map(questions)).await?;
     let mut replies = replies.into_iter();
-    let mut unsure = Vec::new();
-    for (chunk, ops) in ops.chunks(KEYS_AT_A_TIME).enumerate() {
-        let values = array(replies.next(), "MGET", ops.len())?;
-        let ttls = if ask_ttls { array(replies.next(), "EVAL", ops.len())? } else { vec![Value::Int(-1); ops.len()] };
-        for (place, (op, (value, ttl))) in ops.iter().zip(values.iter().zip(&ttls)).enumerate() {
-            if !is_plainly_right(op, value, ttl) {
-                unsure.push(chunk * KEYS_AT_A_TIME + place);
-            }
-        }
+    let mut unsure: Vec<usize> = (0..ops.len()).filter(|place| !is_string(&ops[*place])).collect();
+    for places in strings.chunks(KEYS_AT_A_TIME) {
+        let values = array(replies.next(), "MGET", places.len())?;
+        let ttls =
+            if ask_ttls { array(replies.next(), "EVAL", places.len())? } else { vec![Value::Int(-1); places.len()] };
+        let right = iter::zip(places, iter::zip(&values, &ttls));
+        unsure.extend(
+            right.filter(|(place, (value, ttl))| !is_plainly_right(&ops[**place], value, ttl)).map(|(place, _)| place),
+        );
     }
-    let mut differing = Vec::with_capacity(unsure.len());
-    for places in unsure.chunks(DIFFERING_AT_A_TIME) {
-        let keys: Vec<&[u8]> = places.iter().map(|place| ops[*place].key()).collect();
-        differing.extend(iter::zip(places.iter().copied(), held(connection, &keys).await?));
+    let mut looked_at = Vec::with_capacity(unsure.len());
+    for places in unsure.chunks(LOOKS_AT_A_TIME) {
+        let asked: Vec<CacheOp<'_>> = places.iter().map(|place| ops[*place]).collect();
+        looked_at.extend(iter::zip(places.iter().copied(), held(connection, &asked).await?));
     }
-    Ok(differing)
+    Ok(looked_at)
+}
+
+/// Whether it is one of those of which many are fetched at a time.
+fn is_string(op: &CacheOp<'_>) -> bool {
+    matches!(op, CacheOp::Set { form: Form::String, .. })
 }
 
 /// Whether there can be any TTL: INFO counts the keys that have one.
@@ -95,16 +102,16 @@ fn counts_expiring(info: &[u8]) -> bool {
     databases.any(|line| !line.split(',').any(|field| field == "expires=0"))
 }
 
-fn values(ops: &[CacheOp<'_>]) -> Cmd {
+fn values(ops: &[CacheOp<'_>], places: &[usize]) -> Cmd {
     let mut command = redis::cmd("MGET");
-    ops.iter().for_each(|op| _ = command.arg(op.key()));
+    places.iter().for_each(|place| _ = command.arg(ops[*place].key()));
     command
 }
 
-fn ttls(ops: &[CacheOp<'_>]) -> Cmd {
+fn ttls(ops: &[CacheOp<'_>], places: &[usize]) -> Cmd {
     let mut script = redis::cmd("EVAL");
-    script.arg(TTLS).arg(ops.len());
-    ops.iter().for_each(|op| _ = script.arg(op.key()));
+    script.arg(TTLS).arg(places.len());
+    places.iter().for_each(|place| _ = script.arg(ops[*place].key()));
     script
 }
 
@@ -115,46 +122,85 @@ fn array(reply: Option<Value>, command: &str, len: usize) -> Result<Vec<Value>, 
     }
 }
 
-/// Whether there is nothing to look at. MGET shows nothing of what is no string, so a key that should not be needs a TTL
-/// that says so.
+/// Whether there is nothing to look at.
 fn is_plainly_right(op: &CacheOp<'_>, value: &Value, ttl: &Value) -> bool {
     match (op, value, ttl) {
-        (CacheOp::Set { value, ttl_ms: None, .. }, Value::BulkString(held), Value::Int(-1)) => held == value,
-        (CacheOp::Set { value, ttl_ms: Some(most), .. }, Value::BulkString(held), Value::Int(left @ 0..)) => {
+        (CacheOp::Set { value, life: Life::Forever, .. }, Value::BulkString(held), Value::Int(-1)) => held == value,
+        (CacheOp::Set { value, life: Life::Ms(most), .. }, Value::BulkString(held), Value::Int(left @ 0..)) => {
             held == value && left.unsigned_abs() <= *most
         }
-        (CacheOp::Delete { .. }, Value::Nil, Value::Int(-2)) => true,
         _ => false,
     }
 }
 
-/// What Redis holds of each of these keys.
-async fn held(connection: &mut Connection, keys: &[&[u8]]) -> Result<Vec<Held>, Failure> {
-    let questions = |key: &&[u8]| [about("PTTL", key), about("TYPE", key)];
-    let replies = connection.send(keys.iter().flat_map(questions)).await?;
-    let mut all = Vec::with_capacity(keys.len());
-    for (key, replies) in iter::zip(keys, replies.chunks_exact(2)) {
-        let remaining = match &replies[0] {
-            Value::Int(-2) => Remaining::Missing,
-            Value::Int(-1) => Remaining::Forever,
-            Value::Int(ms) => Remaining::Ms(u64::try_from(*ms).unwrap_or(0)),
-            other => return Err(unexpected("PTTL", other)),
-        };
-        let content = match &replies[1] {
-            Value::SimpleString(kind) if kind == "none" => Content::Nothing,
-            Value::SimpleString(kind) if kind == "string" => match connection.send_one(about("GET", key)).await? {
-                Value::BulkString(value) => Content::String(value),
-                Value::Nil => Content::Nothing,
-                other => return Err(unexpected("GET", &other)),
-            },
-            Value::SimpleString(kind) => Content::Other(kind.clone()),
-            other => return Err(unexpected("TYPE", other)),
+/// What Redis holds of each of these keys, or members.
+async fn held(connection: &mut Connection, ops: &[CacheOp<'_>]) -> Result<Vec<Held>, Failure> {
+    let about_key = |op: &CacheOp<'_>| [about("PTTL", op.key()), about("TYPE", op.key())];
+    let replies = connection.send(ops.iter().flat_map(about_key)).await?;
+    let mut known = Vec::with_capacity(ops.len());
+    for replies in replies.chunks_exact(2) {
+        let Value::Int(left) = replies[0] else { return Err(unexpected("PTTL", &replies[0])) };
+        let Value::SimpleString(kind) = &replies[1] else { return Err(unexpected("TYPE", &replies[1])) };
+        known.push((remaining(left), kind.as_str()));
+    }
+    let questions: Vec<Option<Cmd>> =
+        iter::zip(ops, &known).map(|(op, (_, kind))| content_question(op, kind)).collect();
+    let replies = connection.send(questions.iter().flatten().cloned()).await?;
+    let mut replies = replies.into_iter();
+    let mut all = Vec::with_capacity(ops.len());
+    for (question, (remaining, kind)) in iter::zip(&questions, known) {
+        let content = match question {
+            Some(_) => content(kind, replies.next().unwrap_or(Value::Nil))?,
+            None if kind == "none" => Content::Nothing,
+            None => Content::Other(kind.to_owned()),
         };
         // It can have gone between two questions.
         let remaining = if content == Content::Nothing { Remaining::Missing } else { remaining };
         all.push(Held { content, remaining });
     }
     Ok(all)
+}
+
+fn remaining(pttl: i64) -> Remaining {
+    match pttl {
+        -2 => Remaining::Missing,
+        -1 => Remaining::Forever,
+        ms => Remaining::Ms(u64::try_from(ms).unwrap_or(0)),
+    }
+}
+
+/// What to ask of a key of this type, as TYPE names it; `None` if that says it all.
+fn content_question(op: &CacheOp<'_>, kind: &str) -> Option<Cmd> {
+    match (op.member(), kind) {
+        (Some(member), "set") => Some(about_member("SISMEMBER", op.key(), member)),
+        (Some(member), "zset") => Some(about_member("ZSCORE", op.key(), member)),
+        (None, "string") => Some(about("GET", op.key())),
+        (None, "hash") => Some(about("HGETALL", op.key())),
+        (None, "ReJSON-RL") => Some(about("JSON.GET", op.key())),
+        _ => None,
+    }
+}
+
+fn content(kind: &str, reply: Value) -> Result<Content, Failure> {
+    Ok(match (kind, reply) {
+        (_, Value::Nil) | ("set", Value::Int(0)) => Content::Nothing,
+        ("set", Value::Int(_)) => Content::Member { score: None },
+        ("zset", Value::BulkString(score)) => Content::Member { score: Some(score) },
+        ("string", Value::BulkString(value)) => Content::String(value),
+        ("ReJSON-RL", Value::BulkString(value)) => Content::Json(value),
+        ("hash", reply) => {
+            let fields: BTreeMap<Vec<u8>, Vec<u8>> =
+                redis::from_redis_value(reply).map_err(|_| unexpected("HGETALL", &Value::Nil))?;
+            if fields.is_empty() { Content::Nothing } else { Content::Hash(fields) }
+        }
+        (_, other) => return Err(unexpected("a question about a key", &other)),
+    })
+}
+
+fn about_member(command: &str, key: &[u8], member: &[u8]) -> Cmd {
+    let mut command = about(command, key);
+    command.arg(member);
+    command
 }
 
 fn about(command: &str, key: &[u8]) -> Cmd {
@@ -179,22 +225,19 @@ mod tests {
 
     #[test]
     fn what_is_plainly_right() {
-        let set = |ttl_ms| CacheOp::Set { key: b"k", value: b"1", ttl_ms, present_only: false };
-        let delete = CacheOp::Delete { key: b"k" };
+        let set = |life| CacheOp::Set { key: b"k", value: b"1", form: Form::String, life, present_only: false };
         let held = |value: &str| Value::BulkString(value.into());
-        assert!(is_plainly_right(&set(None), &held("1"), &Value::Int(-1)));
-        assert!(is_plainly_right(&set(Some(10)), &held("1"), &Value::Int(10)));
-        assert!(is_plainly_right(&delete, &Value::Nil, &Value::Int(-2)));
-        for (op, value, ttl) in [
-            (set(None), held("2"), -1),
-            (set(None), held("1"), 10),
-            (set(None), Value::Nil, -1),
-            (set(Some(10)), held("1"), 11),
-            (set(Some(10)), held("1"), -1),
-            (delete, Value::Nil, -1),
-            (delete, held("1"), -1),
+        assert!(is_plainly_right(&set(Life::Forever), &held("1"), &Value::Int(-1)));
+        assert!(is_plainly_right(&set(Life::Ms(10)), &held("1"), &Value::Int(10)));
+        for (life, value, ttl) in [
+            (Life::Forever, held("2"), -1),
+            (Life::Forever, held("1"), 10),
+            (Life::Forever, Value::Nil, -1),
+            (Life::Ms(10), held("1"), 11),
+            (Life::Ms(10), held("1"), -1),
+            (Life::Until(10), held("1"), 1),
         ] {
-            assert!(!is_plainly_right(&op, &value, &Value::Int(ttl)), "{op:?} {value:?} {ttl}");
+            assert!(!is_plainly_right(&set(life), &value, &Value::Int(ttl)), "{life:?} {value:?} {ttl}");
         }
     }
 }

@@ -48,7 +48,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
         let debt = |rule: &BoundRule| owing.get(&self.config.rules[usize::from(rule.rule)].name.value).copied();
         let can_pay =
-            |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.json.is_some());
+            |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.value.is_some());
         let tables = self.intake.tables();
         let first = tables
             .filter_map(|table| Some((table.rules.iter().find(can_pay)?.rule, table)))
@@ -149,5 +149,5 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
 
 /// Whether the table says what the rule's keys hold: not where some operations do not count.
 pub(super) fn is_readable(rule: &BoundRule) -> bool {
-    rule.write.as_ref().is_some_and(|write| write.json.is_some()) && rule.on.insert && rule.on.update
+    rule.write.as_ref().is_some_and(|write| write.value.is_some()) && rule.on.insert && rule.on.update
 }

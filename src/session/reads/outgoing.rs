@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, HashSet, VecDeque};
 use tokio::sync::mpsc;
 
 use super::super::orders::{Purpose, Report};
-use super::super::{Flying, Outcome, Session};
+use super::super::{Flying, Outcome, Session, report};
 use super::{Head, Why};
-use crate::batch::{Batch, CacheOp};
+use crate::batch::{self, Batch, CacheOp, Form};
 use crate::cache::{Cache, Content, Held};
 use crate::canary::{self, Canary};
 use crate::snapshot::audit::{self, Kind, Verdict};
@@ -42,7 +42,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         if let Some(pass) = reading.pass.as_mut().filter(|_| of_table) {
             verify = matches!(pass.purpose, Why::Asked(Purpose::Verify { .. }));
             if !pass.unseen.is_empty() {
-                batch.ops().for_each(|(_, op)| _ = pass.unseen.remove(&hasher.cell(op.key())));
+                batch.ops().for_each(|(_, op)| _ = pass.unseen.remove(&hasher.of(&op)));
             }
         }
         if !wanted {
@@ -65,7 +65,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.strike_touched();
         let hasher = self.reads.hasher.clone();
         let Some(pass) = self.reads.pass_mut() else { return false };
-        batch.retain(|_, key| pass.unseen.contains(&hasher.cell(key)));
+        batch.retain(|_, op| pass.unseen.contains(&hasher.of(op)));
         match pass.purpose {
             Why::Asked(Purpose::Verify { .. }) => self.fly_comparison(batch, true),
             _ => self.fly_read(batch),
@@ -80,7 +80,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             _ => Newer::default(),
         };
         if !newer.is_empty() {
-            batch.retain(|rule, key| !newer.has(rule, self.reads.hasher.cell(key)));
+            batch.retain(|rule, op| !newer.has(rule, self.reads.hasher.of(op)));
         }
         batch
     }
@@ -131,8 +131,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         for (place, held) in differing {
             let (number, op) = ops[*place];
             let rule = &self.config.rules[usize::from(number)];
-            let ttl_ms = rule.write.as_ref().and_then(|write| write.ttl).map(|ttl| ttl.as_millis() as u64);
-            let kind = match audit::judge(op, held, ttl_ms) {
+            let kind = match audit::judge(op, held, report::now_us() / 1000) {
                 Verdict::Right => continue,
                 Verdict::Expired => {
                     asked.totals.expired += 1;
@@ -201,14 +200,27 @@ impl<C: Cache + Send + 'static> Session<C> {
 
 fn difference(rule: &str, key: String, kind: Kind, op: CacheOp<'_>, held: &Held, repaired: bool) -> Report {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let hash = |fields: &mut dyn Iterator<Item = (&[u8], &[u8])>| {
+        let fields: Vec<String> = fields.map(|(name, value)| format!("{}={}", text(name), text(value))).collect();
+        fields.join(" ")
+    };
+    let member =
+        |score: Option<&[u8]>| score.map_or_else(|| "a member".to_owned(), |score| format!("score {}", text(score)));
     let should = match op {
+        CacheOp::Set { value, form: Form::Hash, .. } => Some(hash(&mut batch::fields(value))),
         CacheOp::Set { value, .. } => Some(text(value)),
-        CacheOp::Delete { .. } => None,
+        CacheOp::Add { score, .. } => Some(member(score)),
+        CacheOp::Delete { .. } | CacheOp::Remove { .. } => None,
     };
     let holds = match &held.content {
         Content::Nothing => None,
-        Content::String(value) => Some(text(value)),
+        Content::String(value) | Content::Json(value) => Some(text(value)),
+        Content::Hash(fields) => {
+            Some(hash(&mut fields.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))))
+        }
+        Content::Member { score } => Some(member(score.as_deref())),
         Content::Other(kind) => Some(format!("a {kind}")),
     };
+    let key = op.member().map_or(key.clone(), |of| format!("{key} {}", text(of)));
     Report::Difference { rule: rule.to_owned(), key, kind, holds, should, repaired }
 }
