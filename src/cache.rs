@@ -41,6 +41,8 @@ pub struct Applied {
     pub checkpoint: Checkpoint,
     /// Redis was out of memory: every key was deleted, those that should have been set too.
     pub invalidated: bool,
+    /// Rules came to owe, because keys were deleted that rows outside of this batch have a part in.
+    pub owed: bool,
 }
 
 /// What Redis holds of a key.

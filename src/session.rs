@@ -481,7 +481,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Outcome>) -> Result<()> {
         self.in_flight = None;
         self.cache = Some(cache);
-        let Applied { checkpoint, invalidated } = match (outcome?, self.flying) {
+        let Applied { checkpoint, invalidated, owed } = match (outcome?, self.flying) {
             (Outcome::Applied(applied), _) => applied,
             (Outcome::Compared(differing), flying) => {
                 self.compared(batch, &differing, flying == Flying::Comparison { orphans: true });
@@ -493,7 +493,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             self.proven = checkpoint.applied;
         }
         self.checkpoint = checkpoint;
-        if invalidated {
+        if owed {
             // What a pass under way has written may be among what was deleted.
             self.checkpoint.owing.iter().for_each(|(rule, debt)| self.debts.owe(rule, *debt));
             self.reads.progress = None;

@@ -47,6 +47,16 @@ pub(super) fn keys(batch: &Batch, redis: &RedisConfig) -> Vec<Vec<u8>> {
     keys
 }
 
+/// The type that the key must have for the operation's command, as TYPE names it; `None` where any is replaced.
+pub(super) fn type_needed(op: &CacheOp<'_>) -> Option<&'static str> {
+    match op {
+        CacheOp::Set { form: Form::Json, .. } => Some("ReJSON-RL"),
+        CacheOp::Add { score: None, .. } | CacheOp::Remove { sorted: false, .. } => Some("set"),
+        CacheOp::Add { score: Some(_), .. } | CacheOp::Remove { sorted: true, .. } => Some("zset"),
+        CacheOp::Set { .. } | CacheOp::Delete { .. } => None,
+    }
+}
+
 /// What grows while operations are added.
 struct Encoder {
     plain: Cmd,

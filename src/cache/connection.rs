@@ -23,6 +23,8 @@ pub enum Failure {
     Away(Error),
     /// `maxmemory` is reached: writes are refused, deletes are not.
     OutOfMemory,
+    /// A key is of another type than the command is for.
+    WrongType,
     /// EXEC answered nil: the fence or the checkpoint changed since it was looked at.
     Changed,
     /// Trying again would not help.
@@ -96,6 +98,9 @@ fn server_failure(error: &ServerError) -> Failure {
         "NOREPLICAS" => away("refuses writes because too few replicas are connected"),
         "CLUSTERDOWN" | "TRYAGAIN" => away("Cluster is not ready"),
         "OOM" => Failure::OutOfMemory,
+        "WRONGTYPE" => Failure::WrongType,
+        // RedisJSON has no code of its own for that.
+        "ERR" if said.contains("wrong Redis type") => Failure::WrongType,
         "UNBLOCKED" => away("was demoted while it waited for replicas"),
         "ERR" if said.contains("WAIT cannot be used") => away("is a replica, not the primary"),
         // The state changed between queueing and EXEC: what follows the colon is the cause. Sent again, it shows itself.

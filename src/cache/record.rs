@@ -36,7 +36,7 @@ impl<W: Write + Send> Recorder<W> {
 impl<W: Write + Send> Cache for Recorder<W> {
     async fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> Result<Applied> {
         self.write(batch).map_err(|error| Error::new(ErrorKind::Io, "cannot write to stdout").because(error))?;
-        Ok(Applied { checkpoint, invalidated: false })
+        Ok(Applied { checkpoint, invalidated: false, owed: false })
     }
 
     /// There is no cache, so nothing is other than it should be.

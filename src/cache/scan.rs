@@ -16,7 +16,22 @@ use crate::rules::template::RESERVED;
 pub struct Scan {
     pages: mpsc::Receiver<Result<Page, Failure>>,
     task: AbortHandle,
+    /// For members, while the task looks for keys.
+    connection: Connection,
+    prefixes: Vec<String>,
 }
+
+/// A walk through the members of one key, under each prefix.
+pub struct Members<'s> {
+    connection: &'s mut Connection,
+    /// The keys that are still to be gone through, in reverse.
+    keys: Vec<Vec<u8>>,
+    sorted: bool,
+    cursor: Vec<u8>,
+}
+
+/// How many members a step of the walk through a set asks for.
+const MEMBERS_AT_A_TIME: usize = 1000;
 
 /// Keys, as under the main prefix.
 type Page = Vec<Vec<u8>>;
@@ -27,13 +42,21 @@ impl Scan {
         let mut connection = Connection::open(config).await.map_err(into_error)?;
         let prefixes: Vec<String> = config.prefixes().map(str::to_owned).collect();
         let (sender, pages) = mpsc::channel(1);
+        let (of_members, of_walk) = (connection.clone(), prefixes.clone());
         let task = tokio::spawn(async move {
-            if let Err(failure) = walk(&mut connection, &prefixes, &sender).await {
+            if let Err(failure) = walk(&mut connection, &of_walk, &sender).await {
                 // Nobody listens any more if this fails.
                 let _ = sender.send(Err(failure)).await;
             }
         });
-        Ok(Scan { pages, task: task.abort_handle() })
+        Ok(Scan { pages, task: task.abort_handle(), connection: of_members, prefixes })
+    }
+
+    /// The members of a set, or of a sorted set.
+    pub fn members(&mut self, key: &[u8], sorted: bool) -> Members<'_> {
+        let bare = &key[self.prefixes[0].len()..];
+        let keys = self.prefixes.iter().rev().map(|prefix| [prefix.as_bytes(), bare].concat()).collect();
+        Members { connection: &mut self.connection, keys, sorted, cursor: b"0".to_vec() }
     }
 
     /// Some keys, maybe none, keepstep's own left out; `None` at the end. Whatever prefix a key has, it is given as under the
@@ -52,6 +75,32 @@ impl Scan {
             Value::Int(count) => Ok(u64::try_from(count).unwrap_or(0)),
             _ => Err(Error::new(ErrorKind::Protocol, "Redis answered DBSIZE with something else than a number")),
         }
+    }
+}
+
+impl Members<'_> {
+    /// Some members, maybe none, some of them twice; `None` at the end. A key of another type has none.
+    pub async fn next(&mut self) -> Result<Option<Vec<Vec<u8>>>> {
+        let Some(key) = self.keys.last() else { return Ok(None) };
+        let mut scan = redis::cmd(if self.sorted { "ZSCAN" } else { "SSCAN" });
+        scan.arg(key).arg(&self.cursor).arg("COUNT").arg(MEMBERS_AT_A_TIME);
+        let reply = match self.connection.send_one(scan).await {
+            Err(Failure::WrongType) => None,
+            reply => Some(reply.map_err(into_error)?),
+        };
+        let page: Option<(Vec<u8>, Vec<Vec<u8>>)> =
+            reply.map(redis::from_redis_value).transpose().map_err(|error| {
+                let message = "Redis answered SSCAN or ZSCAN with something else than a cursor and members";
+                Error::new(ErrorKind::Protocol, message).because(error)
+            })?;
+        let (cursor, found) = page.unwrap_or_else(|| (b"0".to_vec(), Vec::new()));
+        if cursor == b"0" {
+            self.keys.pop();
+        }
+        self.cursor = cursor;
+        // Between the members of a sorted set stand their scores.
+        let step = if self.sorted { 2 } else { 1 };
+        Ok(Some(found.into_iter().step_by(step).collect()))
     }
 }
 

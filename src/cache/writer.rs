@@ -10,7 +10,7 @@
 //! **Architecture invariant:** one batch is in flight at a time. A checkpoint that is neither the last one known nor
 //! the one in flight ends the session; it is never written over.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use redis::{Cmd, Value};
@@ -399,6 +399,37 @@ impl Writer {
         Ok(())
     }
 
+    /// Keys of the batch that somebody else has written as another type go. Gives the rules whose other rows had a part in
+    /// them.
+    async fn delete_of_wrong_type(
+        &mut self,
+        batch: &Batch,
+        checkpoint: &Checkpoint,
+    ) -> Result<BTreeSet<String>, Failure> {
+        let mut connection = self.resume(Some(checkpoint)).await?;
+        let typed: Vec<(u16, &str, &[u8])> =
+            batch.ops().filter_map(|(rule, op)| Some((rule, commands::type_needed(&op)?, op.key()))).collect();
+        let (mut wrong, mut rules) = (Vec::new(), BTreeSet::new());
+        for prefix in self.config.prefixes() {
+            let under = |key: &[u8]| [prefix.as_bytes(), &key[self.config.prefix.len()..]].concat();
+            for typed in typed.chunks(SWEEP_STEP_KEYS as usize) {
+                let keys: Vec<Vec<u8>> = typed.iter().map(|(.., key)| under(key)).collect();
+                let kinds = connection.send(keys.iter().map(|key| about("TYPE", key))).await?;
+                for ((key, (rule, needed, _)), kind) in keys.into_iter().zip(typed).zip(kinds) {
+                    let Value::SimpleString(kind) = kind else { return Err(unexpected("TYPE", &kind)) };
+                    if kind != "none" && kind != *needed {
+                        rules.insert(self.rules.names[usize::from(*rule)].clone());
+                        wrong.push(key);
+                    }
+                }
+            }
+        }
+        tracing::warn!(keys = wrong.len(), ?rules, "keys of another type than their rules write are replaced");
+        self.guarded(&mut connection, &wrong, self.stored.as_ref()).await?;
+        self.connection = Some(connection);
+        Ok(rules)
+    }
+
     /// WAIT until enough replicas have everything sent so far.
     async fn wait_for_replicas(&self, connection: &mut Connection) -> Result<(), Failure> {
         if self.config.wait_replicas == 0 {
@@ -509,26 +540,41 @@ impl Cache for Writer {
 
     async fn apply(&mut self, batch: &Batch, mut checkpoint: Checkpoint) -> Result<Applied> {
         let mut backoff = Backoff::default();
+        let mut owed = false;
         loop {
             let mut invalidated = false;
             let mut outcome = self.try_apply(batch, &checkpoint).await;
             if matches!(outcome, Err(Failure::OutOfMemory)) {
                 tracing::warn!("Redis is out of memory: keys are deleted instead of written");
                 self.owed(batch).for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
-                // What has been read already may be among what is deleted.
-                checkpoint.progress = None;
-                invalidated = true;
+                (invalidated, owed) = (true, true);
                 outcome = self.invalidate(batch, &checkpoint).await;
+            }
+            if matches!(outcome, Err(Failure::WrongType)) {
+                let replaced = self.delete_of_wrong_type(batch, &checkpoint).await;
+                outcome = match replaced {
+                    Ok(rules) => {
+                        rules.iter().for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
+                        owed |= !rules.is_empty();
+                        self.try_apply(batch, &checkpoint).await
+                    }
+                    Err(failure) => Err(failure),
+                };
+            }
+            if owed {
+                // What has been read already may be among what was deleted.
+                checkpoint.progress = None;
             }
             let error = match outcome {
                 Ok(()) => {
                     self.metrics.circuit_open.set(0);
                     self.stored = Some(checkpoint.clone());
-                    return Ok(Applied { checkpoint, invalidated });
+                    return Ok(Applied { checkpoint, invalidated, owed });
                 }
                 // Looked at again through a new connection, which names what changed.
                 Err(Failure::Changed) => Error::new(ErrorKind::RedisAway, "fence or checkpoint changed"),
                 Err(Failure::OutOfMemory) => out_of_memory(),
+                Err(Failure::WrongType) => wrong_type(),
                 Err(Failure::Away(error)) if error.kind() == ErrorKind::RedisAway => error,
                 Err(Failure::Away(error) | Failure::Final(error)) => return Err(error),
             };
@@ -554,6 +600,7 @@ impl Cache for Writer {
             }
             Err(Failure::Changed) => return Ok(()),
             Err(Failure::OutOfMemory) => out_of_memory(),
+            Err(Failure::WrongType) => wrong_type(),
             Err(Failure::Away(error)) if error.kind() == ErrorKind::RedisAway => error,
             Err(Failure::Away(error) | Failure::Final(error)) => return Err(error),
         };
@@ -580,6 +627,12 @@ pub(super) async fn scan(
     })
 }
 
+fn about(command: &str, key: &[u8]) -> Cmd {
+    let mut about = redis::cmd(command);
+    about.arg(key);
+    about
+}
+
 pub(super) fn get(key: &str) -> Cmd {
     let mut get = redis::cmd("GET");
     get.arg(key);
@@ -590,6 +643,10 @@ pub(super) fn set(key: &str, value: &[u8]) -> Cmd {
     let mut set = redis::cmd("SET");
     set.arg(key).arg(value);
     set
+}
+
+fn wrong_type() -> Error {
+    Error::new(ErrorKind::RedisAway, "somebody else writes keys of the rules as another type, again and again")
 }
 
 fn out_of_memory() -> Error {
@@ -612,6 +669,7 @@ pub(super) fn into_error(failure: Failure) -> Error {
     match failure {
         Failure::Away(error) | Failure::Final(error) => error,
         Failure::OutOfMemory => out_of_memory(),
+        Failure::WrongType => wrong_type(),
         Failure::Changed => Error::new(ErrorKind::Fenced, "another daemon has written this cache in the meantime"),
     }
 }

@@ -15,7 +15,7 @@ use tokio_postgres::types::Type;
 
 use super::copy_text::Row;
 use super::visibility::{self, Snapshot};
-use crate::batch::{Batch, CellHasher, CellId, Limits};
+use crate::batch::{self, Batch, CellHasher, CellId, Limits};
 use crate::cache::checkpoint::{Origin, Page};
 use crate::cache::claims::Former;
 use crate::cache::scan::Scan;
@@ -26,7 +26,7 @@ use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Datum, Relation, Xid};
 use crate::plan::{self, BoundTable, Noted};
-use crate::rules::bind::bind;
+use crate::rules::bind::{BoundRule, bind};
 use crate::rules::pattern::Pattern;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
@@ -51,9 +51,11 @@ const REWRITES_MAX: u32 = 10;
 const FOUND_MAX: usize = 2;
 /// How many jobs wait for the reader.
 const JOBS_MAX: usize = 4;
-/// How many keys are looked for at a time in a search for orphans: 16 bytes each. Where Redis holds more, the table is
+/// How many cells are looked for at a time in a search for orphans: 16 bytes each. Where Redis holds more, the table is
 /// read once for each part of them.
-const PARTITION_KEYS_MAX: u64 = 1 << 20;
+const PARTITION_CELLS_MAX: u64 = 1 << 20;
+/// How many of them go to the session in one piece, or a little more.
+const CELLS_AT_A_TIME: usize = 1000;
 /// How long apart looks at whether a transaction is visible are: it nearly always is at the first.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(250);
@@ -117,6 +119,17 @@ impl TableJob {
         let former = || self.former.iter().find(|(_, former)| former.matches(key)).map(|(rule, _)| *rule);
         owned.or_else(former)
     }
+
+    /// Whether the key's members are searched, and if so, whether they have scores: it is a set of one of the rules now.
+    fn members_of(&self, key: &[u8]) -> Option<bool> {
+        let (rule, _) = self.owned.iter().find(|(_, pattern)| pattern.matches(key))?;
+        member_of(self.table.rules.iter().find(|of_table| of_table.rule == *rule)?)
+    }
+}
+
+/// Whether rows are members, and if so, whether these have scores.
+fn member_of(rule: &BoundRule) -> Option<bool> {
+    Some(rule.write.as_ref()?.member.as_ref()?.sorted)
 }
 
 /// Single rows to be read again.
@@ -363,11 +376,11 @@ impl Reader {
         if job.barrier {
             self.barrier().await?;
         }
-        let partitions = if !job.searches() { 1 } else { self.partitions().await? };
+        let partitions = if !job.searches() { 1 } else { self.partitions(job).await? };
         for partition in 0..partitions {
             let within = |cell: CellId| cell.0 % u128::from(partitions) == u128::from(partition);
             self.say(Found::Part).await?;
-            self.keys(job, within, Keys::Present).await?;
+            self.cells(job, within, Cells::Present).await?;
             self.settle(Of::Table).await?;
             if !job.table.rules.is_empty() {
                 match self.bound(job).await? {
@@ -376,7 +389,7 @@ impl Reader {
                 }
             }
             if self.some_unseen(job).await? {
-                self.keys(job, within, Keys::Candidates).await?;
+                self.cells(job, within, Cells::Candidates).await?;
             }
         }
         self.say(Found::Done(Of::Table)).await
@@ -423,38 +436,53 @@ impl Reader {
         self.say(Found::Piece(empty)).await
     }
 
-    async fn partitions(&self) -> Result<u64> {
-        Ok(Scan::key_count(&self.setting.redis).await?.div_ceil(PARTITION_KEYS_MAX).max(1))
+    /// How many parts the cells are searched for in: each key is one, or, where rows are members, each row.
+    async fn partitions(&self, job: &TableJob) -> Result<u64> {
+        let mut cells = Scan::key_count(&self.setting.redis).await?;
+        if job.table.rules.iter().any(|rule| member_of(rule).is_some()) {
+            let sql = "select coalesce(sum(greatest(c.reltuples, 0)), 0)::int8::text from pg_catalog.pg_class c
+                where c.oid = $1 or c.oid in (select relid from pg_catalog.pg_partition_tree($1))";
+            let row = query_one(&self.client, sql, &[(&job.table.relation.oid, Type::OID)]).await?;
+            cells += parse::<u64>(&row, 0)?;
+        }
+        Ok(cells.div_ceil(PARTITION_CELLS_MAX).max(1))
     }
 
-    /// Goes through the keys that Redis holds and the rules own.
-    async fn keys(&mut self, job: &TableJob, wanted: impl Fn(CellId) -> bool, as_what: Keys) -> Outcome<()> {
+    /// Goes through the cells that Redis holds and the rules own.
+    async fn cells(&mut self, job: &TableJob, wanted: impl Fn(CellId) -> bool, as_what: Cells) -> Outcome<()> {
         if !job.searches() {
             return Ok(());
         }
+        let hasher = self.setting.hasher.clone();
         let mut scan = Scan::open(&self.setting.redis).await?;
         while let Some(keys) = scan.next().await? {
-            let cells = keys.iter().filter_map(|key| {
-                let cell = self.setting.hasher.cell(key, None);
-                let rule = job.owner(key).filter(|_| wanted(cell))?;
-                Some((rule, key, cell))
-            });
-            let found = match as_what {
-                Keys::Present => Found::Present(cells.map(|(.., cell)| cell).collect()),
-                Keys::Candidates => {
-                    let mut batch = Batch::new(self.setting.limits, self.setting.rules);
-                    for (rule, key, _) in cells {
-                        batch.cell(rule, |out| {
-                            out.extend_from_slice(key);
-                            true
-                        });
+            let mut found = self.some_cells(as_what);
+            for key in &keys {
+                let Some(owner) = job.owner(key) else { continue };
+                let Some(sorted) = job.members_of(key) else {
+                    found.add(owner, key, None, &hasher, &wanted);
+                    continue;
+                };
+                let mut members = scan.members(key, sorted);
+                while let Some(page) = members.next().await? {
+                    let of = Some(if sorted { batch::Of::SortedSet } else { batch::Of::Set });
+                    page.iter().for_each(|member| found.add(owner, key, of.zip(Some(member)), &hasher, &wanted));
+                    if found.len() >= CELLS_AT_A_TIME {
+                        let full = std::mem::replace(&mut found, self.some_cells(as_what));
+                        self.say(full.into()).await?;
                     }
-                    Found::Candidates(batch)
                 }
-            };
-            self.say(found).await?;
+            }
+            self.say(found.into()).await?;
         }
         Ok(())
+    }
+
+    fn some_cells(&self, as_what: Cells) -> SomeCells {
+        match as_what {
+            Cells::Present => SomeCells::Present(Vec::new()),
+            Cells::Candidates => SomeCells::Candidates(Batch::new(self.setting.limits, self.setting.rules)),
+        }
     }
 
     async fn leaves(&mut self, job: &TableJob, table: &BoundTable, rows_wanted: bool) -> Outcome<()> {
@@ -665,11 +693,60 @@ impl Reader {
     }
 }
 
-/// What keys are looked for as.
+/// What cells are looked for as.
 #[derive(Clone, Copy)]
-enum Keys {
+enum Cells {
     Present,
     Candidates,
+}
+
+/// Cells that were found.
+enum SomeCells {
+    Present(Vec<CellId>),
+    Candidates(Batch),
+}
+
+impl SomeCells {
+    fn len(&self) -> usize {
+        match self {
+            SomeCells::Present(cells) => cells.len(),
+            SomeCells::Candidates(batch) => batch.len(),
+        }
+    }
+
+    /// A key, or a member of it, if it is wanted.
+    fn add(
+        &mut self,
+        rule: u16,
+        key: &[u8],
+        member: Option<(batch::Of, &Vec<u8>)>,
+        hasher: &CellHasher,
+        wanted: impl Fn(CellId) -> bool,
+    ) {
+        let id = hasher.cell(key, member.map(|(_, member)| member.as_slice()));
+        match self {
+            _ if !wanted(id) => {}
+            SomeCells::Present(cells) => cells.push(id),
+            SomeCells::Candidates(batch) => {
+                let of = member.map_or(batch::Of::Key, |(of, _)| of);
+                batch.cell_of(rule, of, |out| {
+                    out.extend_from_slice(key);
+                    let key_end = out.len();
+                    out.extend_from_slice(member.map(|(_, member)| member.as_slice()).unwrap_or_default());
+                    Some(key_end)
+                });
+            }
+        }
+    }
+}
+
+impl From<SomeCells> for Found {
+    fn from(cells: SomeCells) -> Self {
+        match cells {
+            SomeCells::Present(cells) => Found::Present(cells),
+            SomeCells::Candidates(batch) => Found::Candidates(batch),
+        }
+    }
 }
 
 /// How a chunk went.
