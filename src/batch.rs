@@ -11,6 +11,7 @@ use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 
 use crate::model::{Lsn, Position, Timestamp};
 use crate::rules::form::KeyForm;
+use crate::rules::glob::Glob;
 use crate::rules::pattern::Pattern;
 
 /// Transactions noted for the delay: changes of one and the same key add nothing else.
@@ -167,6 +168,80 @@ impl<'a> CacheOp<'a> {
     }
 }
 
+/// Keys that go, whatever they are called exactly.
+#[derive(Clone, Debug)]
+pub enum Sweep {
+    /// All that a template can have made.
+    Owned(Pattern),
+    /// All that match what a rule's `delete_match` says of a row.
+    Matching(Glob),
+}
+
+impl Sweep {
+    /// Whether the key is one of them.
+    pub fn matches(&self, key: &[u8]) -> bool {
+        match self {
+            Sweep::Owned(pattern) => pattern.matches(key),
+            Sweep::Matching(glob) => glob.matches(key),
+        }
+    }
+
+    /// What all of them begin with, `[redis] prefix` included.
+    pub fn literal_prefix(&self) -> &[u8] {
+        match self {
+            Sweep::Owned(pattern) => pattern.literal_prefix(),
+            Sweep::Matching(glob) => glob.literal_prefix(),
+        }
+    }
+
+    /// The same keys under another prefix of `[redis]`; they are under one of `len` bytes.
+    pub fn under(&self, prefix: &[u8], len: usize) -> Self {
+        match self {
+            Sweep::Owned(pattern) => Sweep::Owned(pattern.under(prefix)),
+            Sweep::Matching(glob) => Sweep::Matching(glob.under(prefix, len)),
+        }
+    }
+}
+
+impl std::fmt::Display for Sweep {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Sweep::Owned(pattern) => pattern.fmt(f),
+            Sweep::Matching(glob) => glob.fmt(f),
+        }
+    }
+}
+
+/// Something that is no state of a key: it happens each time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect<'a> {
+    /// PUBLISH
+    Publish {
+        /// The channel, prefix included.
+        channel: &'a [u8],
+        /// The message.
+        message: &'a [u8],
+    },
+    /// XADD
+    Append {
+        /// The stream's key, prefix included.
+        key: &'a [u8],
+        /// About how many entries it keeps; `None` is all.
+        maxlen: Option<u64>,
+        /// Its fields: see [`fields`].
+        entry: &'a [u8],
+    },
+}
+
+impl<'a> Effect<'a> {
+    /// The channel, or the key.
+    pub fn target(&self) -> &'a [u8] {
+        match self {
+            Effect::Publish { channel: target, .. } | Effect::Append { key: target, .. } => target,
+        }
+    }
+}
+
 /// What a [`Cell`] is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Of {
@@ -240,6 +315,17 @@ impl Entry {
     }
 }
 
+#[derive(Clone, Debug)]
+struct EffectEntry {
+    target: Range<usize>,
+    body: Range<usize>,
+    /// `None` for PUBLISH.
+    append: Option<Option<u64>>,
+}
+
+/// How many patterns a batch holds at most: each key that SCAN shows is compared with every one of them.
+const SWEEPS_MAX: usize = 256;
+
 /// Operations, and how far the stream has come with them.
 #[derive(Debug)]
 pub struct Batch {
@@ -252,7 +338,8 @@ pub struct Batch {
     decided: u32,
     places: HashTable<usize>,
     hasher: DefaultHashBuilder,
-    sweeps: Vec<Pattern>,
+    sweeps: Vec<Sweep>,
+    effects: Vec<EffectEntry>,
     claims: Vec<(u16, Claim)>,
     /// Per rule, the transaction that last touched it in this batch: each counts once for the delay.
     touched: Vec<Option<Lsn>>,
@@ -263,6 +350,9 @@ pub struct Batch {
     pub applied: Option<Position>,
     /// The commit LSN of the oldest transaction that is not behind this batch, or the end LSN of the newest that is.
     pub low: Lsn,
+    /// Up to here what waited for its transactions to be visible has gone out with this batch or before; `None` is no further
+    /// than before.
+    pub released: Option<Position>,
 }
 
 impl Batch {
@@ -277,12 +367,14 @@ impl Batch {
             places: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
             sweeps: Vec::new(),
+            effects: Vec::new(),
             claims: Vec::new(),
             touched: vec![None; rules],
             commits: Vec::new(),
             newest: None,
             applied: None,
             low: Lsn::default(),
+            released: None,
         }
     }
 
@@ -295,16 +387,18 @@ impl Batch {
         (self.members, self.decided) = (0, 0);
         self.places.clear();
         self.sweeps.clear();
+        self.effects.clear();
         self.claims.clear();
         self.touched.fill(None);
         self.commits.clear();
         self.newest = None;
         self.applied = None;
+        self.released = None;
     }
 
     /// Whether there is nothing to do in Redis.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.sweeps.is_empty()
+        self.entries.is_empty() && self.sweeps.is_empty() && self.effects.is_empty()
     }
 
     /// Whether it must go out before anything more is taken in.
@@ -312,7 +406,9 @@ impl Batch {
         self.entries.len() >= self.limits.ops
             || self.bytes.len() >= self.limits.bytes
             || self.commits.len() >= COMMITS_MAX
-            || !self.sweeps.is_empty()
+            || self.effects.len() >= self.limits.ops
+            || self.sweeps.iter().any(|sweep| matches!(sweep, Sweep::Owned(_)))
+            || self.sweeps.len() >= SWEEPS_MAX
     }
 
     /// How many cells it decides.
@@ -417,12 +513,97 @@ impl Batch {
         for entry in self.entries.iter_mut().filter(swept) {
             entry.decision = Decision::Gone;
         }
-        self.sweeps.push(pattern);
+        self.sweeps.push(Sweep::Owned(pattern));
     }
 
-    /// The patterns whose keys go before the operations: these concern other rules' keys, or are deletes themselves.
-    pub fn sweeps(&self) -> &[Pattern] {
+    /// Every key that matches goes; no rule writes any.
+    pub fn sweep_matching(&mut self, glob: Glob) {
+        let known = |sweep: &Sweep| matches!(sweep, Sweep::Matching(known) if *known == glob);
+        if !self.sweeps.iter().any(known) {
+            self.sweeps.push(Sweep::Matching(glob));
+        }
+    }
+
+    /// The keys that go before the operations: these concern other rules' keys, or are deletes themselves.
+    pub fn sweeps(&self) -> &[Sweep] {
         &self.sweeps
+    }
+
+    /// Publishes what `render` appends on the channel that `target` appends, unless that says that there is none.
+    pub fn publish(&mut self, target: impl FnOnce(&mut Vec<u8>) -> bool, render: impl FnOnce(&mut Vec<u8>)) {
+        self.effect(None, target, render);
+    }
+
+    /// The same for an entry of a stream: `render` appends its [`field`]s.
+    pub fn append(
+        &mut self,
+        maxlen: Option<u64>,
+        target: impl FnOnce(&mut Vec<u8>) -> bool,
+        render: impl FnOnce(&mut Vec<u8>),
+    ) {
+        self.effect(Some(maxlen), target, render);
+    }
+
+    fn effect(
+        &mut self,
+        append: Option<Option<u64>>,
+        target: impl FnOnce(&mut Vec<u8>) -> bool,
+        render: impl FnOnce(&mut Vec<u8>),
+    ) {
+        let start = self.bytes.len();
+        if !target(&mut self.bytes) {
+            self.bytes.truncate(start);
+            return;
+        }
+        let target = start..self.bytes.len();
+        render(&mut self.bytes);
+        self.effects.push(EffectEntry { body: target.end..self.bytes.len(), target, append });
+    }
+
+    /// What happens behind the operations, in order.
+    pub fn effects(&self) -> impl ExactSizeIterator<Item = Effect<'_>> {
+        self.effects.iter().map(|effect| {
+            let (target, body) = (&self.bytes[effect.target.clone()], &self.bytes[effect.body.clone()]);
+            match effect.append {
+                None => Effect::Publish { channel: target, message: body },
+                Some(maxlen) => Effect::Append { key: target, maxlen, entry: body },
+            }
+        })
+    }
+
+    /// Takes over what the other one does: its operations are the later ones.
+    pub fn absorb(&mut self, other: &Batch) {
+        for entry in &other.entries {
+            let bytes = &other.bytes;
+            let cell = self.cell_of(entry.rule, entry.of, |out| {
+                out.extend_from_slice(&bytes[entry.cell.clone()]);
+                Some(out.len() - (entry.cell.end - entry.key_end))
+            });
+            let Some(cell) = cell else { continue };
+            match &entry.decision {
+                Decision::Gone => self.delete(cell),
+                Decision::Put { value, form, life, present_only } => {
+                    let copied = self.set(cell, *form, *life, *present_only, |out| {
+                        out.extend_from_slice(&bytes[value.clone()]);
+                        Ok::<_, std::convert::Infallible>(())
+                    });
+                    let Ok(()) = copied;
+                }
+            }
+        }
+        self.sweeps.extend_from_slice(&other.sweeps);
+        for effect in &other.effects {
+            let (target, body) = (&other.bytes[effect.target.clone()], &other.bytes[effect.body.clone()]);
+            let copy = |out: &mut Vec<u8>| out.extend_from_slice(body);
+            self.effect(
+                effect.append,
+                |out| {
+                    out.extend_from_slice(target);
+                    true
+                },
+                copy,
+            );
+        }
     }
 
     /// Something becomes known of a rule's keys.

@@ -21,7 +21,7 @@ mod interpolate;
 mod mask;
 mod mistake;
 pub(crate) mod quantity;
-mod rule;
+pub(crate) mod rule;
 mod section;
 mod server;
 mod syntax;
@@ -244,10 +244,38 @@ pub struct Rule {
     pub write: Option<WriteAction>,
     /// `delete`: a row change makes these keys stale.
     pub delete: Vec<Spanned<Template>>,
+    /// `redelete`: they are deleted again once the change is visible. Default true.
+    pub redelete: bool,
+    /// What waits until the change is visible.
+    pub settled: Settled,
     /// `changed`: the columns of which one must have changed for an UPDATE to count; `None` is any.
     pub changed: Option<Vec<Spanned<String>>>,
     /// A hash over everything that decides which keys and values the rule makes (hex).
     pub fingerprint: String,
+}
+
+/// What happens once whoever reads the tables sees a change.
+#[derive(Clone, Debug, Default)]
+pub struct Settled {
+    /// `delete_match`: keys that match are stale.
+    pub delete_match: Vec<Spanned<Template>>,
+    /// `bump`: these keys get a new generation.
+    pub bump: Vec<Spanned<Template>>,
+    /// `stream`
+    pub stream: Option<StreamAction>,
+    /// `publish`: the channel.
+    pub publish: Option<Spanned<Template>>,
+}
+
+/// `stream`: an entry for each change.
+#[derive(Clone, Debug)]
+pub struct StreamAction {
+    /// `key`
+    pub key: Spanned<Template>,
+    /// `maxlen`: about how many entries it keeps.
+    pub maxlen: Option<u64>,
+    /// `ops`: the operations that are told. Default all that count.
+    pub ops: Operations,
 }
 
 /// A table's name, exact as in the catalog.

@@ -11,6 +11,8 @@ use crate::rules::bind::{
 };
 use crate::rules::expression::{self, BoundExpression, EvalError, Image, Operation, Truth, Unevaluated};
 
+pub mod later;
+
 /// The largest value that is written. Redis refuses bulk strings over 512 MB, and the byte budget must hold.
 pub const VALUE_BYTES_MAX: usize = 64 << 20;
 
@@ -119,6 +121,12 @@ pub struct Transaction {
     pub commit_lsn: Lsn,
     /// When it committed, by Postgres's clock.
     pub commit_time: Timestamp,
+    /// Which of its row changes this one is, as received and counted from 1.
+    pub ordinal: u64,
+    /// The history of slot and cache that it belongs to.
+    pub epoch: u64,
+    /// Whoever reads the tables sees it already.
+    pub visible: bool,
 }
 
 /// What is known of a row before and after a change.
@@ -132,6 +140,13 @@ struct Images<'r> {
 }
 
 impl<'r> Images<'r> {
+    /// The images that count, the old one first.
+    fn counting(&self, when: Option<&BoundExpression>) -> (Option<&'r [Datum<'r>]>, Option<&'r [Datum<'r>]>) {
+        let old_counts = self.old_counts(when);
+        let new_counts = self.new_counts(when) != Truth::False || self.is_update && self.old.is_none() && old_counts;
+        (self.old.filter(|_| old_counts), self.new.filter(|_| new_counts))
+    }
+
     /// The old row, if it holds every column of the key and its member.
     fn old_for(&self, key: &BoundKey, member: Option<&BoundMember>) -> Option<&'r [Datum<'r>]> {
         let in_identity = key.in_identity && member.is_none_or(|member| member.text.in_identity);
@@ -161,13 +176,15 @@ fn truth(when: &BoundExpression, row: Image<'_>) -> Truth {
     when.truth(&expression::Images { row, old: Image::Absent, new: row, op: Operation::Insert })
 }
 
-/// Adds the operations of one row change to the batch, and what else happened to `notes`.
+/// Adds the operations of one row change to the batch, what is done once it is visible to `settled`, if that is still to be
+/// done, and what else happened to `notes`.
 pub fn change(
     table: &BoundTable,
     change: Change<'_>,
     transaction: Transaction,
     scratch: &mut Scratch,
     batch: &mut Batch,
+    mut settled: Option<&mut Batch>,
     notes: &mut Vec<Note>,
 ) {
     let mut new = recycled(std::mem::take(&mut scratch.new));
@@ -191,6 +208,9 @@ pub fn change(
             let noted = scratch.touched.as_mut();
             let mut target = Target { rule: rule.rule, batch: &mut *batch, notes: &mut *notes, noted, touched: false };
             apply_rule(rule, &images, &mut target, &mut scratch.random);
+            if let Some(settled) = &mut settled {
+                later::change(rule, &change, &images, table, transaction, settled);
+            }
             if target.touched {
                 batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
             }
@@ -215,11 +235,17 @@ pub fn row(table: &BoundTable, row: &[Datum<'_>], random: &mut u64, batch: &mut 
     }
 }
 
-/// Adds the deletion of every key that the table's rules own.
-pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch) {
+/// Adds the deletion of every key that the table's rules own, and what is done once that is visible to `settled`.
+pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch, mut settled: Option<&mut Batch>) {
     for rule in table.rules.iter().filter(|rule| rule.on.delete) {
         let written = rule.write.iter().filter(|write| !write.keep_on_delete).map(|write| &write.key);
         written.chain(&rule.delete).for_each(|key| sweep(rule.rule, key, batch));
+        for matching in &rule.settled.delete_match {
+            batch.sweep(rule.rule, matching.pattern.clone());
+        }
+        if let Some(settled) = &mut settled {
+            later::everything(rule, "truncate", table, transaction, settled);
+        }
         batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
     }
 }
@@ -616,8 +642,9 @@ pub(crate) mod tests {
         };
         let mut batch = Batch::new(Limits { ops: 100, bytes: 10_000 }, 1);
         let mut notes = Vec::new();
-        let transaction = Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0) };
-        super::change(table, change, transaction, &mut Scratch::default(), &mut batch, &mut notes);
+        let transaction =
+            Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0), ordinal: 1, epoch: 7, visible: false };
+        super::change(table, change, transaction, &mut Scratch::default(), &mut batch, None, &mut notes);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let ops = batch.ops().map(|(_, op)| match op {
             CacheOp::Set { key, value, .. } => format!("{}={}", text(key), text(value)),

@@ -4,6 +4,7 @@ pub mod bind;
 pub mod expression;
 pub mod filter;
 pub mod form;
+pub mod glob;
 mod key;
 pub mod ownership;
 pub mod pattern;

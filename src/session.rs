@@ -39,7 +39,7 @@ use crate::source::replication::{Frame, Replication};
 use acks::Acks;
 use debts::Debts;
 use desk::Desk;
-use intake::{Ask, Intake, UNSETTLED_MAX};
+use intake::{Ask, Intake};
 use look::Looked;
 use orders::{Messages, Order};
 use probe::Probing;
@@ -52,6 +52,7 @@ pub mod debts;
 pub mod desk;
 pub mod gap;
 pub mod intake;
+mod later;
 mod look;
 pub mod open;
 pub mod orders;
@@ -64,6 +65,11 @@ pub mod tables;
 /// How often the session looks after what no event asks for. Postgres hears of us as often, which keeps the connection
 /// even where nothing can be read for now (`wal_sender_timeout` is 60 s by default).
 const TICK: Duration = Duration::from_secs(1);
+/// What waits for transactions to be visible is looked after at once, then each time so much later.
+const VISIBLE_PAUSE: Duration = Duration::from_millis(1);
+const VISIBLE_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// How much may be collected that waits for the same look.
+const LATER_LIMITS: Limits = Limits { ops: 16_384, bytes: 8 << 20 };
 /// How often slot and catalog are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How long an orderly end may take.
@@ -276,6 +282,8 @@ pub struct Session<C> {
     flying: Flying,
     reads: Reads,
     settling: Option<Settling>,
+    /// How many looks in a row have not shown what something waits for.
+    looks_in_vain: u32,
     probing: Option<Probing<C>>,
     /// When Redis last answered.
     answered_at: Instant,
@@ -329,6 +337,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             if drain_until.is_none() {
                 self.start_reads()?;
             }
+            self.release();
             let dispatched = self.dispatch();
             if self.is_done(options, drain_until) || options.until_done && orders.is_empty() && self.reads.is_idle() {
                 self.finish().await;
@@ -342,7 +351,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 _ = tick.tick() => self.tick(options).await?,
                 looked = optional(&mut self.looking) => self.looked(looked?),
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
-                snapshot = optional(&mut self.settling) => self.settled(&snapshot?),
+                snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
@@ -368,7 +377,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// Whether anything more may be read: a replay that must stay together goes beyond the limits of a batch.
     fn has_room(&self) -> bool {
         let room = !self.batch.is_full() || self.intake.replaying();
-        room && self.intake.unsettled().len() < UNSETTLED_MAX
+        room && self.intake.has_room()
     }
 
     /// Takes what has been received, until the batch is full: a batch that left out what is here already would only be
@@ -438,6 +447,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Without operations there is no reply that could be bad.
         let good = if batch.is_empty() { applied } else { self.proven };
         let next = self.next_checkpoint(applied, self.low(), good);
+        let released = batch.released.unwrap_or(next.released);
+        let next = Checkpoint { released, ..next };
         self.checkpoint_due = false;
         self.reads.stream_dispatched();
         self.fly(batch, next, Flying::Stream)
@@ -525,9 +536,30 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// A snapshot of the primary has come.
-    fn settled(&mut self, snapshot: &Snapshot) {
+    fn settled(&mut self, snapshot: Snapshot) {
         self.settling = None;
         self.intake.settle(snapshot);
+        match self.intake.wants_look() {
+            true => self.looks_in_vain += 1,
+            false => self.looks_in_vain = 0,
+        }
+    }
+
+    /// What waited until it is visible goes into the batch that fills. What still waits is looked after soon, and less often
+    /// the longer that takes.
+    fn release(&mut self) {
+        self.intake.release(&mut self.batch);
+        if self.batch.released.is_some() {
+            self.stand_here();
+        }
+        if self.settling.is_none() && self.intake.wants_look() {
+            let pause = (VISIBLE_PAUSE * self.looks_in_vain).min(VISIBLE_PAUSE_MAX);
+            let client = Arc::clone(&self.client);
+            self.settling = Some(Box::pin(async move {
+                tokio::time::sleep(pause).await;
+                visibility::look(&client).await
+            }));
+        }
     }
 
     /// Acknowledges, keeps the connection alive, notes idle progress, looks after slot, catalog and cache, shows the
@@ -601,6 +633,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             && self.checkpoint.applied.lsn >= self.flushed_at_start
             && self.reads.is_idle()
             && !self.intake.has_rereads()
+            && !self.intake.has_later()
             && (self.checkpoint.owing.is_empty() || !self.can_pay());
         idle && (drain_until.is_some() || caught_up)
     }

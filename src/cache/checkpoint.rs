@@ -32,6 +32,9 @@ pub struct Checkpoint {
     pub rules: String,
     /// When it was written, in microseconds since 1970: how long the cache has held `low` at least.
     pub written_us: u64,
+    /// Up to here what waits for its transaction to be visible has gone out.
+    #[serde(default)]
+    pub released: Position,
     /// The rules whose keys cannot be trusted yet, by name. A pass over the table pays the debt, and only then it goes.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub owing: BTreeMap<String, Debt>,
@@ -212,6 +215,7 @@ pub(crate) mod tests {
             rules: "ab12".into(),
             written_us: 0,
             owing: BTreeMap::new(),
+            released: Position::default(),
             progress: None,
         }
     }

@@ -1,20 +1,20 @@
 //! A batch as Redis commands; pure.
 //!
 //! Inside MULTI the order of different keys does not show, so plain sets become one MSET, deletes one UNLINK, and the members
-//! of a key one command: Redis parses, queues and answers a few commands instead of thousands. Deletes go first: what
-//! is left of a deleted key's members came later.
+//! of a key one command: Redis parses, queues and answers a few commands instead of thousands. Members come last: what is
+//! left of those of a deleted key came after that.
 
 use std::collections::BTreeMap;
 use std::iter;
 
 use redis::Cmd;
 
-use crate::batch::{Batch, CacheOp, Form, Life, fields};
+use crate::batch::{Batch, CacheOp, Effect, Form, Life, Sweep, fields};
 use crate::config::RedisConfig;
-use crate::rules::pattern::Pattern;
 
-/// The commands of the batch's operations, under each prefix; sweeps are not among them.
-pub fn encode(batch: &Batch, redis: &RedisConfig) -> Vec<Cmd> {
+/// The commands of the batch, under each prefix; sweeps are not among them. What is to happen only once is left out of a
+/// batch that was seen to have been done.
+pub fn encode(batch: &Batch, redis: &RedisConfig, done: bool) -> Vec<Cmd> {
     let mut encoder = Encoder::for_batch(batch, redis);
     for (_, op) in batch.ops() {
         encoder.add(op.key(), op);
@@ -28,13 +28,41 @@ pub fn encode(batch: &Batch, redis: &RedisConfig) -> Vec<Cmd> {
             encoder.add(&key, op);
         }
     }
-    encoder.finish()
+    let mut commands = encoder.finish();
+    if !done {
+        commands.extend(batch.effects().flat_map(|effect| {
+            let bare = &effect.target()[redis.prefix.len()..];
+            redis.prefixes().map(move |prefix| happen(&[prefix.as_bytes(), bare].concat(), effect))
+        }));
+    }
+    commands
 }
 
-/// The patterns whose keys go before that, under each prefix.
-pub fn sweeps(batch: &Batch, redis: &RedisConfig) -> Vec<Pattern> {
-    let under = |prefix: &str, pattern: &Pattern| pattern.under(prefix.as_bytes());
-    redis.prefixes().flat_map(|prefix| batch.sweeps().iter().map(move |pattern| under(prefix, pattern))).collect()
+fn happen(target: &[u8], effect: Effect<'_>) -> Cmd {
+    match effect {
+        Effect::Publish { message, .. } => {
+            let mut publish = about("PUBLISH", target);
+            publish.arg(message);
+            publish
+        }
+        Effect::Append { maxlen, entry, .. } => {
+            let mut append = about("XADD", target);
+            if let Some(maxlen) = maxlen {
+                append.arg("MAXLEN").arg("~").arg(maxlen);
+            }
+            append.arg("*");
+            fields(entry).for_each(|(name, value)| _ = append.arg(name).arg(value));
+            append
+        }
+    }
+}
+
+/// The keys that go before that, for each prefix.
+pub fn sweeps(batch: &Batch, redis: &RedisConfig) -> Vec<Vec<Sweep>> {
+    let under =
+        |prefix: &str| batch.sweeps().iter().map(|sweep| sweep.under(prefix.as_bytes(), redis.prefix.len())).collect();
+    let prefixes = redis.prefixes().filter(|_| !batch.sweeps().is_empty());
+    prefixes.map(under).collect()
 }
 
 /// The keys of the batch's operations, under each prefix.
@@ -120,13 +148,11 @@ impl Encoder {
     }
 
     fn finish(self) -> Vec<Cmd> {
-        let Encoder { plain, unlink, others, members } = self;
+        let Encoder { plain, unlink, mut others, members } = self;
         let many = |command: &Cmd| command.args_iter().len() > 1;
-        let mut commands: Vec<Cmd> = Some(unlink).into_iter().filter(many).collect();
-        commands.extend(others);
-        commands.extend(members.into_values());
-        commands.extend(Some(plain).filter(many));
-        commands
+        others.extend([plain, unlink].into_iter().filter(many));
+        others.extend(members.into_values());
+        others
     }
 }
 
@@ -235,7 +261,7 @@ mod tests {
     use crate::config::tests::redis_config;
 
     fn batch(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Vec<String> {
-        encode(&made(ops), &redis_config("", &[])).iter().map(show).collect()
+        encode(&made(ops), &redis_config("", &[]), false).iter().map(show).collect()
     }
 
     fn made(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Batch {
@@ -266,7 +292,7 @@ mod tests {
             ("c", Some(r#"{"x":"y z"}"#), None, false),
             ("d", None, None, false),
         ]);
-        assert_eq!(commands, ["UNLINK b d", r#"MSET a 1 c "{\"x\":\"y z\"}""#]);
+        assert_eq!(commands, [r#"MSET a 1 c "{\"x\":\"y z\"}""#, "UNLINK b d"]);
     }
 
     #[test]
@@ -284,19 +310,19 @@ mod tests {
         let batch =
             made(&[("v1:a", Some("1"), None, false), ("v1:b", None, None, false), ("v1:c", Some("1"), Some(9), true)]);
         let redis = redis_config("v1:", &["older:", "x"]);
-        let commands: Vec<String> = encode(&batch, &redis).iter().map(show).collect();
+        let commands: Vec<String> = encode(&batch, &redis, false).iter().map(show).collect();
         assert_eq!(
             commands,
             [
-                "UNLINK v1:b older:b xb",
                 "SET v1:c 1 PX 9 XX",
                 "SET older:c 1 PX 9 XX",
                 "SET xc 1 PX 9 XX",
                 "MSET v1:a 1 older:a 1 xa 1",
+                "UNLINK v1:b older:b xb"
             ]
         );
         assert_eq!(keys(&batch, &redis).concat(), b"v1:av1:bv1:colder:aolder:bolder:cxaxbxc");
-        let one = encode(&made(&[("v1:a", Some("1"), None, false)]), &redis_config("v1:", &["v0:"]));
+        let one = encode(&made(&[("v1:a", Some("1"), None, false)]), &redis_config("v1:", &["v0:"]), false);
         assert_eq!(show(&one[0]), "MSET v1:a 1 v0:a 1", "never a SET of two keys");
     }
 

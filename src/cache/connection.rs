@@ -56,6 +56,10 @@ impl Connection {
         for command in commands {
             pipeline.add_command(command);
         }
+        // An answer to nothing would never come.
+        if pipeline.is_empty() {
+            return Ok(Vec::new());
+        }
         let replies = self.inner.send_packed_commands(&pipeline, 0, pipeline.len()).await;
         let replies = replies.map_err(|error| Failure::Away(away("the connection to Redis was lost", &error)))?;
         if replies.len() != pipeline.len() {

@@ -16,7 +16,7 @@ pub(super) async fn walk(
     patterns: &[&Pattern],
     mut step: impl AsyncFnMut(&mut Connection, Vec<Vec<u8>>) -> Result<(), Failure>,
 ) -> Result<(), Failure> {
-    let Some(prefix) = common_prefix(patterns) else { return Ok(()) };
+    let Some(prefix) = common_prefix(patterns.iter().map(|pattern| pattern.literal_prefix())) else { return Ok(()) };
     let glob = Pattern::beginning_with(prefix).scan_glob();
     let mut cursor = 0;
     loop {
@@ -31,10 +31,9 @@ pub(super) async fn walk(
     }
 }
 
-/// What all their keys begin with; `None` if there is no pattern.
-fn common_prefix<'p>(patterns: &[&'p Pattern]) -> Option<&'p [u8]> {
-    let prefixes = patterns.iter().map(|pattern| pattern.literal_prefix());
-    prefixes.reduce(|one, other| {
+/// What all of them begin with; `None` if there is none.
+pub(super) fn common_prefix<'p>(texts: impl Iterator<Item = &'p [u8]>) -> Option<&'p [u8]> {
+    texts.reduce(|one, other| {
         let same = one.iter().zip(other).take_while(|(a, b)| a == b).count();
         &one[..same]
     })
@@ -45,11 +44,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_all_patterns_begin_with() {
-        let common = |prefixes: &[&str]| {
-            let patterns: Vec<Pattern> = prefixes.iter().map(|p| Pattern::beginning_with(p.as_bytes())).collect();
-            let patterns: Vec<&Pattern> = patterns.iter().collect();
-            common_prefix(&patterns).map(|prefix| String::from_utf8_lossy(prefix).into_owned())
+    fn what_all_begin_with() {
+        let common = |texts: &[&'static str]| {
+            common_prefix(texts.iter().map(|text| text.as_bytes()))
+                .map(|prefix| String::from_utf8_lossy(prefix).into_owned())
         };
         assert_eq!(common(&[]), None);
         assert_eq!(common(&["shop:product:"]).as_deref(), Some("shop:product:"));

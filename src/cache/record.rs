@@ -23,10 +23,10 @@ impl<W: Write + Send> Recorder<W> {
     }
 
     fn write(&mut self, batch: &Batch) -> std::io::Result<()> {
-        for pattern in commands::sweeps(batch, &self.redis) {
-            writeln!(self.out, "SCAN 0 MATCH {pattern} → UNLINK what the template can have made")?;
+        for pattern in commands::sweeps(batch, &self.redis).concat() {
+            writeln!(self.out, "SCAN 0 MATCH {pattern} → UNLINK what matches")?;
         }
-        for command in commands::encode(batch, &self.redis) {
+        for command in commands::encode(batch, &self.redis, false) {
             writeln!(self.out, "{}", commands::show(&command))?;
         }
         self.out.flush()

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
-use crate::batch::{Batch, Claim};
+use crate::batch::{Batch, Claim, Sweep};
 use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -27,6 +27,7 @@ use crate::rules::template::RESERVED;
 use super::checkpoint::{Checkpoint, Debt, RuleSet};
 use super::claims::{Claims, Former};
 use super::connection::{Connection, Failure};
+use super::keyspace::common_prefix;
 use super::{Applied, Cache, Held, claims, commands};
 
 mod compare;
@@ -222,7 +223,9 @@ impl Writer {
         };
         self.sweep_all(&mut connection, batch, checkpoint).await?;
         self.note_claims(batch);
-        let mut transaction = commands::encode(batch, &self.config);
+        // Redis holds this batch's checkpoint already: its answer was lost, or one of its commands failed.
+        let done = self.stored.as_ref().is_some_and(|stored| stored.released >= checkpoint.released);
+        let mut transaction = commands::encode(batch, &self.config, done);
         let unwritten = self.records.iter().filter(|record| !record.written);
         transaction.extend(unwritten.map(|record| set(&record.key, &record.claims.encode())));
         if let Some(catalog) = &self.catalog {
@@ -351,26 +354,28 @@ impl Writer {
         let intent = self.intent(next);
         self.guarded(connection, NONE, intent.as_ref()).await?;
         self.stored = intent;
-        for pattern in commands::sweeps(batch, &self.config) {
-            self.sweep(connection, &pattern).await?;
+        for sweeps in commands::sweeps(batch, &self.config) {
+            self.sweep(connection, &sweeps).await?;
         }
         Ok(())
     }
 
-    /// Deletes every key that the template can have made, step by step, each step behind the fence.
-    async fn sweep(&self, connection: &mut Connection, pattern: &Pattern) -> Result<(), Failure> {
-        let glob = pattern.scan_glob();
+    /// Deletes every key that matches one of these, step by step, each step behind the fence.
+    async fn sweep(&self, connection: &mut Connection, sweeps: &[Sweep]) -> Result<(), Failure> {
+        let prefix = common_prefix(sweeps.iter().map(Sweep::literal_prefix)).unwrap_or_default();
+        let glob = Pattern::beginning_with(prefix).scan_glob();
         let (mut cursor, mut deleted) = (0, 0_u64);
         loop {
             let (next, keys) = scan(connection, cursor, &glob).await?;
-            let owned: Vec<&[u8]> = keys.iter().filter(|key| pattern.matches(key)).map(Vec::as_slice).collect();
+            let owned: Vec<&[u8]> =
+                keys.iter().filter(|key| sweeps.iter().any(|sweep| sweep.matches(key))).map(Vec::as_slice).collect();
             if !owned.is_empty() {
                 // By the script: inside MULTI a Redis that is out of memory refuses deletes too.
                 self.guarded(connection, &owned, self.stored.as_ref()).await?;
                 deleted += owned.len() as u64;
             }
             if next == 0 {
-                tracing::info!(pattern = %pattern, deleted, "the keys of an emptied table were deleted");
+                tracing::debug!(sweeps = sweeps.len(), deleted, "keys that match were deleted");
                 return Ok(());
             }
             cursor = next;
@@ -548,6 +553,8 @@ impl Cache for Writer {
                 tracing::warn!("Redis is out of memory: keys are deleted instead of written");
                 self.owed(batch).for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
                 (invalidated, owed) = (true, true);
+                // What has been read already may be among what is deleted.
+                checkpoint.progress = None;
                 outcome = self.invalidate(batch, &checkpoint).await;
             }
             if matches!(outcome, Err(Failure::WrongType)) {
@@ -555,15 +562,14 @@ impl Cache for Writer {
                 outcome = match replaced {
                     Ok(rules) => {
                         rules.iter().for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
-                        owed |= !rules.is_empty();
+                        if !rules.is_empty() {
+                            owed = true;
+                            checkpoint.progress = None;
+                        }
                         self.try_apply(batch, &checkpoint).await
                     }
                     Err(failure) => Err(failure),
                 };
-            }
-            if owed {
-                // What has been read already may be among what was deleted.
-                checkpoint.progress = None;
             }
             let error = match outcome {
                 Ok(()) => {

@@ -120,8 +120,16 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
     let op = operation(input)?;
     let relation = relation(config, input)?;
     let table = bind_rules(config, relation)?;
-    let mut batch = Batch::new(Limits { ops: usize::MAX, bytes: usize::MAX }, config.rules.len());
-    let transaction = Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0) };
+    let unlimited = || Batch::new(Limits { ops: usize::MAX, bytes: usize::MAX }, config.rules.len());
+    let (mut batch, mut settled) = (unlimited(), unlimited());
+    let transaction = Transaction {
+        commit_lsn: Lsn(1),
+        commit_time: Timestamp(0),
+        ordinal: 1,
+        epoch: 1,
+        // What was deleted is not shown a second time.
+        visible: true,
+    };
     let (new, old) = (encode(&table.relation, input.new.as_ref()), encode(&table.relation, input.old.as_ref()));
     let columns = u16::try_from(table.relation.columns.len())?;
     let tuple = |bytes| Tuple { columns, bytes };
@@ -135,12 +143,14 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
         (Operation::Update, old) => Change::Update { old, new: tuple(&new) },
         (Operation::Delete, Some(old)) => Change::Delete { old },
         (Operation::Delete | Operation::Truncate, _) => {
-            plan::truncate(&table, transaction, &mut batch);
+            plan::truncate(&table, transaction, &mut batch, Some(&mut settled));
+            batch.absorb(&settled);
             return Ok(Planned { commands: shown(&batch, config), notes: Vec::new() });
         }
     };
     let mut notes = Vec::new();
-    plan::change(&table, change, transaction, &mut Scratch::default(), &mut batch, &mut notes);
+    plan::change(&table, change, transaction, &mut Scratch::default(), &mut batch, Some(&mut settled), &mut notes);
+    batch.absorb(&settled);
     let notes = notes.into_iter().map(|note| {
         let rule = &config.rules[usize::from(note.rule)].name.value;
         match note.what {
@@ -156,9 +166,9 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
 
 /// Everything that the batch becomes, in order.
 fn shown(batch: &Batch, config: &Config) -> Vec<String> {
-    let sweeps = commands::sweeps(batch, &config.redis);
+    let sweeps = commands::sweeps(batch, &config.redis).concat();
     let mut shown: Vec<String> = sweeps.iter().map(|pattern| format!("SCAN and UNLINK {pattern}")).collect();
-    shown.extend(commands::encode(batch, &config.redis).iter().map(commands::show));
+    shown.extend(commands::encode(batch, &config.redis, false).iter().map(commands::show));
     shown
 }
 

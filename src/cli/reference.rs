@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::config::fields::{Fallback, Field, Kind, Table};
 use crate::config::quantity::{duration_written, size_written};
+use crate::config::rule::ACTIONS;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -84,6 +85,7 @@ fn described(kind: Kind) -> String {
         Kind::Columns => "array of column names".to_owned(),
         Kind::Pairs => "table of strings".to_owned(),
         Kind::Expression => "expression".to_owned(),
+        Kind::Section => "table, see below".to_owned(),
     }
 }
 
@@ -91,7 +93,7 @@ fn described(kind: Kind) -> String {
 /// such as whether a template is one, it lets through.
 fn json_schema() -> Value {
     let mut properties = Map::new();
-    for table in Table::ALL {
+    for table in Table::AT_TOP {
         let schema = table_schema(table);
         let named = json!({ "type": "object", "additionalProperties": schema, "minProperties": 1 });
         properties.insert(table.key().to_owned(), if table == Table::Rule { named } else { schema });
@@ -120,13 +122,17 @@ fn table_schema(table: Table) -> Value {
         "additionalProperties": false,
     });
     if table == Table::Rule {
-        schema["anyOf"] = json!([{ "required": ["key"] }, { "required": ["delete"] }]);
+        schema["anyOf"] = ACTIONS.iter().map(|action| json!({ "required": [action] })).collect();
     }
     schema
 }
 
 fn field_schema(field: &Field) -> Value {
-    let value = value_schema(field.kind);
+    let value = match (field.kind, field.name) {
+        (Kind::Section, "stream") => table_schema(Table::Stream),
+        (Kind::Section, _) => table_schema(Table::Publish),
+        (kind, _) => value_schema(kind),
+    };
     let constrained = value.get("pattern").is_some() || value.get("enum").is_some();
     // A reference may stand for any of the values.
     let mut schema = if field.table.interpolates() && constrained {
@@ -159,6 +165,7 @@ fn value_schema(kind: Kind) -> Value {
         Kind::Count { min, max } => json!({ "type": "integer", "minimum": min, "maximum": max }),
         Kind::TableName => pattern(r"\."),
         Kind::Templates | Kind::Columns | Kind::Texts => array(text),
+        Kind::Section => json!({ "type": "object" }),
         Kind::Pairs => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
     }
 }

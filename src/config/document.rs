@@ -132,7 +132,7 @@ fn check_name(reader: &mut Reader<'_>, name: &Spanned<String>) {
 
 /// Reports what stands at the top of the file and is no table of it.
 fn unknown(reader: &mut Reader<'_>, root: &DeTable<'_>) {
-    let known = Table::ALL.map(Table::key);
+    let known = Table::AT_TOP.map(Table::key);
     for (key, value) in in_file_order(root) {
         let name = key.get_ref().as_ref();
         if known.contains(&name) {
@@ -156,8 +156,8 @@ fn unknown(reader: &mut Reader<'_>, root: &DeTable<'_>) {
 
 /// The table whose name is nearest to one that is unknown.
 fn meant(name: &str) -> Option<Table> {
-    let near = nearest(name, Table::ALL.map(Table::key))?;
-    Table::ALL.into_iter().find(|table| table.key() == near)
+    let near = nearest(name, Table::AT_TOP.map(Table::key))?;
+    Table::AT_TOP.into_iter().find(|table| table.key() == near)
 }
 
 /// Whether the file has the table under another name: then that is what is wrong, not that it is missing.
@@ -173,7 +173,7 @@ fn unknown_table(name: &str, table: &DeTable<'_>, span: Range<usize>) -> Diagnos
     match meant(name) {
         Some(near) => unknown(format!("did you mean {}?", near.header())).help(format!("write:  {}", near.header())),
         None => {
-            let headers = Table::ALL.map(Table::header).join(", ");
+            let headers = Table::AT_TOP.map(Table::header).join(", ");
             unknown(String::new()).help(format!("the tables are {headers}"))
         }
     }

@@ -19,11 +19,19 @@ pub enum Table {
     Defaults,
     /// `[rule.NAME]`
     Rule,
+    /// `stream` of a rule
+    Stream,
+    /// `publish` of a rule
+    Publish,
 }
 
 impl Table {
     /// Every table, in the order of the reference.
-    pub const ALL: [Table; 5] = [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule];
+    pub const ALL: [Table; 7] =
+        [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule, Self::Stream, Self::Publish];
+
+    /// Those that stand at the top of the file.
+    pub const AT_TOP: [Table; 5] = [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule];
 
     /// Its key at the top of the file.
     pub fn key(self) -> &'static str {
@@ -33,6 +41,8 @@ impl Table {
             Self::Admin => "admin",
             Self::Defaults => "defaults",
             Self::Rule => "rule",
+            Self::Stream => "stream",
+            Self::Publish => "publish",
         }
     }
 
@@ -44,6 +54,8 @@ impl Table {
             Self::Admin => "[admin]",
             Self::Defaults => "[defaults]",
             Self::Rule => "[rule.NAME]",
+            Self::Stream => "[rule.NAME.stream]",
+            Self::Publish => "[rule.NAME.publish]",
         }
     }
 
@@ -56,7 +68,16 @@ impl Table {
             Self::Defaults => "What every rule with a `key` takes that does not say otherwise.",
             Self::Rule => {
                 "What a row change of one table does: write a key (`key`, `value`, `columns`), make keys stale \
-                 (`delete`), or both. NAME is the rule's name in metrics and messages."
+                 (`delete`, `delete_match`, `bump`), tell others (`stream`, `publish`), or several of these. NAME is the \
+                 rule's name in metrics and messages."
+            }
+            Self::Stream => {
+                "An entry of a Redis stream for each change, once the change is visible in Postgres: `op`, `table`, `key`, \
+                 `before`, `after`, `epoch`, `lsn`, `ordinal` and `ts`. Consumers tell repeats by `epoch`, `lsn` and `ordinal`."
+            }
+            Self::Publish => {
+                "A message for each change, once the change is visible in Postgres: JSON with `op`, `table`, `key` and \
+                 `lsn`."
             }
         }
     }
@@ -158,6 +179,8 @@ pub enum Kind {
     Pairs,
     /// An expression.
     Expression,
+    /// A table of its own, with fields of its own.
+    Section,
 }
 
 /// What holds without a field.
@@ -742,6 +765,99 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Rule,
+        name: "redelete",
+        kind: Kind::Choice(&["settled", "off"]),
+        default: Fallback::Value("\"settled\""),
+        meaning: "Whoever fills a deleted key at once can still read the old row. With `\"settled\"` the keys of `delete` are \
+                  deleted again once everybody sees the change; mostly it is visible the first time.",
+        needs: &["delete"],
+        limits: "",
+        example: "\"off\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "delete_match",
+        kind: Kind::Templates,
+        default: Fallback::Absent,
+        meaning: "Patterns of keys that a change makes stale: `*` matches anything, placeholders as in `delete` stand for \
+                  themselves. All keys under the prefix are gone through once for all changes that wait; prefer `bump` where \
+                  there are many keys.",
+        needs: &[],
+        limits: "",
+        example: "[\"products_list:{category_id}:*\"]",
+    },
+    Field {
+        table: Table::Rule,
+        name: "bump",
+        kind: Kind::Templates,
+        default: Fallback::Absent,
+        meaning: "Keys that get a new generation, which applications put into the names of their keys. It never comes twice.",
+        needs: &[],
+        limits: "",
+        example: "[\"gen:products\"]",
+    },
+    Field {
+        table: Table::Rule,
+        name: "stream",
+        kind: Kind::Section,
+        default: Fallback::Absent,
+        meaning: "Each change becomes an entry of a Redis stream.",
+        needs: &[],
+        limits: "",
+        example: "{ key = \"orders\", maxlen = 100000, ops = [\"insert\", \"update\"] }",
+    },
+    Field {
+        table: Table::Rule,
+        name: "publish",
+        kind: Kind::Section,
+        default: Fallback::Absent,
+        meaning: "Each change is published on a channel.",
+        needs: &[],
+        limits: "",
+        example: "{ channel = \"orders:{customer_id}\" }",
+    },
+    Field {
+        table: Table::Stream,
+        name: "key",
+        kind: Kind::Template,
+        default: Fallback::Required,
+        meaning: "The stream.",
+        needs: &[],
+        limits: "",
+        example: "\"orders\"",
+    },
+    Field {
+        table: Table::Stream,
+        name: "maxlen",
+        kind: Kind::Count { min: 1, max: 1_000_000_000 },
+        default: Fallback::Absent,
+        meaning: "About how many entries it keeps; without it, all.",
+        needs: &[],
+        limits: "",
+        example: "100000",
+    },
+    Field {
+        table: Table::Stream,
+        name: "ops",
+        kind: Kind::Choices(&["insert", "update", "delete"]),
+        default: Fallback::Value("[\"insert\", \"update\", \"delete\"]"),
+        meaning: "The changes that become entries. TRUNCATE counts where `delete` does.",
+        needs: &[],
+        limits: "",
+        example: "[\"insert\", \"update\"]",
+    },
+    Field {
+        table: Table::Publish,
+        name: "channel",
+        kind: Kind::Template,
+        default: Fallback::Required,
+        meaning: "The channel, prefix included. A row that changes it is published on both.",
+        needs: &[],
+        limits: "",
+        example: "\"orders:{customer_id}\"",
+    },
+    Field {
+        table: Table::Rule,
         name: "changed",
         kind: Kind::Columns,
         default: Fallback::Absent,
@@ -760,10 +876,9 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
         Table::Redis | Table::Admin => &[],
-        Table::Defaults => &["every", "redelete"],
-        Table::Rule => {
-            &["lookup", "delete_tags", "delete_match", "bump", "stream", "publish", "every", "tags", "redelete"]
-        }
+        Table::Defaults => &["every"],
+        Table::Stream | Table::Publish => &[],
+        Table::Rule => &["lookup", "delete_tags", "every", "tags"],
     }
 }
 

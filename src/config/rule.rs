@@ -10,7 +10,8 @@ use super::mistake::Mistake;
 use super::quantity;
 use super::section::{Section, expression, template};
 use super::{
-    ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Spanned, TableName, Value, WriteAction,
+    ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Settled, Spanned, StreamAction, TableName,
+    Value, WriteAction,
 };
 use crate::rules::expression::Expression;
 use crate::rules::template::Template;
@@ -64,19 +65,21 @@ impl Defaults {
 /// Reads a rule; `None` if what it needs is missing or wrong.
 pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults: &Defaults) -> Option<Rule> {
     let table = section.parsed("table", table_name);
-    let operations = operations(&mut section);
+    let operations = operations(&mut section, "on");
     let vars = section.pairs("vars", |text| template(text, Template::parse_free));
     let when = section.parsed("when", expression);
     let key = section.parsed("key", |text| template(text, Template::parse));
     let write = write_action(&mut section, key, defaults);
     let delete =
         section.list("delete", |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value);
+    let settled = settled(&mut section);
+    let redelete = section.choice("redelete").is_none_or(|choice| choice.value == "settled");
     let changed = section.columns("changed").map(|columns| columns.value);
     check_purpose(&mut section);
     check_changed(&mut section, operations);
     let on_given = section.given("on").is_some();
     if section.is_sound() {
-        check_vars(&mut section, &vars, write.as_ref(), &delete);
+        check_vars(&mut section, &vars, write.as_ref(), &delete, &settled);
     }
     section.finish();
     let mut rule = Rule {
@@ -88,6 +91,8 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
         when,
         write,
         delete,
+        redelete,
+        settled,
         changed,
         fingerprint: String::new(),
     };
@@ -95,8 +100,8 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
     Some(rule)
 }
 
-fn operations(section: &mut Section<'_, '_>) -> Operations {
-    let Some(on) = section.choices("on") else { return Operations::ALL };
+fn operations(section: &mut Section<'_, '_>, name: &'static str) -> Operations {
+    let Some(on) = section.choices(name) else { return Operations::ALL };
     let named = |name| on.value.iter().any(|operation| operation.value == name);
     Operations { insert: named("insert"), update: named("update"), delete: named("delete") }
 }
@@ -282,10 +287,32 @@ fn columns(section: &mut Section<'_, '_>) -> Option<Spanned<ColumnSelection>> {
     Some(Spanned { value: selection, span })
 }
 
+/// What a rule can do; it does at least one of these.
+pub(crate) const ACTIONS: &[&str] = &["key", "delete", "delete_match", "bump", "stream", "publish"];
+
+/// What waits until a change is visible.
+fn settled(section: &mut Section<'_, '_>) -> Settled {
+    let templates = |section: &mut Section<'_, '_>, name| {
+        section.list(name, |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value)
+    };
+    Settled {
+        delete_match: templates(section, "delete_match"),
+        bump: templates(section, "bump"),
+        stream: section.subsection("stream", Table::Stream, |stream| {
+            let key = stream.parsed("key", |text| template(text, Template::parse));
+            let (maxlen, ops) = (stream.count("maxlen"), operations(stream, "ops"));
+            Some(StreamAction { key: key?, maxlen, ops })
+        }),
+        publish: section.subsection("publish", Table::Publish, |publish| {
+            publish.parsed("channel", |text| template(text, Template::parse))
+        }),
+    }
+}
+
 /// A rule writes a key or deletes keys. One that has only fields of a key is told that they need it.
 fn check_purpose(section: &mut Section<'_, '_>) {
     let of_key = Table::Rule.fields().filter(|field| field.needs.contains(&"key")).map(|field| field.name);
-    if of_key.chain(["key", "delete"]).all(|name| section.given(name).is_none()) {
+    if of_key.chain(ACTIONS.iter().copied()).all(|name| section.given(name).is_none()) {
         let problem = section
             .error("the rule does nothing", section.header.clone(), "neither `key` nor `delete`")
             .help("to write rows through:  key = \"product:{id}\", value = \"json\", columns = [\"*\"]")
@@ -395,6 +422,7 @@ fn check_vars(
     vars: &[(Spanned<String>, Spanned<Template>)],
     write: Option<&WriteAction>,
     delete: &[Spanned<Template>],
+    settled: &Settled,
 ) {
     let of_value = write.and_then(|write| match &write.value {
         Value::Text(text) => Some(&text.value),
@@ -402,7 +430,10 @@ fn check_vars(
         Value::Row(_) => None,
     });
     let of_keys = write.map(|write| &write.key.value).into_iter().chain(delete.iter().map(|key| &key.value));
-    let templates = of_keys.chain(of_value).chain(vars.iter().map(|(_, var)| &var.value));
+    let Settled { delete_match, bump, stream, publish } = settled;
+    let of_stream = stream.as_ref().map(|stream| &stream.key);
+    let later = delete_match.iter().chain(bump).chain(of_stream).chain(publish).map(|template| &template.value);
+    let templates = of_keys.chain(of_value).chain(later).chain(vars.iter().map(|(_, var)| &var.value));
     let used: HashSet<&str> = templates.flat_map(Template::placeholders).map(|part| part.name.as_str()).collect();
     for (name, _) in vars.iter().filter(|(name, _)| !used.contains(name.value.as_str())) {
         let title = format!("{}: no template uses `{}`", section.title, name.value);
@@ -467,6 +498,8 @@ fn fingerprint(rule: &Rule) -> String {
         "vars": sorted_pairs(rule.vars.iter().map(|(name, var)| (name.value.as_str(), var.value.text()))),
         "write": write,
         "delete": sorted(rule.delete.iter().map(|key| key.value.text().to_owned()).collect()),
+        "delete_match": sorted(rule.settled.delete_match.iter().map(|key| key.value.text().to_owned()).collect()),
+        "bump": sorted(rule.settled.bump.iter().map(|key| key.value.text().to_owned()).collect()),
         "changed": rule.changed.as_deref().map(names),
         "when": rule.when.as_ref().map(|when| when.value.text()),
     });

@@ -372,6 +372,25 @@ impl<'r, 'a> Section<'r, 'a> {
         lost.is_some()
     }
 
+    /// A table inside this one.
+    pub(super) fn subsection<T>(
+        &mut self,
+        name: &'static str,
+        table: Table,
+        read: impl FnOnce(&mut Section<'_, 'a>) -> Option<T>,
+    ) -> Option<T> {
+        let entry = self.entry(name)?;
+        let DeValue::Table(entries) = entry.value.get_ref() else {
+            self.wrong_type(entry.field, entry.value);
+            return None;
+        };
+        let title = format!("{}, `{name}`", self.title);
+        let mut section = Section::new(self.reader, table, title, entry.value.span(), entries);
+        let read = read(&mut section);
+        section.finish();
+        read
+    }
+
     /// Reports every field that nobody asked for, and what the others need.
     pub(super) fn finish(mut self) {
         self.check_required();
@@ -525,6 +544,7 @@ fn wanted(kind: Kind) -> &'static str {
         Kind::Columns => "an array of column names",
         Kind::Choices(_) | Kind::Texts => "an array of texts",
         Kind::Pairs => "a table of texts",
+        Kind::Section => "a table",
     }
 }
 

@@ -20,12 +20,13 @@ use std::time::Duration;
 
 use super::expression::{self, BoundExpression, Expression, ExpressionError, Names, Wanted};
 use super::form::{KeyForm, Piece, Source};
+use super::glob::BoundMatch;
 use super::key::{Column, Lost};
 use super::pattern::Pattern;
 use super::template::{Part, Placeholder, RESERVED, Template, place};
 use crate::batch::Form;
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
-use crate::config::{ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Spanned, Value};
+use crate::config::{ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Settled, Spanned, Value};
 use crate::decode::types::{JsonType, Types};
 use crate::model::Relation;
 use crate::suggest::nearest;
@@ -46,17 +47,61 @@ pub struct BoundRule {
     pub write: Option<BoundWrite>,
     /// The keys that a change makes stale.
     pub delete: Vec<BoundKey>,
+    /// Keys that are deleted again once the change is visible.
+    pub redelete: bool,
+    /// What happens once the change is visible.
+    pub settled: BoundSettled,
     /// The places of the columns of which one must have changed for an UPDATE to count; `None` is any. Those of the
     /// rule's own templates are among them.
     pub changed: Option<Vec<usize>>,
 }
 
 impl BoundRule {
+    /// Whether it does something once a change is visible.
+    pub fn settles(&self) -> bool {
+        !self.settled.is_empty() || self.redelete && !self.delete.is_empty()
+    }
+
     /// What each of its key templates, written and deleted ones, can make.
     pub fn forms(&self) -> Vec<KeyForm> {
         let keys = self.write.iter().map(|write| &write.key).chain(&self.delete);
         keys.map(|key| key.form.clone()).collect()
     }
+}
+
+/// What waits until whoever reads the tables sees the change.
+#[derive(Clone, Debug, Default)]
+pub struct BoundSettled {
+    /// Keys that match go.
+    pub delete_match: Vec<BoundMatch>,
+    /// Keys that get a new generation.
+    pub bump: Vec<BoundKey>,
+    /// An entry is added to a stream.
+    pub stream: Option<BoundStream>,
+    /// A message is published.
+    pub publish: Option<BoundKey>,
+    /// The table's columns, for what these say of rows.
+    pub row: Vec<JsonField>,
+    /// The places of those in the replica identity.
+    pub identity: Vec<usize>,
+}
+
+impl BoundSettled {
+    /// Whether there is anything to do.
+    pub fn is_empty(&self) -> bool {
+        self.delete_match.is_empty() && self.bump.is_empty() && self.stream.is_none() && self.publish.is_none()
+    }
+}
+
+/// A stream of changes.
+#[derive(Clone, Debug)]
+pub struct BoundStream {
+    /// Its key.
+    pub key: BoundKey,
+    /// About how many entries it keeps.
+    pub maxlen: Option<u64>,
+    /// The operations that are told.
+    pub ops: Operations,
 }
 
 /// Write-through, ready.
@@ -218,16 +263,19 @@ pub fn bind(
         keep_on_delete: write.keep_on_delete,
         owns: write.owns,
     });
+    let settled = scope.settled(&mut problems);
     let changed = rule.changed.as_ref().and_then(|names| {
         let mut places = scope.places(names, &mut lossy)?;
         let written = write.iter().flat_map(BoundWrite::named_by);
-        places.extend(written.chain(&delete).flat_map(BoundKey::columns));
+        places.extend(written.chain(&delete).chain(&settled.bump).flat_map(BoundKey::columns));
+        places.extend(settled.delete_match.iter().flat_map(BoundMatch::columns));
         places.extend(when.iter().flat_map(|when| when.columns()));
         places.sort_unstable();
         places.dedup();
         Some(places)
     });
-    let bound = BoundRule { rule: rule_index, on: rule.on, when, write, delete, changed };
+    let bound =
+        BoundRule { rule: rule_index, on: rule.on, when, write, delete, redelete: rule.redelete, settled, changed };
     if problems.is_empty() && lossy.is_empty() {
         return Ok(bound);
     }
@@ -289,6 +337,61 @@ impl Scope<'_> {
             problems.push(BindProblem::ReservedKey { span: template.span.clone(), key: example });
         }
         Some(key)
+    }
+
+    /// What waits until the change is visible.
+    fn settled(&self, problems: &mut Vec<BindProblem>) -> BoundSettled {
+        let Settled { delete_match, bump, stream, publish } = &self.rule.settled;
+        let mut settled = BoundSettled {
+            delete_match: delete_match.iter().filter_map(|template| self.matching(template, problems)).collect(),
+            bump: bump.iter().filter_map(|template| self.key(template, problems)).collect(),
+            publish: publish.as_ref().and_then(|channel| self.key(channel, problems)),
+            stream: stream.as_ref().and_then(|stream| {
+                let key = self.key(&stream.key, problems)?;
+                Some(BoundStream { key, maxlen: stream.maxlen, ops: stream.ops })
+            }),
+            ..BoundSettled::default()
+        };
+        if settled.stream.is_some() || settled.publish.is_some() {
+            let columns = self.relation.columns.iter().enumerate();
+            settled.identity = columns.clone().filter(|(_, column)| column.identity).map(|(place, _)| place).collect();
+            let source = |place: usize, type_oid| {
+                let json = self.types.get(type_oid).json.clone();
+                FieldSource::Column { place, json, as_string: false }
+            };
+            let fields = columns.map(|(place, column)| (column.name.clone(), source(place, column.type_oid)));
+            // Columns that are not known are left out, so that each field may be the first.
+            settled.row = fields.map(|(name, source)| JsonField { lead: field_lead(&name, false), source }).collect();
+        }
+        settled
+    }
+
+    /// A `delete_match`: its literals are split where a `*` stands.
+    fn matching(&self, template: &Spanned<Template>, problems: &mut Vec<BindProblem>) -> Option<BoundMatch> {
+        let mut parts = vec![Vec::new()];
+        for piece in self.pieces(template, true, problems)? {
+            let Piece::Literal(text) = &piece else {
+                parts.last_mut()?.push(piece);
+                continue;
+            };
+            for (index, text) in text.split('*').enumerate() {
+                if index > 0 {
+                    parts.push(Vec::new());
+                }
+                if !text.is_empty() {
+                    parts.last_mut()?.push(Piece::Literal(text.into()));
+                }
+            }
+        }
+        let is_identity = |place: usize| self.relation.columns[place].identity;
+        let mut prefix = self.prefix;
+        let bound = parts.into_iter().map(|part| BoundKey::new(std::mem::take(&mut prefix), part, is_identity));
+        let bound: Vec<BoundKey> = bound.collect();
+        if self.has_identity() && self.rule.on.delete {
+            let columns: Vec<usize> = bound.iter().flat_map(BoundKey::columns).collect();
+            problems.extend(self.columns_outside_identity(template, &columns));
+        }
+        Some(BoundMatch::new(self.prefix, bound))
     }
 
     /// The member of a set; `None` where there is none, or a problem was added.
@@ -464,6 +567,21 @@ impl Scope<'_> {
             })
         });
         missing.collect()
+    }
+
+    /// The same for a template that is bound in parts.
+    fn columns_outside_identity(&self, template: &Spanned<Template>, columns: &[usize]) -> Option<BindProblem> {
+        let missing = columns.iter().filter(|place| !self.relation.columns[**place].identity);
+        let missing: Vec<String> = missing.map(|place| self.column_name(*place)).collect();
+        let needed: Vec<String> = columns.iter().map(|place| self.column_name(*place)).collect();
+        let sent = self.relation.columns.iter().filter(|column| column.identity).map(|column| column.name.clone());
+        (!missing.is_empty()).then(|| BindProblem::NotInIdentity {
+            span: template.span.clone(),
+            columns: missing,
+            identity: self.relation.identity,
+            sent: sent.collect(),
+            remedy: self.identity_remedy(&needed),
+        })
     }
 
     /// How the table's old rows can be made to carry these columns.

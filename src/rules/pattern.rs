@@ -116,7 +116,7 @@ impl Language {
     }
 
     /// Any bytes at all.
-    fn anything() -> Self {
+    pub(super) fn anything() -> Self {
         Self::Loose(Box::new(repeat(byte(|_| true))))
     }
 

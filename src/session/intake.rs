@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
+use std::time::Instant;
 
 use prometheus::IntCounter;
 
@@ -11,9 +12,12 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::model::{Change, Datum, Event, Lsn, OldTuple, Position, Relation, Xid};
 use crate::plan::{self, BoundTable, Note, Noted, RowName, Scratch, Touched, Transaction};
+use crate::rules::bind::BoundRule;
 use crate::snapshot::touches::Touches;
 use crate::snapshot::visibility::Snapshot;
 use crate::source::slot::MESSAGE_PREFIX;
+
+use super::later::Later;
 
 /// How many rows may wait to be read again. Beyond it their rules owe a warm instead.
 const REREADS_MAX: usize = 10_000;
@@ -25,6 +29,8 @@ const REDO_LIMITS: Limits = Limits { ops: 1, bytes: 64 << 10 };
 /// A table and the counters of its changes.
 struct Table {
     bound: Arc<BoundTable>,
+    /// Some rule does something once a change is visible.
+    settles: bool,
     inserts: IntCounter,
     updates: IntCounter,
     deletes: IntCounter,
@@ -35,8 +41,6 @@ struct Table {
 struct Open {
     transaction: Transaction,
     xid: Xid,
-    /// Row changes received so far.
-    ordinal: u64,
 }
 
 /// A row whose key was deleted because the log did not carry all of its value.
@@ -77,6 +81,13 @@ pub struct Intake {
     warned: HashSet<(u16, &'static str)>,
     /// Transactions that are not known to be visible yet, in the order of their commits.
     unsettled: VecDeque<(Xid, Lsn)>,
+    /// What waits for transactions to be visible.
+    later: Later,
+    /// Up to here that has gone out.
+    released: Position,
+    /// The last look at what is visible.
+    seen: Option<Snapshot>,
+    epoch: u64,
     /// What the stream touches, while tables are read.
     touches: Option<Touches>,
     /// Rows to be read again, in the order of their commits.
@@ -95,7 +106,12 @@ pub struct Intake {
 impl Intake {
     /// At the beginning of a stream that goes on from the checkpoint.
     pub fn new(checkpoint: &Checkpoint, rules: Arc<RuleSet>, metrics: Arc<Metrics>) -> Self {
+        let settled_limits = super::LATER_LIMITS;
         Intake {
+            epoch: checkpoint.epoch,
+            released: checkpoint.released,
+            later: Later::new(settled_limits, rules.names.len()),
+            seen: None,
             tables: HashMap::new(),
             open: None,
             good: checkpoint.good,
@@ -122,8 +138,9 @@ impl Intake {
         let name = format!("{}.{}", bound.relation.schema, bound.relation.name);
         let counter = |op| self.metrics.changes_total.with_label_values(&[name.as_str(), op]);
         let [inserts, updates, deletes, truncates] = ["insert", "update", "delete", "truncate"].map(counter);
+        let settles = bound.rules.iter().any(BoundRule::settles);
         let bound = Arc::new(bound);
-        self.tables.insert(bound.relation.oid, Table { bound, inserts, updates, deletes, truncates });
+        self.tables.insert(bound.relation.oid, Table { bound, settles, inserts, updates, deletes, truncates });
     }
 
     /// The tables as they are bound now.
@@ -155,8 +172,9 @@ impl Intake {
                 return Ok(unknown.then_some(Ask::Bind(relation)));
             }
             Event::Begin { commit_lsn, commit_time, xid } => {
-                let transaction = Transaction { commit_lsn, commit_time };
-                if self.open.replace(Open { transaction, xid, ordinal: 0 }).is_some() {
+                let visible = self.seen.as_ref().is_some_and(|snapshot| snapshot.sees(xid));
+                let transaction = Transaction { commit_lsn, commit_time, ordinal: 0, epoch: self.epoch, visible };
+                if self.open.replace(Open { transaction, xid }).is_some() {
                     return Err(protocol("a transaction begins inside another"));
                 }
             }
@@ -164,7 +182,9 @@ impl Intake {
             Event::Truncate { relations } => self.truncate(&relations, batch)?,
             Event::Commit { end_lsn, .. } => {
                 let open = self.open.take().ok_or_else(|| protocol("a commit without a transaction"))?;
-                self.unsettled.push_back((open.xid, open.transaction.commit_lsn));
+                if !open.transaction.visible {
+                    self.unsettled.push_back((open.xid, open.transaction.commit_lsn));
+                }
                 self.reached(Position::end(end_lsn), end_lsn, batch);
             }
             Event::Message { prefix, content, .. } if prefix == MESSAGE_PREFIX.as_bytes() => {
@@ -192,7 +212,7 @@ impl Intake {
     pub fn oldest_pending(&self) -> Option<Lsn> {
         let unsettled = self.unsettled.front().map(|(_, commit_lsn)| *commit_lsn);
         let reread = self.rereads.front().map(|reread| reread.commit_lsn);
-        unsettled.into_iter().chain(reread).min()
+        unsettled.into_iter().chain(reread).chain(self.later.oldest()).min()
     }
 
     /// The transactions that are not known to be visible.
@@ -206,8 +226,35 @@ impl Intake {
     }
 
     /// A snapshot of the primary sees these.
-    pub fn settle(&mut self, snapshot: &Snapshot) {
+    pub fn settle(&mut self, snapshot: Snapshot) {
         self.unsettled.retain(|(xid, _)| !snapshot.sees(*xid));
+        self.later.settle(&snapshot);
+        self.seen = Some(snapshot);
+    }
+
+    /// Whether something waits until it is visible.
+    pub fn has_later(&self) -> bool {
+        self.later.oldest().is_some()
+    }
+
+    /// Whether something waits for a look at what is visible.
+    pub fn wants_look(&self) -> bool {
+        self.later.wants_look()
+    }
+
+    /// Whether a change's own could still be collected.
+    pub fn has_room(&self) -> bool {
+        !self.later.is_full() && self.unsettled.len() < UNSETTLED_MAX
+    }
+
+    /// What waits for nothing any more goes into the batch.
+    pub fn release(&mut self, batch: &mut Batch) {
+        self.later.release(batch, Instant::now());
+    }
+
+    /// All keys were just gone through: that is not done again before then.
+    pub fn rest_until(&mut self, instant: Instant) {
+        self.later.rest_until(instant);
     }
 
     /// From now on what the stream touches is noted, as it may be already.
@@ -279,10 +326,23 @@ impl Intake {
         if !fits(&change, table.bound.relation.columns.len()) {
             return Err(protocol("a row with more or fewer columns than its relation"));
         }
+        let settles = table.settles && position > self.released;
         if position <= self.good {
-            if is_incomplete(&change) {
-                plan::change(&table.bound, change, transaction, &mut self.scratch, &mut self.redo, &mut self.notes);
+            if settles || is_incomplete(&change) {
+                let settled = Some(self.later.collect()).filter(|_| settles);
+                plan::change(
+                    &table.bound,
+                    change,
+                    transaction,
+                    &mut self.scratch,
+                    &mut self.redo,
+                    settled,
+                    &mut self.notes,
+                );
                 self.redo.clear();
+                if settles {
+                    self.later.collected(xid, transaction.visible, transaction.commit_lsn, position);
+                }
                 self.report(relation, position, transaction);
             }
             return Ok(());
@@ -292,7 +352,11 @@ impl Intake {
             Change::Update { .. } => table.updates.inc(),
             Change::Delete { .. } => table.deletes.inc(),
         }
-        plan::change(&table.bound, change, transaction, &mut self.scratch, batch, &mut self.notes);
+        let settled = Some(self.later.collect()).filter(|_| settles);
+        plan::change(&table.bound, change, transaction, &mut self.scratch, batch, settled, &mut self.notes);
+        if settles {
+            self.later.collected(xid, transaction.visible, transaction.commit_lsn, position);
+        }
         if !self.notes.is_empty() {
             self.report(relation, position, transaction);
         }
@@ -305,17 +369,30 @@ impl Intake {
 
     fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
         let (position, transaction, xid) = self.next_position()?;
-        if position <= self.good {
+        let settles = position > self.released;
+        if position <= self.good && !settles {
             return Ok(());
         }
         for relation in relations {
             let table =
                 self.tables.get(relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
+            let settled = Some(self.later.collect()).filter(|_| settles);
+            if position <= self.good {
+                plan::truncate(&table.bound, transaction, &mut self.redo, settled);
+                self.redo.clear();
+                continue;
+            }
             table.truncates.inc();
-            plan::truncate(&table.bound, transaction, batch);
+            plan::truncate(&table.bound, transaction, batch, settled);
             if let Some(touches) = &mut self.touches {
                 table.bound.rules.iter().for_each(|rule| touches.rule(xid, rule.rule));
             }
+        }
+        if settles {
+            self.later.collected(xid, transaction.visible, transaction.commit_lsn, position);
+        }
+        if position <= self.good {
+            return Ok(());
         }
         self.reached(position, transaction.commit_lsn, batch);
         Ok(())
@@ -324,8 +401,8 @@ impl Intake {
     /// Counts a row change.
     fn next_position(&mut self) -> Result<(Position, Transaction, Xid)> {
         let open = self.open.as_mut().ok_or_else(|| protocol("a change outside of a transaction"))?;
-        open.ordinal += 1;
-        let position = Position { lsn: open.transaction.commit_lsn, ordinal: open.ordinal };
+        open.transaction.ordinal += 1;
+        let position = Position { lsn: open.transaction.commit_lsn, ordinal: open.transaction.ordinal };
         Ok((position, open.transaction, open.xid))
     }
 
@@ -541,7 +618,7 @@ mod tests {
         assert_eq!(decoded(&stream), [Xid(1)], "a part of it may be in the cache already");
         stream.commit(200);
         assert_eq!(decoded(&stream), [Xid(1)]);
-        stream.intake.settle(&"2:2:".parse().expect("a snapshot"));
+        stream.intake.settle("2:2:".parse().expect("a snapshot"));
         assert_eq!(decoded(&stream), []);
     }
 

@@ -261,6 +261,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         flying: Flying::Stream,
         reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone(), streamed.former),
         settling: None,
+        looks_in_vain: 0,
         probing: None,
         answered_at: now,
         looking: None,
@@ -313,6 +314,7 @@ fn anew(from: Lsn, epoch: u64, origin: Origin) -> Checkpoint {
         good: Position::end(from),
         rules: String::new(),
         written_us: report::now_us(),
+        released: Position::end(from),
         owing: BTreeMap::new(),
         progress: None,
     }

@@ -268,7 +268,10 @@ impl Replay {
 
     /// The commands of the last batch; gives the bytes that would be sent.
     pub(crate) fn encode(&mut self) -> usize {
-        commands::encode(&self.batch, &self.config.redis).iter().map(|command| command.get_packed_command().len()).sum()
+        commands::encode(&self.batch, &self.config.redis, false)
+            .iter()
+            .map(|command| command.get_packed_command().len())
+            .sum()
     }
 
     fn replay(&mut self, stream: &Stream, mut send: impl FnMut(&mut Self) -> usize) -> usize {
@@ -307,6 +310,7 @@ pub(crate) fn checkpoint(rules: &RuleSet) -> Checkpoint {
         rules: rules.digest.clone(),
         written_us: 0,
         owing: BTreeMap::new(),
+        released: Position::default(),
         progress: None,
     }
 }

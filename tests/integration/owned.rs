@@ -214,6 +214,7 @@ fn checkpoint(end: u64, rules: &RuleSet) -> Checkpoint {
         rules: rules.digest.clone(),
         written_us: 0,
         owing: BTreeMap::new(),
+        released: Position::default(),
         progress: None,
     }
 }

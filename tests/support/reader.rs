@@ -191,6 +191,7 @@ mod tests {
             rules,
             written_us: 0,
             owing,
+            released: Position::default(),
             progress: None,
         };
         String::from_utf8(checkpoint.encode()).unwrap()

@@ -215,9 +215,10 @@ fn difference(rule: &str, key: String, kind: Kind, op: CacheOp<'_>, held: &Held,
     let holds = match &held.content {
         Content::Nothing => None,
         Content::String(value) | Content::Json(value) => Some(text(value)),
-        Content::Hash(fields) => {
+        Content::Hash(fields) if matches!(op, CacheOp::Set { form: Form::Hash, .. }) => {
             Some(hash(&mut fields.iter().map(|(name, value)| (name.as_slice(), value.as_slice()))))
         }
+        Content::Hash(_) => Some("a hash".to_owned()),
         Content::Member { score } => Some(member(score.as_deref())),
         Content::Other(kind) => Some(format!("a {kind}")),
     };

@@ -1,0 +1,208 @@
+//! What a change does once whoever reads the tables sees it: `redelete`, `delete_match`, `bump`, `stream`, `publish`.
+//!
+//! It is planned with the change, into a batch of its own that waits until the change's transaction is visible.
+
+use super::{BoundTable, Images, Transaction, sweep};
+use crate::batch::{self, Batch, Form, Life};
+use crate::config::TableName;
+use crate::decode::value;
+use crate::model::{Change, Datum};
+use crate::rules::bind::{BoundKey, BoundRule, BoundSettled, BoundStream, FieldSource, Rendered};
+
+/// Adds what one rule does for a row change.
+pub(super) fn change(
+    rule: &BoundRule,
+    change: &Change<'_>,
+    images: &Images<'_>,
+    table: &BoundTable,
+    transaction: Transaction,
+    settled: &mut Batch,
+) {
+    let (old, new) = images.counting(rule.when.as_ref());
+    if old.is_none() && new.is_none() {
+        return;
+    }
+    let rows_of = |key: &BoundKey| [old.filter(|_| images.old_is_full || key.in_identity), new].into_iter().flatten();
+    if rule.redelete && !transaction.visible {
+        for key in &rule.delete {
+            rows_of(key).for_each(|row| delete(rule.rule, key, row, settled));
+        }
+    }
+    for matching in &rule.settled.delete_match {
+        let old = old.filter(|_| images.old_is_full || matching.in_identity());
+        let globs = [old, new].into_iter().flatten().map(|row| matching.render(row));
+        for glob in globs {
+            match glob {
+                Ok(glob) => settled.sweep_matching(glob),
+                // No such keys.
+                Err(Rendered::Null) => {}
+                // Which ones it would be is not known: all of them (I9).
+                Err(_) => settled.sweep(rule.rule, matching.pattern.clone()),
+            }
+        }
+    }
+    for key in &rule.settled.bump {
+        rows_of(key).for_each(|row| bump(rule.rule, key, row, transaction, settled));
+    }
+    let (op, counts): (_, fn(&BoundStream) -> bool) = match change {
+        Change::Insert { .. } => ("insert", |stream| stream.ops.insert),
+        Change::Update { .. } => ("update", |stream| stream.ops.update),
+        Change::Delete { .. } => ("delete", |stream| stream.ops.delete),
+    };
+    let told = Told { op, table, of: &rule.settled, transaction };
+    if let Some(stream) = rule.settled.stream.as_ref().filter(|stream| counts(stream)) {
+        // In the stream of the new row, or in that of the old one.
+        if let Some(row) = rows_of(&stream.key).last() {
+            let (before, after) = (images.old.map(|old| (old, images.old_is_full)), images.new);
+            settled.append(
+                stream.maxlen,
+                |out| stream.key.render(row, out) == Rendered::Done,
+                |out| {
+                    told.entry(before, after, out);
+                },
+            );
+        }
+    }
+    if let Some(channel) = &rule.settled.publish {
+        let mut channels: Vec<Vec<u8>> = Vec::new();
+        for row in rows_of(channel) {
+            let mut name = Vec::new();
+            if channel.render(row, &mut name) == Rendered::Done && !channels.contains(&name) {
+                channels.push(name);
+            }
+        }
+        let row = images.new.or(images.old);
+        for name in channels {
+            let target = |out: &mut Vec<u8>| {
+                out.extend_from_slice(&name);
+                true
+            };
+            settled.publish(target, |out| told.message(row, out));
+        }
+    }
+}
+
+/// Adds what one rule does when all rows may have changed: TRUNCATE, or a gap.
+pub fn everything(
+    rule: &BoundRule,
+    op: &'static str,
+    table: &BoundTable,
+    transaction: Transaction,
+    settled: &mut Batch,
+) {
+    for key in &rule.settled.bump {
+        match key.pattern.only_key() {
+            Some(_) => bump(rule.rule, key, &[], transaction, settled),
+            // Which generations there are is not known; one that is missing is no earlier one.
+            None => sweep(rule.rule, key, settled),
+        }
+    }
+    let told = Told { op, table, of: &rule.settled, transaction };
+    if let Some(stream) = &rule.settled.stream {
+        settled.append(
+            stream.maxlen,
+            |out| stream.key.render(&[], out) == Rendered::Done,
+            |out| {
+                told.entry(None, None, out);
+            },
+        );
+    }
+    if let Some(channel) = &rule.settled.publish {
+        settled.publish(|out| channel.render(&[], out) == Rendered::Done, |out| told.message(None, out));
+    }
+}
+
+fn delete(rule: u16, key: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) {
+    let cell = settled.cell(rule, |out| key.render(row, out) == Rendered::Done);
+    cell.into_iter().for_each(|cell| settled.delete(cell));
+}
+
+/// The generation is `epoch-LSN`: it never comes twice, whatever is lost.
+fn bump(rule: u16, key: &BoundKey, row: &[Datum<'_>], transaction: Transaction, settled: &mut Batch) {
+    let Some(cell) = settled.cell(rule, |out| key.render(row, out) == Rendered::Done) else { return };
+    let generation = format!("{}-{:X}", transaction.epoch, transaction.commit_lsn.0);
+    let written = settled.set(cell, Form::String, Life::Forever, false, |out| {
+        out.extend_from_slice(generation.as_bytes());
+        Ok::<_, std::convert::Infallible>(())
+    });
+    let Ok(()) = written;
+}
+
+/// What is told of a change.
+struct Told<'a> {
+    op: &'static str,
+    table: &'a BoundTable,
+    of: &'a BoundSettled,
+    transaction: Transaction,
+}
+
+impl Told<'_> {
+    /// A stream's entry: `op table key before after epoch lsn ordinal ts`.
+    fn entry(&self, before: Option<(&[Datum<'_>], bool)>, after: Option<&[Datum<'_>]>, out: &mut Vec<u8>) {
+        let Transaction { commit_lsn, commit_time, ordinal, epoch, .. } = self.transaction;
+        text(out, "op", self.op);
+        text(out, "table", &TableName::from(&self.table.relation).to_string());
+        if let Some(row) = after.or(before.map(|(row, _)| row)) {
+            json(out, "key", |out| self.object(row, |place| self.of.identity.contains(&place), out));
+        }
+        if let Some((row, is_full)) = before {
+            json(out, "before", |out| self.object(row, |place| is_full || self.of.identity.contains(&place), out));
+        }
+        if let Some(row) = after {
+            json(out, "after", |out| self.object(row, |_| true, out));
+        }
+        text(out, "epoch", &epoch.to_string());
+        text(out, "lsn", &commit_lsn.to_string());
+        text(out, "ordinal", &ordinal.to_string());
+        text(out, "ts", &(commit_time.unix_us() / 1000).to_string());
+    }
+
+    /// A message: JSON with `op`, `table`, `key` and `lsn`.
+    fn message(&self, row: Option<&[Datum<'_>]>, out: &mut Vec<u8>) {
+        let table = TableName::from(&self.table.relation).to_string();
+        out.extend_from_slice(
+            format!("{{\"op\":\"{}\",\"table\":{}", self.op, serde_json::Value::from(table)).as_bytes(),
+        );
+        if let Some(row) = row {
+            out.extend_from_slice(b",\"key\":");
+            self.object(row, |place| self.of.identity.contains(&place), out);
+        }
+        out.extend_from_slice(format!(",\"lsn\":\"{}\"}}", self.transaction.commit_lsn).as_bytes());
+    }
+
+    /// Some columns of a row as a JSON object; those that the log does not carry are left out.
+    fn object(&self, row: &[Datum<'_>], wanted: impl Fn(usize) -> bool, out: &mut Vec<u8>) {
+        out.push(b'{');
+        let first = out.len();
+        for field in &self.of.row {
+            let FieldSource::Column { place, json, .. } = &field.source else { continue };
+            let before = out.len();
+            // The lead of each begins with a comma, which the first one has not.
+            out.extend_from_slice(if before == first { &field.lead[1..] } else { &field.lead });
+            let written = match row.get(*place).filter(|_| wanted(*place)) {
+                Some(Datum::Text(text)) => value::write_json(out, json, text).is_ok(),
+                Some(Datum::Null) => {
+                    out.extend_from_slice(b"null");
+                    true
+                }
+                Some(Datum::UnchangedToast) | None => false,
+            };
+            if !written {
+                out.truncate(before);
+            }
+        }
+        out.push(b'}');
+    }
+}
+
+fn text(out: &mut Vec<u8>, name: &str, value: &str) {
+    json(out, name, |out| out.extend_from_slice(value.as_bytes()));
+}
+
+fn json(out: &mut Vec<u8>, name: &str, write: impl FnOnce(&mut Vec<u8>)) {
+    let written = batch::field(out, name.as_bytes(), |out| {
+        write(out);
+        Ok::<_, std::convert::Infallible>(())
+    });
+    let Ok(()) = written;
+}

@@ -1,0 +1,187 @@
+//! What waits until whoever reads the tables sees the changes that it follows from; pure.
+//!
+//! Deletes that are done again, sweeps, generations, entries of streams and messages are planned with their change, and
+//! collected. What has been collected waits as one until a snapshot of the primary sees every transaction of it; meanwhile
+//! the next is collected. So each goes out once and in order, however many a second there are, and a key that a thousand
+//! transactions make stale is deleted once more and not a thousand times.
+
+use std::mem;
+use std::time::Instant;
+
+use crate::batch::{Batch, Limits};
+use crate::model::{Lsn, Position, Xid};
+use crate::snapshot::visibility::Snapshot;
+
+/// What waits for the same snapshot.
+struct Generation {
+    batch: Batch,
+    /// Transactions that are not known to be visible.
+    unsettled: Vec<Xid>,
+    /// The commit LSN of the oldest transaction.
+    from: Lsn,
+    /// The newest change.
+    until: Position,
+}
+
+impl Generation {
+    fn new(limits: Limits, rules: usize) -> Self {
+        let batch = Batch::new(limits, rules);
+        Generation { batch, unsettled: Vec::new(), from: Lsn::default(), until: Position::default() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.batch.is_empty()
+    }
+}
+
+/// See the module.
+pub(super) struct Later {
+    collecting: Generation,
+    waiting: Generation,
+    /// Going through all keys is left until then.
+    rest_until: Option<Instant>,
+}
+
+impl Later {
+    /// Nothing waits.
+    pub(super) fn new(limits: Limits, rules: usize) -> Self {
+        let generation = || Generation::new(limits, rules);
+        Later { collecting: generation(), waiting: generation(), rest_until: None }
+    }
+
+    /// Where a change's own goes.
+    pub(super) fn collect(&mut self) -> &mut Batch {
+        &mut self.collecting.batch
+    }
+
+    /// Something was collected that follows from this change of a transaction; `visible` if everybody sees that already.
+    pub(super) fn collected(&mut self, xid: Xid, visible: bool, commit_lsn: Lsn, position: Position) {
+        let Generation { unsettled, from, until, .. } = &mut self.collecting;
+        if *until == Position::default() {
+            *from = commit_lsn;
+        }
+        *until = position;
+        if !visible && unsettled.last() != Some(&xid) {
+            unsettled.push(xid);
+        }
+    }
+
+    /// Whether nothing more may be collected for now.
+    pub(super) fn is_full(&self) -> bool {
+        self.collecting.batch.is_full()
+    }
+
+    /// Whether a look at what is visible would help.
+    pub(super) fn wants_look(&self) -> bool {
+        !self.waiting.unsettled.is_empty() || self.waiting.is_empty() && !self.collecting.unsettled.is_empty()
+    }
+
+    /// The oldest transaction that something waits for.
+    pub(super) fn oldest(&self) -> Option<Lsn> {
+        let waiting = [&self.waiting, &self.collecting].into_iter().find(|generation| !generation.is_empty());
+        waiting.map(|generation| generation.from)
+    }
+
+    /// A snapshot of the primary sees these.
+    pub(super) fn settle(&mut self, snapshot: &Snapshot) {
+        for generation in [&mut self.waiting, &mut self.collecting] {
+            generation.unsettled.retain(|xid| !snapshot.sees(*xid));
+        }
+    }
+
+    /// All keys were just gone through, and no sweep follows before then.
+    pub(super) fn rest_until(&mut self, instant: Instant) {
+        self.rest_until = Some(instant);
+    }
+
+    /// What waits for nothing any more goes into the batch.
+    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) {
+        if self.waiting.is_empty() {
+            mem::swap(&mut self.waiting, &mut self.collecting);
+        }
+        let Generation { batch: due, unsettled, until, .. } = &mut self.waiting;
+        let rests = !due.sweeps().is_empty() && self.rest_until.is_some_and(|until| now < until);
+        if due.is_empty() || !unsettled.is_empty() || rests {
+            return;
+        }
+        batch.absorb(due);
+        batch.released = Some(*until);
+        due.clear();
+        *until = Position::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::CacheOp;
+
+    const LIMITS: Limits = Limits { ops: 3, bytes: 1000 };
+
+    struct Stand {
+        later: Later,
+        batch: Batch,
+    }
+
+    impl Stand {
+        fn new() -> Self {
+            Stand { later: Later::new(LIMITS, 1), batch: Batch::new(LIMITS, 1) }
+        }
+
+        fn delete(&mut self, key: &str, xid: u32, visible: bool) {
+            let batch = self.later.collect();
+            let cell = batch.cell(0, |out| {
+                out.extend_from_slice(key.as_bytes());
+                true
+            });
+            batch.delete(cell.expect("a key"));
+            let lsn = Lsn(u64::from(xid));
+            self.later.collected(Xid(xid), visible, lsn, Position { lsn, ordinal: 1 });
+        }
+
+        fn released(&mut self) -> Vec<String> {
+            self.batch.clear();
+            self.later.release(&mut self.batch, Instant::now());
+            let key = |op: CacheOp<'_>| String::from_utf8_lossy(op.key()).into_owned();
+            self.batch.ops().map(|(_, op)| key(op)).collect()
+        }
+    }
+
+    #[test]
+    fn nothing_goes_out_before_it_is_visible() {
+        let mut stand = Stand::new();
+        stand.delete("a", 5, false);
+        assert!(stand.released().is_empty() && stand.later.wants_look());
+        stand.delete("b", 6, false);
+        stand.delete("a", 7, false);
+        stand.later.settle(&"6:6:".parse().expect("a snapshot"));
+        assert_eq!(stand.released(), ["a"], "5 is visible");
+        assert_eq!(stand.batch.released, Some(Position { lsn: Lsn(5), ordinal: 1 }));
+        assert_eq!(stand.later.oldest(), Some(Lsn(6)));
+        stand.later.settle(&"6:8:6".parse().expect("a snapshot"));
+        assert!(stand.released().is_empty(), "6 is not");
+        stand.later.settle(&"8:8:".parse().expect("a snapshot"));
+        assert_eq!(stand.released(), ["b", "a"]);
+        assert_eq!((stand.later.oldest(), stand.later.wants_look()), (None, false));
+    }
+
+    #[test]
+    fn what_is_visible_already_waits_for_nothing() {
+        let mut stand = Stand::new();
+        stand.delete("a", 5, true);
+        assert!(!stand.later.wants_look());
+        assert_eq!(stand.released(), ["a"]);
+    }
+
+    #[test]
+    fn it_is_full_at_the_limits_of_a_batch() {
+        let mut stand = Stand::new();
+        stand.delete("first", 4, false);
+        assert!(stand.released().is_empty());
+        for (xid, key) in ["a", "b", "c"].into_iter().enumerate() {
+            assert!(!stand.later.is_full(), "{key}");
+            stand.delete(key, xid as u32 + 5, false);
+        }
+        assert!(stand.later.is_full());
+    }
+}
