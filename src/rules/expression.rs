@@ -380,7 +380,7 @@ pub fn bind(
     scope: &Scope<'_>,
     wanted: Wanted,
 ) -> Result<BoundExpression, Vec<ExpressionError>> {
-    typing::bind(&expression.root, scope, wanted)
+    typing::bind(expression, scope, wanted)
 }
 
 impl BoundExpression {

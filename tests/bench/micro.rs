@@ -11,6 +11,7 @@ use keepstep::decode::types::Types;
 use keepstep::decode::value::write_json;
 use keepstep::model::{Column, Datum, Relation, ReplicaIdentity};
 use keepstep::rules::bind::{Rendered, bind};
+use keepstep::rules::expression::{self, Expression, Images, Names, Scope, Truth, Wanted};
 use tokio_postgres::types::Type;
 
 use stream::{Action, NARROW, Operation, PGBENCH, Replay, Shape, Stream, WIDE};
@@ -78,15 +79,7 @@ fn everything(bencher: Bencher<'_, '_>, Named(_, shape): &Named) {
 #[divan::bench(args = ["{id}", "{id}:{name}", "{name|lower}", "{name|urlencode}", "{name|sha256}"])]
 fn key(bencher: Bencher<'_, '_>, template: &str) {
     let config = stream::config(&format!("[rule.row]\ntable = \"public.rows\"\ndelete = [\"row:{template}\"]\n"));
-    let column =
-        |name: &str, ty: Type| Column { name: name.into(), type_oid: ty.oid(), type_modifier: -1, identity: true };
-    let relation = Relation {
-        oid: 1,
-        schema: "public".into(),
-        name: "rows".into(),
-        identity: ReplicaIdentity::Full,
-        columns: vec![column("id", Type::INT8), column("name", Type::TEXT)],
-    };
+    let relation = relation(&[("id", Type::INT8), ("name", Type::TEXT)]);
     let rule =
         bind(&config.rules[0], 0, &relation, None, &Types::builtin(), &config.redis.prefix).expect("a rule that fits");
     let row = [Datum::Text(b"1234567"), Datum::Text("Größe 42, blau".as_bytes())];
@@ -94,6 +87,55 @@ fn key(bencher: Bencher<'_, '_>, template: &str) {
     bencher.bench_local(|| {
         out.clear();
         assert_eq!(rule.delete[0].render(black_box(&row), &mut out), Rendered::Done);
+    });
+}
+
+fn relation(columns: &[(&str, Type)]) -> Relation {
+    let column = |(name, ty): &(&str, Type)| Column {
+        name: (*name).into(),
+        type_oid: ty.oid(),
+        type_modifier: -1,
+        identity: true,
+    };
+    Relation {
+        oid: 1,
+        schema: "public".into(),
+        name: "rows".into(),
+        identity: ReplicaIdentity::Full,
+        columns: columns.iter().map(column).collect(),
+    }
+}
+
+/// Conditions that hold, so that nothing is cut short.
+#[divan::bench(args = [
+    "row.status == \"active\"",
+    "row.status == \"active\" && row.amount > 10",
+    "row.status in [\"new\", \"paid\", \"active\"]",
+    "row.created_at > timestamp(\"2024-01-01T00:00:00Z\")",
+    "row.data.kind == \"book\"",
+    "\"sale\" in row.tags",
+])]
+fn condition(bencher: Bencher<'_, '_>, text: &str) {
+    let relation = relation(&[
+        ("status", Type::TEXT),
+        ("amount", Type::NUMERIC),
+        ("created_at", Type::TIMESTAMPTZ),
+        ("data", Type::JSONB),
+        ("tags", Type::TEXT_ARRAY),
+    ]);
+    let scope = Scope { relation: &relation, types: &Types::builtin(), names: Names::Row };
+    let expression = Expression::parse(text).expect("an expression");
+    let condition = expression::bind(&expression, &scope, Wanted::Condition).expect("a condition that fits");
+    let row = [
+        Datum::Text(b"active"),
+        Datum::Text(b"12345.67"),
+        Datum::Text(b"2024-02-29 12:00:00.123456+00"),
+        Datum::Text(br#"{"kind": "book", "pages": 300}"#),
+        Datum::Text(b"{new,sale}"),
+    ];
+    bencher.bench_local(|| {
+        let images = Images::of_row(black_box(&row));
+        assert_eq!(black_box(&condition).truth(&images), Truth::True);
     });
 }
 

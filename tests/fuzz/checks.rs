@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use keepstep::decode::pgoutput;
-use keepstep::decode::types::JsonType;
+use keepstep::decode::types::{JsonType, Types};
 use keepstep::decode::value::write_json;
-use keepstep::model::{Change, Datum, Event, OldTuple, Tuple};
+use keepstep::model::{Change, Column, Datum, Event, OldTuple, Relation, ReplicaIdentity, Tuple};
+use keepstep::rules::expression::{Expression, Images, Names, Scope, Wanted, bind};
 use serde::de::IgnoredAny;
 
 /// A frame is refused, or every column of its tuples can be walked over.
@@ -71,4 +72,51 @@ fn types() -> Vec<JsonType> {
         composite(),
         array(composite(), b','),
     ]
+}
+
+/// An expression is refused with a place in its text, or it can be bound to a table, or not, and evaluated on any row.
+pub(crate) fn expression(input: &[u8]) {
+    // What follows a zero byte are the columns' texts.
+    let mut parts = input.split(|byte| *byte == 0);
+    let Some(Ok(text)) = parts.next().map(str::from_utf8) else { return };
+    let in_text = |range: &std::ops::Range<usize>| assert!(text.get(range.clone()).is_some(), "{range:?} of {text}");
+    let expression = match Expression::parse(text) {
+        Ok(expression) => expression,
+        Err(error) => return in_text(&error.range),
+    };
+    expression.columns().iter().for_each(|column| in_text(&column.range));
+    let relation = relation();
+    let row: Vec<Datum<'_>> = relation.columns.iter().map(|_| parts.next().map_or(Datum::Null, Datum::Text)).collect();
+    let (types, images) = (Types::builtin(), Images::of_row(&row));
+    for wanted in [Wanted::Condition, Wanted::Value, Wanted::Number, Wanted::Timestamp] {
+        match bind(&expression, &Scope { relation: &relation, types: &types, names: Names::Change }, wanted) {
+            Err(errors) => errors.iter().for_each(|error| in_text(&error.range)),
+            Ok(bound) => {
+                let mut out = b"[".to_vec();
+                if bound.write_json(&images, &mut out).is_err() {
+                    assert_eq!(out, b"[");
+                }
+                let _ = (bound.truth(&images), bound.number(&images), bound.timestamp(&images));
+            }
+        }
+    }
+}
+
+/// A column of each kind, named after the letters from `a` on.
+fn relation() -> Relation {
+    /// int8, text, numeric, float8, bool, timestamptz, date, jsonb, `text[]`, bytea, bpchar, uuid.
+    const TYPES: [u32; 12] = [20, 25, 1700, 701, 16, 1184, 1082, 3802, 1009, 17, 1042, 2950];
+    let column = |(name, &type_oid): (char, &u32)| Column {
+        name: name.to_string(),
+        type_oid,
+        type_modifier: -1,
+        identity: name == 'a',
+    };
+    Relation {
+        oid: 1,
+        schema: "public".to_owned(),
+        name: "rows".to_owned(),
+        identity: ReplicaIdentity::Default,
+        columns: ('a'..).zip(&TYPES).map(column).collect(),
+    }
 }

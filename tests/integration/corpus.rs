@@ -74,6 +74,7 @@ fn corpus_holds() {
         assert!(read.is_ok() || !name.starts_with("captured-"), "{name}: {read:?}");
     }
     corpus("value").iter().for_each(|(_, input)| checks::value(input));
+    corpus("expression").iter().for_each(|(_, input)| checks::expression(input));
 }
 
 proptest! {
@@ -82,6 +83,11 @@ proptest! {
     #[test]
     fn any_frame_is_read_or_refused(frame in mutants("pgoutput")) {
         checks::pgoutput(&frame);
+    }
+
+    #[test]
+    fn any_expression_is_evaluated_or_refused(input in mutants("expression")) {
+        checks::expression(&input);
     }
 
     #[test]

@@ -29,7 +29,10 @@ impl Binder<'_> {
             (Some(text), [part], _) if BEHIND.contains(&name) && name != "size" && !name.ends_with("Ascii") => {
                 self.test(name, text, part, node)
             }
-            _ => self.wrong(no_such_call(name, of.is_some(), arguments.len(), node)),
+            _ => {
+                let subject = of.or(arguments.first()).map_or("row.name", |node| &self.text[node.range.clone()]);
+                self.wrong(no_such_call(name, of.is_some(), arguments.len(), subject, node))
+            }
         }
     }
 
@@ -116,50 +119,47 @@ impl Binder<'_> {
     }
 }
 
-/// The function does not exist, is written the other way round, or takes another number of arguments.
-fn no_such_call(name: &str, is_behind: bool, arguments: usize, node: &Node) -> ExpressionError {
+/// The function does not exist, is written the other way round, or takes another number of arguments; `subject` is what
+/// it was called on.
+fn no_such_call(name: &str, is_behind: bool, arguments: usize, subject: &str, node: &Node) -> ExpressionError {
     let range = node.mark.clone();
     let (known, other) = if is_behind { (&BEHIND[..], &PREFIX[..]) } else { (&PREFIX[..], &BEHIND[..]) };
     if known.contains(&name) {
         let problem = format!("calls `{name}` with {arguments} arguments");
-        return ExpressionError::new(range, problem).help(form(name, is_behind));
+        return ExpressionError::new(range, problem).help(form(name, is_behind, subject));
     }
     let error = ExpressionError::new(range, format!("calls `{name}`, which is not supported"));
     if other.contains(&name) {
-        return error.help(form(name, !is_behind));
+        return error.help(form(name, !is_behind, subject));
     }
-    let instead = match name.to_ascii_lowercase().as_str() {
-        "lower" => "write row.name.lowerAscii()",
-        "upper" => "write row.name.upperAscii()",
-        "length" | "len" | "char_length" | "count" => "write size(row.name)",
-        "coalesce" | "ifnull" | "nvl" => "write row.name != null ? row.name : \"…\"",
-        "concat" => "join texts with `+`",
+    error.help(match name.to_ascii_lowercase().as_str() {
+        "lower" => form("lowerAscii", true, subject),
+        "upper" => form("upperAscii", true, subject),
+        "length" | "len" | "char_length" | "count" => form("size", false, subject),
+        "float" => form("double", false, subject),
+        "str" | "text" => form("string", false, subject),
+        "like" | "ilike" => form("matches", true, subject),
+        "interval" => form("duration", false, subject),
+        "date" => form("timestamp", false, subject),
+        "coalesce" | "ifnull" | "nvl" => format!("write {subject} != null ? {subject} : \"…\""),
+        "concat" => "join texts with `+`".to_owned(),
         "now" | "current_timestamp" => {
-            "an expression knows the row alone: a value that ages is what `ttl` and `every` are for"
+            "an expression knows the row alone; what changes with time is for `ttl` and `every`".to_owned()
         }
-        "like" | "ilike" => "write row.name.matches(\"…\")",
-        "float" => "write double(row.name)",
-        "str" | "text" => "write string(row.name)",
-        "interval" => "write duration(\"1h\")",
-        "date" => "write timestamp(\"2024-01-01T00:00:00Z\")",
-        lower => {
-            let near = nearest(lower, known.iter().chain(other).copied());
-            return error.help(match near {
-                Some(near) => form(near, BEHIND.contains(&near) && !PREFIX.contains(&near)),
-                None => format!("functions are has, {}, and behind a text {}", PREFIX.join(", "), BEHIND.join(", ")),
-            });
-        }
-    };
-    error.help(instead)
+        _ => match nearest(name, known.iter().chain(other).copied()).filter(|near| near.len() + 2 >= name.len()) {
+            Some(near) => form(near, BEHIND.contains(&near) && !PREFIX.contains(&near), subject),
+            None => format!("functions are has, {}, and behind a text {}", PREFIX.join(", "), BEHIND.join(", ")),
+        },
+    })
 }
 
 /// How a function is written.
-fn form(name: &str, is_behind: bool) -> String {
+fn form(name: &str, is_behind: bool, subject: &str) -> String {
     match name {
         "timestamp" => "write timestamp(\"2024-01-01T00:00:00Z\")".to_owned(),
         "duration" => "write duration(\"1h30m\")".to_owned(),
-        "size" | "lowerAscii" | "upperAscii" if is_behind => format!("write row.name.{name}()"),
-        _ if is_behind => format!("write row.name.{name}(\"…\")"),
-        _ => format!("write {name}(row.name)"),
+        "size" | "lowerAscii" | "upperAscii" if is_behind => format!("write {subject}.{name}()"),
+        _ if is_behind => format!("write {subject}.{name}(\"…\")"),
+        _ => format!("write {name}({subject})"),
     }
 }

@@ -103,8 +103,15 @@ fn unclosed(at: usize, opening: Opening<'_>) -> ExpressionError {
     ExpressionError::new(range, "has a text that does not end").label("no quote closes this one")
 }
 
-/// The brackets that belong together, each from its opening to behind its closing one.
-pub(super) fn brackets(text: &str, lexemes: &[Lexeme]) -> Vec<Range<usize>> {
+/// The brackets of a text.
+pub(super) struct Brackets {
+    /// Those that belong together, each from its opening to behind its closing one.
+    pub(super) pairs: Vec<Range<usize>>,
+    /// Where those open that nothing closes.
+    pub(super) open: Vec<usize>,
+}
+
+pub(super) fn brackets(text: &str, lexemes: &[Lexeme]) -> Brackets {
     let (mut open, mut pairs) = (Vec::new(), Vec::new());
     for lexeme in lexemes.iter().filter(|lexeme| lexeme.kind == Kind::Sign) {
         match &text[lexeme.range.clone()] {
@@ -113,7 +120,7 @@ pub(super) fn brackets(text: &str, lexemes: &[Lexeme]) -> Vec<Range<usize>> {
             _ => {}
         }
     }
-    pairs
+    Brackets { pairs, open }
 }
 
 /// What is SQL and not CEL, if anything is.

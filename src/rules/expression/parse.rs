@@ -8,7 +8,7 @@ use cel::parser::{ParseErrors, Parser};
 
 use super::ExpressionError;
 use super::decimal::Decimal;
-use super::lexemes::{Kind as LexemeKind, Lexeme, brackets, lexemes, sql};
+use super::lexemes::{Brackets, Kind as LexemeKind, Lexeme, brackets, lexemes, sql};
 use super::tree::{Comparison, Kind, Node, Operator};
 use super::value::Arithmetic;
 
@@ -18,7 +18,7 @@ const DEPTH_MAX: u16 = 32;
 /// Reads an expression.
 pub(super) fn parse(text: &str) -> Result<Node, ExpressionError> {
     let lexemes = lexemes(text)?;
-    let pairs = brackets(text, &lexemes);
+    let Brackets { pairs, open } = brackets(text, &lexemes);
     let deepest = lexemes.iter().map(|lexeme| pairs.iter().filter(|pair| pair.contains(&lexeme.range.start)).count());
     if deepest.max().unwrap_or(0) > usize::from(DEPTH_MAX) {
         return Err(ExpressionError::new(0..text.len(), format!("nests more than {DEPTH_MAX} brackets")));
@@ -26,12 +26,12 @@ pub(super) fn parse(text: &str) -> Result<Node, ExpressionError> {
     // The first error is enough, and going on behind it would show trees with holes.
     let parser = Parser::new().max_recursion_depth(DEPTH_MAX).error_recovery_limit(0);
     let parsed = parser.parse_with_source_info(text);
-    let (tree, source) = parsed.map_err(|errors| syntax_error(text, &lexemes, &errors))?;
+    let (tree, source) = parsed.map_err(|errors| syntax_error(text, &lexemes, &open, &errors))?;
     Reader { text, source, pairs }.node(&tree)
 }
 
 /// What is wrong where the parser stopped.
-fn syntax_error(text: &str, lexemes: &[Lexeme], errors: &ParseErrors) -> ExpressionError {
+fn syntax_error(text: &str, lexemes: &[Lexeme], open: &[usize], errors: &ParseErrors) -> ExpressionError {
     if let Some(error) = sql(text, lexemes) {
         return error;
     }
@@ -40,28 +40,38 @@ fn syntax_error(text: &str, lexemes: &[Lexeme], errors: &ParseErrors) -> Express
     let told = errors.errors.iter().find(|error| !gave_up(&error.msg)).or(errors.errors.first());
     let at = told.map_or(0, |error| offset(text, error.pos));
     let Some(lexeme) = lexemes.iter().find(|lexeme| lexeme.range.end > at) else {
+        if let Some(&start) = open.last() {
+            return ExpressionError::new(start..start + 1, "has a bracket that is not closed");
+        }
         let problem = if lexemes.is_empty() { "is empty" } else { "ends too early" };
         return ExpressionError::new(text.len()..text.len(), problem).label("something is missing here");
     };
+    let (problem, help) = explained(told.map_or("", |error| error.msg.as_str()), text, lexeme);
+    ExpressionError::new(lexeme.range.clone(), problem).help(help)
+}
+
+/// The parser's message in the words of this file, and what to do.
+fn explained(message: &str, text: &str, lexeme: &Lexeme) -> (String, String) {
     let found = &text[lexeme.range.clone()];
-    let message = told.map_or("", |error| error.msg.as_str());
-    let (problem, help) = if message.starts_with("reserved identifier") {
+    let is_text = lexeme.kind == LexemeKind::Text;
+    if message.starts_with("reserved identifier") {
         (format!("uses `{found}`, which CEL reserves"), format!("for a column of that name write row[\"{found}\"]"))
     } else if message.starts_with("invalid int literal") {
         (format!("has the integer {found}, which does not fit into 64 bits"), format!("write {found}.0 for a decimal"))
-    } else if message.starts_with("invalid string literal") || message.starts_with("invalid bytes literal") {
+    } else if is_text && (message.contains("token recognition error") || message.starts_with("invalid ")) {
         ("has a text with an escape that CEL does not know".to_owned(), "write a backslash as `\\\\`".to_owned())
     } else if message.contains("Recursion limit") {
         (format!("nests more than {DEPTH_MAX} brackets or choices"), "put it into several rules".to_owned())
     } else if message.starts_with("invalid argument to has()") {
         ("calls `has` with something that is no field".to_owned(), "write has(row.column)".to_owned())
+    } else if message.starts_with("unsupported syntax") {
+        ("has an optional field, which is not supported".to_owned(), "a member that is missing is null".to_owned())
     } else if lexeme.kind == LexemeKind::Word && text[..lexeme.range.start].ends_with('.') {
         (format!("cannot read `{found}` behind a point"), format!("write row[\"{found}\"]"))
     } else {
         let help = "the syntax is that of CEL: row.status == \"active\" && row.amount > 10";
         (format!("cannot be read at `{found}`"), help.to_owned())
-    };
-    ExpressionError::new(lexeme.range.clone(), problem).help(help)
+    }
 }
 
 /// The byte at a line and column, both from 1 and in characters.

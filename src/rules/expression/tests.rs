@@ -478,7 +478,7 @@ fn messages_of_the_syntax() {
     let signs = "!".repeat(401);
     let nested = format!("{}1{}", "(".repeat(40), ")".repeat(40));
     let chain = "true ? 1 : ".repeat(60) + "1";
-    insta::assert_snapshot!(messages(
+    let shown = messages(
         &[
             "",
             "   // nothing",
@@ -507,13 +507,14 @@ fn messages_of_the_syntax() {
             &nested,
             &chain,
         ],
-        Wanted::Condition
-    ));
+        Wanted::Condition,
+    );
+    insta::assert_snapshot!(shown);
 }
 
 #[test]
 fn messages_where_sql_was_written() {
-    insta::assert_snapshot!(messages(
+    let shown = messages(
         &[
             "row.status = 'active'",
             "row.status <> 'active'",
@@ -539,13 +540,14 @@ fn messages_where_sql_was_written() {
             "row.name || row.status",
             "now() > row.created_at",
         ],
-        Wanted::Condition
-    ));
+        Wanted::Condition,
+    );
+    insta::assert_snapshot!(shown);
 }
 
 #[test]
 fn messages_of_names_and_types() {
-    insta::assert_snapshot!(messages(
+    let shown = messages(
         &[
             "row.statsu == 'active'",
             "row.zzz == 1 && row.yyy == 2",
@@ -601,22 +603,22 @@ fn messages_of_names_and_types() {
             "row.qty.string() == '1'",
             "substring(row.name, 1) == 'a'",
         ],
-        Wanted::Condition
-    ));
+        Wanted::Condition,
+    );
+    insta::assert_snapshot!(shown);
 }
 
 #[test]
 fn messages_of_what_is_wanted() {
     let of = |wanted, texts: &[&str]| messages(texts, wanted);
-    insta::assert_snapshot!(
-        [
-            of(Wanted::Condition, &["row.qty", "row.created_at"]),
-            of(Wanted::Value, &["duration(\"1h\")"]),
-            of(Wanted::Number, &["row.status", "row.created_at"]),
-            of(Wanted::Timestamp, &["row.qty", "\"2024-01-01\""]),
-        ]
-        .join("\n")
-    );
+    let shown = [
+        of(Wanted::Condition, &["row.qty", "row.created_at"]),
+        of(Wanted::Value, &["duration(\"1h\")"]),
+        of(Wanted::Number, &["row.status", "row.created_at"]),
+        of(Wanted::Timestamp, &["row.qty", "\"2024-01-01\""]),
+    ]
+    .join("\n");
+    insta::assert_snapshot!(shown);
 }
 
 /// The table of the module's documentation.

@@ -9,7 +9,7 @@ use super::evaluate::{Column, Load, Term, Which};
 use super::instant::Form;
 use super::tree::{Comparison, Kind, Node, Operator};
 use super::value::{Arithmetic, Value, calculate};
-use super::{BoundExpression, ExpressionError, Names, Scope, Wanted};
+use super::{BoundExpression, Expression, ExpressionError, Names, Scope, Wanted};
 use crate::decode::types::{JsonType, TypeInfo};
 use crate::suggest::nearest;
 
@@ -105,8 +105,13 @@ impl Typed {
 }
 
 /// Binds an expression; every problem in the order of the text.
-pub(super) fn bind(root: &Node, scope: &Scope<'_>, wanted: Wanted) -> Result<BoundExpression, Vec<ExpressionError>> {
-    let mut binder = Binder { scope, problems: Vec::new(), columns: Vec::new(), old_columns: Vec::new() };
+pub(super) fn bind(
+    expression: &Expression,
+    scope: &Scope<'_>,
+    wanted: Wanted,
+) -> Result<BoundExpression, Vec<ExpressionError>> {
+    let Expression { text, root } = expression;
+    let mut binder = Binder { text, scope, problems: Vec::new(), columns: Vec::new(), old_columns: Vec::new() };
     let typed = binder.node(root).and_then(|typed| binder.wanted(typed, wanted));
     match typed {
         Some(typed) if binder.problems.is_empty() => Ok(BoundExpression {
@@ -128,6 +133,7 @@ fn sorted(mut places: Vec<usize>) -> Box<[usize]> {
 }
 
 pub(super) struct Binder<'a> {
+    pub(super) text: &'a str,
     scope: &'a Scope<'a>,
     problems: Vec<ExpressionError>,
     columns: Vec<usize>,
@@ -273,9 +279,20 @@ impl Binder<'_> {
         let problem = format!("has {} where `{sign}` needs bool", typed.type_name);
         let help = match typed.ty {
             Type::Text if sign == "||" => "to join texts write `+`".to_owned(),
-            ty => truth_help(ty).to_owned(),
+            _ => self.truth_help(&typed),
         };
         self.wrong(ExpressionError::new(typed.range, problem).label(format!("this is {}", typed.type_name)).help(help))
+    }
+
+    /// How to ask something of a value that is no bool.
+    fn truth_help(&self, typed: &Typed) -> String {
+        let text = &self.text[typed.range.clone()];
+        let other = match typed.ty {
+            Type::Int | Type::Decimal | Type::Float => "0",
+            Type::Text | Type::Opaque => "\"\"",
+            _ => "null",
+        };
+        format!("compare it: {text} != {other}")
     }
 
     fn negate(&mut self, of: &Node, node: &Node) -> Option<Typed> {
@@ -430,7 +447,7 @@ impl Binder<'_> {
         let error = ExpressionError::new(typed.range.clone(), format!("gives {}, not {what}", typed.type_name))
             .label(format!("this is {}", typed.type_name));
         self.wrong(match wanted {
-            Wanted::Condition => error.help(truth_help(typed.ty)),
+            Wanted::Condition => error.help(self.truth_help(&typed)),
             Wanted::Value => error.help("string(…) gives its seconds"),
             Wanted::Number if typed.ty == Type::Text => error.help("write int(…) or double(…) for a text of digits"),
             Wanted::Number => error,
@@ -569,15 +586,6 @@ fn calculate_error(operation: Arithmetic, left: &Typed, right: &Typed, node: &No
         }
         (_, Type::Null, _) | (_, _, Type::Null) => error.help("what touches null is null"),
         _ => error,
-    }
-}
-
-/// How to ask something of a value that is no bool.
-fn truth_help(ty: Type) -> &'static str {
-    match ty {
-        Type::Int | Type::Decimal | Type::Float => "compare it: row.count != 0",
-        Type::Text | Type::Opaque => "compare it: row.name != \"\"",
-        _ => "compare it: row.name != null",
     }
 }
 
