@@ -293,6 +293,9 @@ pub enum EvalError {
     /// Of an integer or a float.
     #[error("an expression divides by zero")]
     DivisionByZero,
+    /// Of a number out of JSON; where the types are known beforehand this is no expression.
+    #[error("an expression divides a decimal: double(…) or int(…) around it says how")]
+    DecimalDivision,
     /// Decimals hold 38.
     #[error("a decimal in an expression needs more than 38 digits")]
     TooManyDigits,

@@ -8,9 +8,11 @@ use super::ExpressionError;
 /// The longest text of an expression, in bytes.
 pub(super) const EXPRESSION_BYTES_MAX: usize = 8192;
 
-/// The most signs that an expression may hold outside its texts, commas not counted. Each can nest the parser one level
-/// deeper, so this keeps it within the stack.
-pub(super) const SIGNS_MAX: usize = 400;
+/// How deep an expression may nest, as [`depth`] counts it. The parser goes one level down the stack for each.
+pub(super) const DEPTH_MAX: usize = 96;
+
+/// What a bracket, with everything that can stand in one, costs more than an operator.
+const BRACKET_DEPTH: usize = 4;
 
 /// What stands at a place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +38,7 @@ pub(super) fn lexemes(text: &str) -> Result<Vec<Lexeme>, ExpressionError> {
         return Err(ExpressionError::new(0..text.len(), problem).help("put what it says into a column of the table"));
     }
     let mut lexemes = Vec::new();
-    let (mut at, mut signs) = (0, 0);
+    let mut at = 0;
     while let Some(first) = text[at..].chars().next() {
         let rest = &text[at..];
         let (kind, length) = if first.is_whitespace() {
@@ -48,18 +50,34 @@ pub(super) fn lexemes(text: &str) -> Result<Vec<Lexeme>, ExpressionError> {
         } else if is_word(first) {
             (Some(Kind::Word), rest.find(|c| !is_word(c)).unwrap_or(rest.len()))
         } else {
-            signs += usize::from(first != ',');
             (Some(Kind::Sign), first.len_utf8())
         };
-        if signs > SIGNS_MAX {
-            let problem = format!("has more than {SIGNS_MAX} operators, points and brackets");
-            let help = "a long `==` or `||` is shorter as a list: row.status in [\"a\", \"b\"]";
-            return Err(ExpressionError::new(0..text.len(), problem).help(help));
-        }
         lexemes.extend(kind.map(|kind| Lexeme { kind, range: at..at + length }));
         at += length;
     }
+    if depth(text, &lexemes) > DEPTH_MAX {
+        return Err(ExpressionError::new(0..text.len(), "nests too deep").help("put a part of it into another rule"));
+    }
     Ok(lexemes)
+}
+
+/// How deep an expression nests at most: the operators, points and brackets that stand around a place. Those of a chain
+/// nest in each other too (`a + b + c` is `(a + b) + c`), but `&&`, `||`, `,` and `? :` begin anew.
+fn depth(text: &str, lexemes: &[Lexeme]) -> usize {
+    let (mut open, mut chain, mut deepest) = (Vec::new(), 0, 0);
+    for lexeme in lexemes.iter().filter(|lexeme| lexeme.kind == Kind::Sign) {
+        match &text[lexeme.range.clone()] {
+            "(" | "[" | "{" => {
+                open.push(chain);
+                chain = 0;
+            }
+            ")" | "]" | "}" => chain = open.pop().unwrap_or(0) + 1,
+            "&" | "|" | "," | "?" | ":" => chain = 0,
+            _ => chain += 1,
+        }
+        deepest = deepest.max(open.iter().sum::<usize>() + open.len() * BRACKET_DEPTH + chain);
+    }
+    deepest
 }
 
 fn is_word(c: char) -> bool {

@@ -12,21 +12,30 @@ use super::lexemes::{Brackets, Kind as LexemeKind, Lexeme, brackets, lexemes, sq
 use super::tree::{Comparison, Kind, Node, Operator};
 use super::value::Arithmetic;
 
-/// How deep brackets and choices may nest.
-const DEPTH_MAX: u16 = 32;
+/// How deep the parser's rule for a whole expression may nest: brackets are fewer, so this is for `? : ? :`.
+const CHOICES_MAX: u16 = 24;
+
+/// The stack that the parser gets: a bracket takes it 150 KB of an unoptimized build's, and a test's thread has 2 MB.
+const STACK_BYTES: usize = 16 << 20;
 
 /// Reads an expression.
 pub(super) fn parse(text: &str) -> Result<Node, ExpressionError> {
     let lexemes = lexemes(text)?;
-    let Brackets { pairs, open } = brackets(text, &lexemes);
-    let deepest = lexemes.iter().map(|lexeme| pairs.iter().filter(|pair| pair.contains(&lexeme.range.start)).count());
-    if deepest.max().unwrap_or(0) > usize::from(DEPTH_MAX) {
-        return Err(ExpressionError::new(0..text.len(), format!("nests more than {DEPTH_MAX} brackets")));
-    }
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("parser".to_owned()).stack_size(STACK_BYTES);
+        let parsed = thread.spawn_scoped(scope, || read(text, &lexemes)).map(std::thread::ScopedJoinHandle::join);
+        // No thread to be had, or a fault of the parser: either way only this text is lost.
+        let failed = || ExpressionError::new(0..text.len(), "cannot be read: the parser failed");
+        parsed.map_err(|_| failed())?.map_err(|_| failed())?
+    })
+}
+
+fn read(text: &str, lexemes: &[Lexeme]) -> Result<Node, ExpressionError> {
+    let Brackets { pairs, open } = brackets(text, lexemes);
     // The first error is enough, and going on behind it would show trees with holes.
-    let parser = Parser::new().max_recursion_depth(DEPTH_MAX).error_recovery_limit(0);
+    let parser = Parser::new().max_recursion_depth(CHOICES_MAX).error_recovery_limit(0);
     let parsed = parser.parse_with_source_info(text);
-    let (tree, source) = parsed.map_err(|errors| syntax_error(text, &lexemes, &open, &errors))?;
+    let (tree, source) = parsed.map_err(|errors| syntax_error(text, lexemes, &open, &errors))?;
     Reader { text, source, pairs }.node(&tree)
 }
 
@@ -61,9 +70,12 @@ fn explained(message: &str, text: &str, lexeme: &Lexeme) -> (String, String) {
     } else if is_text && (message.contains("token recognition error") || message.starts_with("invalid ")) {
         ("has a text with an escape that CEL does not know".to_owned(), "write a backslash as `\\\\`".to_owned())
     } else if message.contains("Recursion limit") {
-        (format!("nests more than {DEPTH_MAX} brackets or choices"), "put it into several rules".to_owned())
+        (format!("nests more than {CHOICES_MAX} choices"), "put a part of it into another rule".to_owned())
     } else if message.starts_with("invalid argument to has()") {
-        ("calls `has` with something that is no field".to_owned(), "write has(row.column)".to_owned())
+        (
+            "calls `has` with something that is no field".to_owned(),
+            "write has(row.column), or row[\"a column\"] != null".to_owned(),
+        )
     } else if message.starts_with("unsupported syntax") {
         ("has an optional field, which is not supported".to_owned(), "a member that is missing is null".to_owned())
     } else if lexeme.kind == LexemeKind::Word && text[..lexeme.range.start].ends_with('.') {
@@ -98,7 +110,8 @@ impl Reader<'_> {
                 let operand = self.node(&select.operand)?;
                 if select.test {
                     let range = self.called(&token);
-                    let mark = range.start..token.start;
+                    let point = self.text[operand.range.end..].find('.').unwrap_or(0);
+                    let mark = self.word_behind(operand.range.end + point + 1);
                     return Ok(Node { kind: Kind::Has(Box::new(operand), select.field.clone()), range, mark });
                 }
                 let mark = self.word_behind(token.end);

@@ -237,7 +237,7 @@ fn numbers<'a>(operation: Arithmetic, left: &Value<'_>, right: &Value<'_>) -> Re
             Arithmetic::Add => left.add(right)?,
             Arithmetic::Subtract => left.add(right.negate()?)?,
             Arithmetic::Multiply => left.multiply(right)?,
-            Arithmetic::Divide | Arithmetic::Remainder => return Err(wrong()),
+            Arithmetic::Divide | Arithmetic::Remainder => return Err(EvalError::DecimalDivision),
         }));
     }
     let (left, right) = (left.as_f64().ok_or_else(wrong)?, right.as_f64().ok_or_else(wrong)?);
