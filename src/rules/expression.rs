@@ -35,6 +35,12 @@
 //! does not hold. Unlike SQL `row.x == null` and `row.x != null` ask whether it is NULL, as people expect who write it.
 //! `has(row.x)` is `row.x != null`; `has(row.data.x)` asks whether the member is there, be it null.
 //!
+//! # Limits
+//!
+//! A text of 8192 bytes, 96 operators and brackets in each other (a bracket counts as four), 24 choices in each other, 38
+//! digits, a pattern that compiles into 1 MiB, joined texts of 64 MiB. Texts compare by code point, as CEL has it and the
+//! collation `C`. Nothing depends on the clock, so a change that is replayed gives what it gave before.
+//!
 //! # Examples
 //!
 //! Each is a test.

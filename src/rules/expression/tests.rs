@@ -202,6 +202,7 @@ fn arithmetic_is_exact_or_an_error() {
         ("10 / row.qty > 1 || row.qty == 0", "qty=0", "true"),
         ("10 / row.qty > 1 && row.qty != 0", "qty=0", "false"),
         ("1 - -1", "", "2"),
+        ("(row.active ? row.qty : row.ratio) / (row.deleted ? row.ratio : 2)", "active=t; qty=7", "3.5"),
     ]);
 }
 

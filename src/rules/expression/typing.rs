@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use tokio_postgres::types::Type as PgType;
 
-use super::evaluate::{Column, Load, Term, Which};
+use super::evaluate::{Column, Function, Load, Term, Which};
 use super::instant::Form;
 use super::tree::{Comparison, Kind, Node, Operator};
 use super::value::{Arithmetic, Value, calculate};
@@ -315,7 +315,7 @@ impl Binder<'_> {
             let error = ExpressionError::new(otherwise.range, problem).label(label);
             return self.wrong(error.help("make both sides alike, for example with string(…)"));
         };
-        let term = Term::Choice(Box::new([condition.term, then.term, otherwise.term]));
+        let term = Term::Choice(Box::new([condition.term, widened(then, ty), widened(otherwise, ty)]));
         Some(Typed::new(term, ty, node))
     }
 
@@ -519,6 +519,16 @@ fn as_float(mut typed: Typed, other: Type) -> Typed {
         typed.ty = Type::Float;
     }
     typed
+}
+
+/// A side of a choice whose other side is a float is one too, so that what is done with it does not depend on the row.
+fn widened(typed: Typed, ty: Type) -> Term {
+    match as_float(typed, ty) {
+        typed if ty == Type::Float && typed.ty.is_number() && typed.ty != ty => {
+            Term::Apply(Function::Double, typed.boxed())
+        }
+        typed => typed.term,
+    }
 }
 
 /// The type that two sides of a choice have in common.
