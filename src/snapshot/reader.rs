@@ -619,8 +619,10 @@ impl Reader {
             return Ok(Read::Rewritten(leaf));
         }
         self.open(selection.of, snapshot, selection.rows_wanted).await?;
-        let rows = self.copy(selection).await?;
+        let (rows, last) = self.copy(selection).await?;
         run(&self.client, "COMMIT").await?;
+        // For as long as Redis is away, and without a snapshot.
+        self.say(Found::Piece(last)).await?;
         Ok(Read::Rows(rows))
     }
 
@@ -650,8 +652,8 @@ impl Reader {
         Ok((parse(&row, 0)?, leaf))
     }
 
-    /// COPY, rendered row by row.
-    async fn copy(&mut self, selection: &Selection<'_>) -> Outcome<u64> {
+    /// COPY, rendered row by row. Gives the number of rows, and the last piece.
+    async fn copy(&mut self, selection: &Selection<'_>) -> Outcome<(u64, Batch)> {
         self.waited = Duration::ZERO;
         let relation = &selection.table.relation;
         let columns: Vec<String> = relation.columns.iter().map(|column| sql_identifier(&column.name)).collect();
@@ -684,8 +686,7 @@ impl Reader {
             }
         }
         self.row = row;
-        self.say(Found::Piece(batch)).await?;
-        Ok(rows)
+        Ok((rows, batch))
     }
 
     fn empty(&mut self) -> Batch {

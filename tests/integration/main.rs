@@ -18,6 +18,7 @@ mod orders;
 mod owned;
 mod pgbench;
 mod provision;
+mod reader;
 mod redis_side;
 mod source;
 mod source_tls;
