@@ -458,7 +458,11 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
             Some(Found::Settled(Of::Table)) => self.sweep_debts(),
             Some(Found::Settled(Of::Rows)) => {}
-            Some(Found::Part) => reading.pass.iter_mut().for_each(|pass| pass.unseen.clear()),
+            Some(Found::Part(answer)) => {
+                reading.pass.iter_mut().for_each(|pass| pass.unseen.clear());
+                // A reader that does not listen any more has failed, and says so.
+                let _ = answer.send(());
+            }
             Some(Found::Present(cells)) => reading.pass.iter_mut().for_each(|pass| pass.unseen.extend(&cells)),
             Some(Found::Unseen(answer)) => {
                 self.strike_touched();
@@ -468,8 +472,10 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
             Some(Found::Opened(chunk)) => {
                 self.strike_touched();
-                if let (Some(touches), Some(reading)) = (self.intake.touches(), &mut self.reads.reading) {
+                if let Some(touches) = self.intake.touches() {
                     touches.forget_seen(&chunk.snapshot);
+                }
+                if let Some(reading) = &mut self.reads.reading {
                     reading.chunk = Some(chunk);
                 }
             }

@@ -146,8 +146,8 @@ pub enum Found {
     Begin(oneshot::Sender<Vec<Xid>>),
     /// All that was decoded before is visible now.
     Settled(Of),
-    /// Another part of the keys is looked for: those of the part before are forgotten.
-    Part,
+    /// Another part of the keys is looked for: those of the part before are forgotten. Answered when it comes to it.
+    Part(oneshot::Sender<()>),
     /// Keys of the rules that Redis holds.
     Present(Vec<CellId>),
     /// A chunk begins; its pieces follow.
@@ -376,23 +376,32 @@ impl Reader {
         if job.barrier {
             self.barrier().await?;
         }
+        if job.searches() {
+            // Rows can have gone in ways that the stream does not carry, while it still has to say that they came: their
+            // keys must be there before keys are looked for.
+            self.nothing().await?;
+        }
         let partitions = if !job.searches() { 1 } else { self.partitions(job).await? };
         for partition in 0..partitions {
             let within = |cell: CellId| cell.0 % u128::from(partitions) == u128::from(partition);
-            self.say(Found::Part).await?;
+            self.part().await?;
             self.cells(job, within, Cells::Present).await?;
             self.settle(Of::Table).await?;
-            if !job.table.rules.is_empty() {
-                match self.bound(job).await? {
-                    Some(table) => self.leaves(job, &table, partition == 0).await?,
-                    None => self.nothing().await?,
-                }
+            if let Some(table) = self.bound(job).await? {
+                self.leaves(job, &table, partition == 0).await?;
             }
             if self.some_unseen(job).await? {
                 self.cells(job, within, Cells::Candidates).await?;
             }
         }
         self.say(Found::Done(Of::Table)).await
+    }
+
+    /// Waits until the session has dealt with all that was found before.
+    async fn part(&self) -> Outcome<()> {
+        let (answer, begun) = oneshot::channel();
+        self.say(Found::Part(answer)).await?;
+        begun.await.map_err(|_| Stop::Abandoned)
     }
 
     async fn some_unseen(&self, job: &TableJob) -> Outcome<bool> {
@@ -405,8 +414,11 @@ impl Reader {
     }
 
     /// The table and its rules as the catalog has them: the stream says nothing of DDL before a row changes. `None` if
-    /// there is no such table.
+    /// there is no such table, or nothing is to be read of it.
     async fn bound(&self, job: &TableJob) -> Result<Option<BoundTable>> {
+        if job.table.rules.is_empty() {
+            return Ok(None);
+        }
         let Setting { config, publication, redis, .. } = &self.setting;
         let name = TableName::from(&job.table.relation);
         let catalog = catalog::load(&self.client, publication, std::slice::from_ref(&name)).await?;
@@ -428,7 +440,7 @@ impl Reader {
         Ok(Some(BoundTable { relation: facts.relation.clone(), rules }))
     }
 
-    /// A chunk of a table that is not there: what the stream still has to say of it comes before the marker.
+    /// A chunk without rows: behind its marker everything that was committed before is in Redis.
     async fn nothing(&mut self) -> Outcome<()> {
         let (snapshot, _) = self.look(0).await?;
         self.open(Of::Table, snapshot, true).await?;

@@ -380,6 +380,32 @@ async fn a_rewriting_alter_while_a_chunk_waits_loses_no_row() {
     assert_in_step(&stage, &[MIRROR]).await;
 }
 
+/// A table is gone, and its rule owes, while the stream still has to say that rows of it came and changed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_dropped_ahead_of_the_stream_leaves_no_key() {
+    let stage = Stage::set();
+    fill(&stage, 100).await;
+    let rules = stage.rules(RULES);
+    stage.keepstep(&["setup"]);
+    let daemon = Daemon::start(&stage, &rules).await;
+    warm(&stage).await;
+    let sql = stage.sql().await;
+    let walsender = Stopped::walsender(&sql).await;
+    stage.execute("update rows set version = 2 where id = 1; insert into rows values (101)").await;
+    stage.execute("drop table rows").await;
+    let logged = async |text: &str| daemon.log().contains(text).then_some(());
+    wait_for("the pass", async || logged("reconcile begins").await).await;
+    // Whoever does not wait for the stream is through with it.
+    comes_within(CANARY_LIMIT, async || logged("reconcile done").await.is_some()).await;
+    let end: String = sql.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.unwrap().get(0);
+    let end: Lsn = end.parse().unwrap();
+    drop(walsender);
+    wait_for("the stream", async || (stage.checkpoint().await?.applied.lsn >= end).then_some(())).await;
+    wait_for("the end of the pass", async || logged("reconcile done").await).await;
+    warm(&stage).await;
+    assert_eq!(differences(&stage, &[]).await, [""; 0]);
+}
+
 /// TRUNCATE takes away rows that were read, that are being read, and that are still to be read.
 #[tokio::test]
 async fn truncate_in_mid_warm_leaves_only_what_came_after_it() {

@@ -70,6 +70,7 @@ async fn begun(handle: &mut Handle) {
     loop {
         match handle.found.recv().await.unwrap() {
             Found::Begin(answer) => answer.send(Vec::new()).unwrap(),
+            Found::Part(answer) => answer.send(()).unwrap(),
             Found::Opened(_) => return,
             Found::Failed(error) => panic!("{error}"),
             _ => {}
