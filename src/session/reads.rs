@@ -663,7 +663,36 @@ fn literal(text: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{self, RulesFile};
     use crate::plan::tests::bound;
+
+    #[tokio::test]
+    async fn whoever_takes_no_report_for_long_has_hung_up() {
+        let text = "[postgres]\nurl = \"postgresql://db\"\n[redis]\nurl = \"redis://cache\"\n\
+                    [rule.row]\ntable = \"public.rows\"\nkey = \"row:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\n";
+        let file = RulesFile { path: "test.toml".into(), text: text.into() };
+        let (config, _) = config::parse(file, &|_| None).expect("a rules file");
+        let postgres = ConnInfo::parse("postgresql://user@db", &|_| None).expect("a URL");
+        let mut reads = Reads::new(Arc::new(config), postgres, None, Vec::new());
+        let (reports, listener) = mpsc::channel(1);
+        reads.ask(PassOrder { rules: Vec::new(), purpose: Purpose::Warm, filter: None, reports });
+        let report = || Report::Progress { rule: "row".into(), rows: 1, rows_total: 2 };
+        reads.asked[0].order.reports.try_send(report()).expect("room for one");
+        let mut now = Instant::now();
+        let mut listens_after = |reads: &mut Reads, passed| {
+            now += passed;
+            reads.hang_up_on_the_deaf(now);
+            !listener.is_closed()
+        };
+        assert!(listens_after(&mut reads, Duration::ZERO));
+        reads.asked[0].unsaid.extend((1..REPORTS_MAX).map(|_| report()));
+        assert!(listens_after(&mut reads, 2 * HEED_LIMIT), "there is little to be said");
+        reads.asked[0].unsaid.push_back(report());
+        assert!(listens_after(&mut reads, 2 * HEED_LIMIT), "there is much only now");
+        assert!(listens_after(&mut reads, HEED_LIMIT));
+        assert!(!listens_after(&mut reads, Duration::from_millis(1)));
+        assert!(matches!(heard(&mut reads, true).await, Heard::Listener(None)));
+    }
 
     #[test]
     fn rows_are_named_in_sql() {

@@ -317,6 +317,35 @@ async fn canary_no_barrier_behind_a_new_slot() {
     assert_eq!(wrong, [r#"test:row:1: holds {"id":1,"version":1}, its row is {"id":1,"version":2}"#]);
 }
 
+/// The same where no rule owes anything: it is somebody who asks for the first pass behind the slot.
+async fn asked_behind_a_new_slot(canary: Option<&str>) -> Vec<String> {
+    let mut stage = Stage::set();
+    fill(&stage, 100).await;
+    let standby = Standby::synchronous(&mut stage).await;
+    let rules = stage.rules(&format!("{RULES}warm = false\n"));
+    let stalled = slot_behind_a_stalled_update(&stage, &standby).await;
+    let mut daemon = spawn(&stage, &rules, canary);
+    daemon.ready().await;
+    let asked = stage.begin(&["warm", "--rule", "row"]);
+    comes_within(CANARY_LIMIT, async || asked.is_finished()).await;
+    standby.resume();
+    stalled.done().await;
+    assert!(asked.await.unwrap().status.success());
+    wrong(&stage).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_asks_behind_a_new_slot_waits_until_what_it_missed_is_visible() {
+    assert_eq!(asked_behind_a_new_slot(None).await, [""; 0]);
+}
+
+#[cfg(debug_assertions)]
+#[tokio::test(flavor = "multi_thread")]
+async fn canary_no_barrier_for_whoever_asks_behind_a_new_slot() {
+    let wrong = asked_behind_a_new_slot(Some("no_barrier")).await;
+    assert_eq!(wrong, [r#"test:row:1: holds {"id":1,"version":1}, its row is {"id":1,"version":2}"#]);
+}
+
 /// Rows move to other pages between two chunks, into some that were read already.
 async fn rewritten_between_chunks(canary: Option<&str>, rewrite: &str) -> Vec<String> {
     const ROWS: u32 = 20_000;
@@ -404,6 +433,36 @@ async fn a_table_that_is_dropped_ahead_of_the_stream_leaves_no_key() {
     wait_for("the end of the pass", async || logged("reconcile done").await).await;
     warm(&stage).await;
     assert_eq!(differences(&stage, &[]).await, [""; 0]);
+}
+
+/// While nobody reads, a row moves to where a pass has been, by an UPDATE that the rule does not follow.
+#[tokio::test]
+async fn a_warm_begins_again_where_updates_that_do_not_count_can_have_moved_rows() {
+    // So many that the last page has no room either.
+    const ROWS: u32 = 7 * 2858;
+    let stage = Stage::set();
+    fill(&stage, ROWS).await;
+    stage.execute("alter table rows replica identity full").await;
+    let rules = stage.rules(&format!("{RULES}changed = [\"version\"]\n"));
+    stage.set_fields("[postgres]", "warm_rate = \"8000/s\"");
+    stage.keepstep(&["setup"]);
+    let first = Daemon::start(&stage, &rules).await;
+    let read = async || stage.checkpoint().await?.progress.map(|progress| progress.from.page);
+    wait_for("progress", async || read().await.filter(|page| *page > 100)).await;
+    first.kill();
+    let (read, last) = (read().await.expect("the pass was over too soon"), ROWS - 10);
+    stage.execute("delete from rows where id <= 70").await;
+    // Of so few dead rows it would leave the space unnoted.
+    stage.execute("vacuum (index_cleanup on) rows").await;
+    let page = format!("select (ctid::text::point)[0]::int8 from rows where id = {last}");
+    let sql = stage.sql().await;
+    let page = async || u64::try_from(sql.query_one(&page, &[]).await.unwrap().get::<_, i64>(0)).unwrap();
+    assert!(page().await >= read);
+    stage.execute(&format!("update rows set filler = repeat('y', 1000) where id = {last}")).await;
+    assert!(page().await < read, "the row has not moved to where others were");
+    let _second = Daemon::start(&stage, &rules).await;
+    warm(&stage).await;
+    assert_eq!(wrong(&stage).await, [""; 0]);
 }
 
 /// TRUNCATE takes away rows that were read, that are being read, and that are still to be read.

@@ -207,3 +207,24 @@ async fn commands_that_make_no_sense_or_come_from_a_web_page_are_refused() {
     let output = keepstep.args(["verify", "--sample", "0%"]).current_dir(stage.folder()).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
 }
+
+#[tokio::test]
+async fn a_pass_that_nobody_listens_to_any_more_ends_with_the_table_under_way() {
+    let stage = Stage::set();
+    stage.execute(TABLES).await;
+    for table in ["products", "orders"] {
+        stage.execute(&format!("insert into {table} (id) select generate_series(1, 30000)")).await;
+    }
+    let rules = stage.rules(&(product() + "warm = false\n" + &order() + "warm = false\n"));
+    stage.set_fields("[postgres]", "warm_rate = \"10000/s\"");
+    stage.keepstep(&["setup"]);
+    let daemon = Daemon::start(&stage, &rules).await;
+    let logged = |text: &str| daemon.log().matches(text).count();
+    let asked = stage.begin(&["verify"]);
+    wait_for("the first table", async || (logged("verify begins") == 1).then_some(())).await;
+    asked.abort();
+    wait_for("its end", async || (logged("verify done") == 1).then_some(())).await;
+    // What is asked next comes behind it.
+    stage.keepstep(&["verify", "--rule", "order", "--sample", "1%"]);
+    assert_eq!(logged("verify begins"), 2, "the table under way, and the one asked for then");
+}

@@ -247,6 +247,36 @@ async fn a_changed_rule_takes_its_earlier_keys_away_and_only_them() {
     assert_eq!(keys(&stage).await, left);
 }
 
+/// What a rule makes now is not searched for where it could be anybody's, or where no read can render it. What it made
+/// before goes all the same.
+#[tokio::test]
+async fn earlier_keys_go_where_present_ones_are_not_searched() {
+    let stage = Stage::set();
+    for table in ["rows", "others"] {
+        let table = format!(
+            "create table {table} (id int primary key, name text not null unique);
+             alter table {table} replica identity full; insert into {table} values (1, 'x')"
+        );
+        stage.execute(&table).await;
+    }
+    let other = |key: &str| rule("other", key).replace("public.rows", "public.others");
+    let rules = stage.rules(&(rule("row", "row:{id}") + &other("other:{id}")));
+    stage.keepstep(&["setup"]);
+    run_until(&stage, &rules, async || exists(&stage, "test:row:1").await.and(exists(&stage, "test:other:1").await))
+        .await;
+    set(&stage, &["test:name:stray"]).await;
+
+    let rules = stage.rules(&(rule("row", "name:{name}") + &other("newer:{id}") + "on = [\"insert\"]\n"));
+    run_until(&stage, &rules, async || {
+        let record = &record(&stage, "test:").await["rules"];
+        let former = record["row"]["former"].is_null() && record["other"]["former"].is_null();
+        let paid = stage.checkpoint().await?.owing.is_empty();
+        (former && paid).then_some(())
+    })
+    .await;
+    assert_eq!(keys(&stage).await, ["test:name:stray", "test:name:x"]);
+}
+
 /// Nobody knows what a prefix missed that was not written under before.
 #[tokio::test]
 async fn a_prefix_that_is_added_is_made_right() {

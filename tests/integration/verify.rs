@@ -269,6 +269,35 @@ async fn no_false_alarm_while_commits_wait_for_a_standby() {
     assert_in_step(&stage, &[ROWS]).await;
 }
 
+/// Redis has no room for a value while its table is verified: the key goes, and its rule owes. That is known.
+#[tokio::test]
+async fn what_is_missing_while_its_rule_owes_is_no_fault() {
+    const ROWS: u32 = 20_000;
+    let stage = Stage::set();
+    let columns = "id int primary key, version bigint not null, filler text";
+    let rows = format!("select id, 1, repeat('x', 1000) from generate_series(1, {ROWS}) id");
+    stage.execute(&format!("create table rows ({columns}); alter table rows alter filler set storage plain")).await;
+    stage.execute(&format!("insert into rows {rows}")).await;
+    let rules = stage.rules(&TTL_RULE.replace("ttl     = \"1h\"", ""));
+    stage.keepstep(&["setup"]);
+    stage.set_fields("[postgres]", "warm_rate = \"8000/s\"");
+    let daemon = Daemon::start(&stage, &rules).await;
+    let owing = async || Some(!stage.checkpoint().await?.owing.is_empty());
+    wait_for("the warm cache", async || owing().await.filter(|owing| !owing).map(drop)).await;
+    let verifying = stage.begin(&["verify", "-o", "json"]);
+    wait_for("the pass", async || daemon.log().contains("verify begins").then_some(())).await;
+    let mut cache = stage.cache().await;
+    let () = redis::cmd("CONFIG").arg(&["SET", "maxmemory", "1"]).query_async(&mut cache).await.unwrap();
+    stage.execute(&format!("update rows set version = 2 where id = {ROWS}")).await;
+    wait_for("the debt", async || owing().await.filter(|owing| *owing).map(drop)).await;
+    let () = redis::cmd("CONFIG").arg(&["SET", "maxmemory", "0"]).query_async(&mut cache).await.unwrap();
+    assert!(!daemon.log().contains("verify done"), "the pass was over too soon");
+    let output = verifying.await.unwrap();
+    let (faults, last) = reports(&output);
+    assert!(faults.is_empty() && output.status.success(), "{faults:?}");
+    assert_eq!(last["skipped"], 1, "{last}");
+}
+
 /// What runs for ever finds a fault by itself, counts it, and says where.
 #[tokio::test]
 async fn the_background_audit_counts_what_differs() {
