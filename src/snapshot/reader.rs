@@ -714,6 +714,7 @@ enum Cells {
 }
 
 /// Cells that were found.
+#[expect(clippy::large_enum_variant, reason = "there is one of it")]
 enum SomeCells {
     Present(Vec<CellId>),
     Candidates(Batch),

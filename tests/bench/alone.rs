@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use keepstep::batch::{Batch, Limits};
+use keepstep::batch::{Batch, Form, Life, Limits};
 use keepstep::cache::Cache;
 use keepstep::cache::checkpoint::{Checkpoint, RuleSet};
 use keepstep::cache::writer::Writer;
@@ -80,7 +80,7 @@ fn batch(numbers: std::ops::Range<usize>, limits: Limits) -> Batch {
             out.resize(out.len() + VALUE_BYTES, b'x');
             Ok::<_, ()>(())
         };
-        batch.set(cell.expect("a key"), None, false, value).expect("a value");
+        batch.set(cell.expect("a key"), Form::String, Life::Forever, false, value).expect("a value");
     }
     batch
 }

@@ -281,11 +281,11 @@ impl Replay {
             self.take(frame);
             if self.batch.is_full() {
                 sent_bytes += send(self);
-                self.intake.settle(&self.later);
+                self.intake.settle(self.later.clone());
                 self.batch.clear();
             }
         }
-        self.intake.settle(&self.later);
+        self.intake.settle(self.later.clone());
         sent_bytes + send(self)
     }
 }

@@ -37,7 +37,13 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// What is to be read next.
     pub(super) fn next_pass(&mut self) -> Option<(Pass, TableJob)> {
-        self.next_debt().or_else(|| self.next_asked())
+        let debt = self.next_debt();
+        // A table that could not be read waits for everything else, or nothing else would ever be read.
+        let failed = debt.as_ref().is_some_and(|(pass, _)| self.reads.failed.contains(&pass.table.relation.oid));
+        match failed {
+            true => self.next_asked().or(debt),
+            false => debt.or_else(|| self.next_asked()),
+        }
     }
 
     /// The first table with a rule that owes and can pay.
