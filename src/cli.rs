@@ -16,10 +16,12 @@ mod check;
 mod clear;
 mod daemon;
 mod demo;
+mod init;
 mod pass;
 mod plan;
 mod reference;
 mod reload;
+mod rules_text;
 mod run;
 mod setup;
 mod stats;
@@ -47,6 +49,7 @@ struct Arguments {
 const EXAMPLES: &str = "\
 Examples:
   keepstep demo                                  see it work, on throw-away servers of its own
+  keepstep init                                  write a first rules file, from the tables of $DATABASE_URL
   keepstep check --connect                       is the rules file right, for these servers?
   keepstep setup --print                         the SQL that a DBA would run
   keepstep setup && keepstep run                 make publication and slot, then keep in step
@@ -72,6 +75,8 @@ pub enum Output {
 enum Command {
     /// Stream changes and keep the cache in step, until ended by SIGTERM or Ctrl-C
     Run(run::Arguments),
+    /// Write a first rules file from the tables of a database
+    Init(init::Arguments),
     /// Check the rules file, and with --connect the servers too
     Check(check::Arguments),
     /// Show the Redis commands that a row change would lead to; needs no server
@@ -129,6 +134,7 @@ fn execute(arguments: Arguments) -> Result<ExitCode> {
     let config = arguments.config.as_path();
     match arguments.command {
         Command::Run(arguments) => run::execute(config, &arguments),
+        Command::Init(arguments) => init::execute(config, &arguments),
         Command::Check(arguments) => check::execute(config, &arguments),
         Command::Plan(arguments) => plan::execute(config, &arguments),
         Command::Setup(arguments) => setup::setup(config, &arguments),

@@ -18,7 +18,7 @@ pub mod diagnostic;
 mod document;
 pub mod fields;
 mod interpolate;
-mod mask;
+pub(crate) mod mask;
 mod mistake;
 pub(crate) mod quantity;
 pub(crate) mod rule;

@@ -36,7 +36,11 @@ fn hide_password(text: &mut [u8], start: usize) {
 /// Whether the last name in `before`, which stands before an `=`, is one of a secret.
 fn names_secret(before: &str) -> bool {
     let before = before.trim_end_matches([' ', '\t', '"', '\'']);
-    let name = before.rsplit(|c: char| !(c.is_alphanumeric() || c == '_' || c == '-')).next().unwrap_or_default();
+    is_secret_name(before.rsplit(|c: char| !(c.is_alphanumeric() || c == '_' || c == '-')).next().unwrap_or_default())
+}
+
+/// Whether what is called so is probably a secret.
+pub(crate) fn is_secret_name(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     SECRET_NAMES.iter().any(|secret| name.contains(secret))
 }

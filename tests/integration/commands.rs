@@ -192,6 +192,7 @@ fn completions_and_help_come_for_every_command() {
     assert!(keepstep(&["completions", "bash"]).contains("until-caught-up"));
     for command in [
         "run",
+        "init",
         "check",
         "plan",
         "setup",

@@ -13,6 +13,7 @@ mod gaps;
 mod harness;
 mod heals;
 mod holes;
+mod init;
 mod large;
 mod orders;
 mod owned;
