@@ -14,7 +14,10 @@ use crate::config::rule::ACTIONS;
 #[command(after_help = "\
 Examples:
   keepstep reference | less
-  keepstep reference --schema > keepstep.schema.json")]
+  keepstep reference --schema > keepstep.schema.json
+
+Editors that read TOML with Taplo (Even Better TOML, Zed, Helix) complete and check a rules file
+whose first line is  #:schema ./keepstep.schema.json")]
 pub(super) struct Arguments {
     /// The JSON Schema of the rules file instead, for editors
     #[arg(long)]
@@ -141,6 +144,12 @@ fn field_schema(field: &Field) -> Value {
         value
     };
     schema["description"] = json!(field.meaning);
+    // What is a value of TOML here is one of JSON too.
+    if let Fallback::Value(default) = field.default
+        && let Ok(default) = serde_json::from_str::<Value>(default)
+    {
+        schema["default"] = default;
+    }
     schema
 }
 
@@ -180,7 +189,15 @@ mod tests {
     }
 
     #[test]
-    fn the_schema_is_this() {
-        insta::assert_snapshot!(format!("{:#}", json_schema()));
+    fn every_default_is_in_the_schema() {
+        let schema = json_schema();
+        let fields = |table: Table| match table {
+            Table::Rule => &schema["properties"]["rule"]["additionalProperties"]["properties"],
+            _ => &schema["properties"][table.key()]["properties"],
+        };
+        for field in Table::ALL.into_iter().flat_map(Table::fields) {
+            let shown = &fields(field.table)[field.name];
+            assert_eq!(matches!(field.default, Fallback::Value(_)), shown.get("default").is_some(), "{}", field.name);
+        }
     }
 }

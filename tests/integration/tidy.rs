@@ -36,6 +36,19 @@ fn every_example_passes_check() {
 }
 
 #[test]
+fn the_schema_is_that_of_the_reference_and_every_example_names_it() {
+    let mut reference = Command::new(env!("CARGO_BIN_EXE_keepstep"));
+    let schema = String::from_utf8(reference.args(["reference", "--schema"]).output().unwrap().stdout).unwrap();
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("deploy/keepstep.schema.json");
+    let kept = fs::read_to_string(file).unwrap_or_default();
+    assert!(kept == schema, "it has changed:  keepstep reference --schema > deploy/keepstep.schema.json");
+    for example in files("deploy/rules", "toml") {
+        let text = fs::read_to_string(&example).unwrap();
+        assert_eq!(text.lines().next(), Some("#:schema ../keepstep.schema.json"), "{}", example.display());
+    }
+}
+
+#[test]
 fn every_metric_of_the_alerts_exists() {
     let existing = metrics(include_str!("../../src/metrics.rs"));
     for file in files("deploy/prometheus", "yaml") {
