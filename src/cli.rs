@@ -16,6 +16,7 @@ mod check;
 mod clear;
 mod daemon;
 mod demo;
+mod import_rdi;
 mod init;
 mod pass;
 mod plan;
@@ -77,6 +78,9 @@ enum Command {
     Run(run::Arguments),
     /// Write a first rules file from the tables of a database
     Init(init::Arguments),
+    /// Turn the jobs of Redis Data Integration into a rules file
+    #[command(name = "import-rdi")]
+    ImportRdi(import_rdi::Arguments),
     /// Check the rules file, and with --connect the servers too
     Check(check::Arguments),
     /// Show the Redis commands that a row change would lead to; needs no server
@@ -135,6 +139,7 @@ fn execute(arguments: Arguments) -> Result<ExitCode> {
     match arguments.command {
         Command::Run(arguments) => run::execute(config, &arguments),
         Command::Init(arguments) => init::execute(config, &arguments),
+        Command::ImportRdi(arguments) => import_rdi::execute(&arguments),
         Command::Check(arguments) => check::execute(config, &arguments),
         Command::Plan(arguments) => plan::execute(config, &arguments),
         Command::Setup(arguments) => setup::setup(config, &arguments),

@@ -193,6 +193,7 @@ fn completions_and_help_come_for_every_command() {
     for command in [
         "run",
         "init",
+        "import-rdi",
         "check",
         "plan",
         "setup",
