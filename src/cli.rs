@@ -16,6 +16,7 @@ mod check;
 mod clear;
 mod daemon;
 mod demo;
+mod explain;
 mod import_rdi;
 mod init;
 mod pass;
@@ -103,6 +104,8 @@ enum Command {
     Clear(clear::Arguments),
     /// Describe every field of the rules file
     Reference(reference::Arguments),
+    /// Tell more about a message of the rules file, by its code
+    Explain(explain::Arguments),
     /// Start throw-away servers and show rows changing and their keys following
     Demo(demo::Arguments),
     /// Print completions for a shell
@@ -151,6 +154,7 @@ fn execute(arguments: Arguments) -> Result<ExitCode> {
         Command::Stats(arguments) => stats::execute(config, &arguments),
         Command::Clear(arguments) => clear::execute(config, &arguments),
         Command::Reference(arguments) => reference::execute(&arguments),
+        Command::Explain(arguments) => explain::execute(&arguments),
         Command::Demo(arguments) => demo::execute(&arguments),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "keepstep", &mut std::io::stdout());

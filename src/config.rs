@@ -14,6 +14,7 @@ use crate::model::Relation;
 use crate::rules::expression::Expression;
 use crate::rules::template::Template;
 
+pub mod code;
 pub mod diagnostic;
 mod document;
 pub mod fields;
@@ -26,6 +27,7 @@ mod section;
 mod server;
 mod syntax;
 
+use code::Code;
 use diagnostic::{Diagnostic, Severity};
 use document::Document;
 
@@ -110,8 +112,9 @@ pub fn load(path: &Path, env: &Environment<'_>) -> Result<(Config, Vec<Diagnosti
     match read_file(path) {
         Ok(text) => parse(RulesFile { path: path.to_owned(), text }, env),
         Err(error) => {
-            let problem = Diagnostic::error(format!("the rules file cannot be read: {error}"), 0..0, "")
-                .help("name another one, or write it: `keepstep reference` lists every field");
+            let problem =
+                Diagnostic::error(Code::UnreadableFile, format!("the rules file cannot be read: {error}"), 0..0, "")
+                    .help("name another one, or write it: `keepstep reference` lists every field");
             let file = RulesFile { path: path.to_owned(), text: String::new() };
             Err(Problems { file, diagnostics: vec![problem] })
         }

@@ -1,6 +1,7 @@
 //! Every rule against the catalog: what `check --connect` reports and what `run` refuses to start with.
 
 use super::{Catalog, Persistence, Publication, Published, TableFacts, TableKind, sql_identifier, sql_table};
+use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
 use crate::config::{Config, Rule, TableName};
 use crate::decode::types::Types;
@@ -76,7 +77,7 @@ fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
     let (template, _) = keys.find(|(_, key)| rule.on.update && !key.in_identity)?;
     let title = format!("an UPDATE that changes the key of rule `{}` leaves the old key behind", rule.name.value);
     let label = "not all of it is sent for the old row";
-    Some(Diagnostic::warning(title, template.span.clone(), label).help(format!(
+    Some(Diagnostic::warning(Code::OldKeyStays, title, template.span.clone(), label).help(format!(
         "make Postgres log the old row:  ALTER TABLE {} REPLICA IDENTITY FULL;",
         sql_table(&rule.table.value)
     )))
@@ -89,6 +90,7 @@ fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic
     let tables: Vec<String> = tables.into_iter().map(sql_table).collect();
     let name = &catalog.publication_name;
     Diagnostic::error(
+        Code::NoPublication,
         format!("publication `{name}` does not exist"),
         rule.table.span.clone(),
         "without it no change of this table is sent",
@@ -104,7 +106,7 @@ fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic
 fn no_table(rule: &Rule, catalog: &Catalog) -> Diagnostic {
     let wanted = &rule.table.value;
     let title = format!("rule `{}` names the table {wanted}, which does not exist", rule.name.value);
-    let found = Diagnostic::error(title, rule.table.span.clone(), "no such table");
+    let found = Diagnostic::error(Code::NoTable, title, rule.table.span.clone(), "no such table");
     // The right name in another schema is likelier than a misspelt one.
     let elsewhere = catalog.others.iter().find(|other| other.name == wanted.name).map(ToString::to_string);
     let names: Vec<String> = catalog.others.iter().map(ToString::to_string).collect();
@@ -133,13 +135,14 @@ fn unpublishable(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
         (_, Persistence::Unlogged) => format!("make Postgres log it:  ALTER TABLE {} SET LOGGED;", sql_table(table)),
         _ => "name a permanent table".to_owned(),
     };
-    Some(Diagnostic::error(title, rule.table.span.clone(), what).help(help))
+    Some(Diagnostic::error(Code::Unpublishable, title, rule.table.span.clone(), what).help(help))
 }
 
 /// What is not published under the name that the rule uses.
 fn unpublished(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
     let (name, table, publication) = (&rule.name.value, &facts.name, &facts.publication);
-    let error = |title: String, label: &str| Diagnostic::error(title, rule.table.span.clone(), label);
+    let error =
+        |title: String, label: &str| Diagnostic::error(Code::Unpublished, title, rule.table.span.clone(), label);
     let quoted = sql_identifier(publication);
     match &facts.published {
         Published::Directly => None,
@@ -188,5 +191,8 @@ fn operations(rule: &Rule, publication: Publication, facts: &TableFacts) -> Opti
         sql_identifier(&facts.publication),
         publish.join(", ")
     );
-    Some(Diagnostic::error(title, rule.table.span.clone(), format!("not sent: {shown}")).help(help))
+    Some(
+        Diagnostic::error(Code::UnpublishedOperation, title, rule.table.span.clone(), format!("not sent: {shown}"))
+            .help(help),
+    )
 }

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde_json::{Map, Value, json};
 
+use crate::config::code::CODES;
 use crate::config::fields::{Fallback, Field, Kind, Table};
 use crate::config::quantity::{duration_written, size_written};
 use crate::config::rule::ACTIONS;
@@ -44,7 +45,11 @@ fn markdown() -> String {
         let fields: String = table.fields().map(field_markdown).collect();
         format!("\n## {}\n\n{}\n{fields}", table.header(), table.meaning())
     });
-    INTRODUCTION.to_owned() + &tables.concat()
+    let codes: String = CODES.iter().map(|known| format!("- `{}` {}\n", known.code, known.title)).collect();
+    format!(
+        "{INTRODUCTION}{}\n## Messages\n\n`keepstep explain KS001` tells more about each code.\n\n{codes}",
+        tables.concat()
+    )
 }
 
 fn field_markdown(field: &Field) -> String {
@@ -191,8 +196,10 @@ mod tests {
     #[test]
     fn every_default_is_in_the_schema() {
         let schema = json_schema();
+        let of_rule = &schema["properties"]["rule"]["additionalProperties"]["properties"];
         let fields = |table: Table| match table {
-            Table::Rule => &schema["properties"]["rule"]["additionalProperties"]["properties"],
+            Table::Rule => of_rule,
+            Table::Stream | Table::Publish => &of_rule[table.key()]["properties"],
             _ => &schema["properties"][table.key()]["properties"],
         };
         for field in Table::ALL.into_iter().flat_map(Table::fields) {

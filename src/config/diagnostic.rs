@@ -9,6 +9,7 @@ use std::ops::Range;
 use annotate_snippets::{Annotation, AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 
 use super::RulesFile;
+use super::code::Code;
 use super::mask::mask;
 
 /// One problem.
@@ -16,6 +17,8 @@ use super::mask::mask;
 pub struct Diagnostic {
     /// Whether it stops the daemon.
     pub severity: Severity,
+    /// What kind of mistake it is.
+    pub code: Code,
     /// What is wrong, in one sentence without a full stop.
     pub title: String,
     /// Where, and what is wrong just there.
@@ -28,14 +31,15 @@ pub struct Diagnostic {
 
 impl Diagnostic {
     /// A problem that stops the daemon; `label` says what is wrong just at `span` and may be empty.
-    pub fn error(title: impl Into<String>, span: Range<usize>, label: impl Into<String>) -> Self {
+    pub fn error(code: Code, title: impl Into<String>, span: Range<usize>, label: impl Into<String>) -> Self {
         let primary = Label { span, text: label.into() };
-        Diagnostic { severity: Severity::Error, title: title.into(), primary, context: Vec::new(), help: Vec::new() }
+        let (title, context, help) = (title.into(), Vec::new(), Vec::new());
+        Diagnostic { severity: Severity::Error, code, title, primary, context, help }
     }
 
     /// A problem that does not.
-    pub fn warning(title: impl Into<String>, span: Range<usize>, label: impl Into<String>) -> Self {
-        Diagnostic { severity: Severity::Warning, ..Self::error(title, span, label) }
+    pub fn warning(code: Code, title: impl Into<String>, span: Range<usize>, label: impl Into<String>) -> Self {
+        Diagnostic { severity: Severity::Warning, ..Self::error(code, title, span, label) }
     }
 
     /// Adds another place that explains it.
@@ -94,7 +98,7 @@ fn groups<'a>(diagnostic: &'a Diagnostic, path: &'a str, source: &'a str) -> Vec
         Severity::Error => Level::ERROR,
         Severity::Warning => Level::WARNING,
     };
-    let title = Group::with_title(level.primary_title(mask(&diagnostic.title)));
+    let title = Group::with_title(level.primary_title(mask(&diagnostic.title)).id(diagnostic.code.to_string()));
     let message = if source.is_empty() {
         title.element(Origin::path(path))
     } else {
@@ -121,6 +125,7 @@ mod tests {
         let text = "[rule.order-lines]\ntable  = \"public.order_lines\"\n\ndelete = [\"order:{order_id}:lines\"]\n";
         let file = RulesFile { path: "keepstep.toml".into(), text: text.to_owned() };
         let diagnostic = Diagnostic::error(
+            Code::NotInIdentity,
             "rule `order-lines` needs column `order_id` on DELETE, but Postgres will not send it",
             67..77,
             "not part of the table's replica identity",
@@ -134,9 +139,9 @@ mod tests {
     #[test]
     fn no_more_are_shown_than_anybody_reads() {
         let file = RulesFile { path: "keepstep.toml".into(), text: "a".to_owned() };
-        let many = vec![Diagnostic::warning("problem", 0..1, ""); SHOWN_MAX + 2];
+        let many = vec![Diagnostic::warning(Code::KeysGo, "problem", 0..1, ""); SHOWN_MAX + 2];
         let shown = render(&many, &file, false);
-        assert_eq!(shown.matches("warning: problem").count(), SHOWN_MAX);
+        assert_eq!(shown.matches("warning[KS044]: problem").count(), SHOWN_MAX);
         assert!(shown.ends_with("\n… and 2 more\n"), "{shown}");
         assert!(!render(&many[..SHOWN_MAX], &file, false).contains("more"));
     }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use toml::de::{DeTable, DeValue};
 
+use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::fields::{LATER_AT_TOP, Table};
 use super::section::{Reader, Section, Value, homes, in_file_order, not_yet};
@@ -60,7 +61,7 @@ fn section<'r, 'a>(reader: &'r mut Reader<'a>, root: &'a DeTable<'a>, table: Tab
 fn required<'r, 'a>(reader: &'r mut Reader<'a>, root: &'a DeTable<'a>, table: Table) -> Option<Section<'r, 'a>> {
     if !root.contains_key(table.key()) && !is_misspelt(root, table) {
         let variable = format!("{}_URL", if table == Table::Postgres { "DATABASE" } else { "REDIS" });
-        let missing = Diagnostic::error(format!("the file has no {}", table.header()), 0..0, "");
+        let missing = Diagnostic::error(Code::MissingTable, format!("the file has no {}", table.header()), 0..0, "");
         reader.report_missing_anywhere(missing.help(format!("add:\n{}\nurl = \"${{{variable}}}\"", table.header())));
     }
     section(reader, root, table)
@@ -79,7 +80,7 @@ fn as_table<'a>(
         let array_of_tables = reader.file.text.get(value.span()).is_some_and(|source| source.starts_with("[["));
         let label = if array_of_tables { "this header makes a list" } else { "" };
         let span = if array_of_tables { value.span() } else { key.clone() };
-        let wrong = Diagnostic::error(format!("`{}` must be a table", table.key()), span, label);
+        let wrong = Diagnostic::error(Code::NotATable, format!("`{}` must be a table", table.key()), span, label);
         reader.report(wrong.help(format!("write:  {header}  and its fields below")));
     }
     entries
@@ -96,7 +97,7 @@ fn rules<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>, defaults: &rule::De
     };
     let Some(entries) = entries else { return Vec::new() };
     if entries.is_empty() && !is_misspelt(root, Table::Rule) {
-        let none = Diagnostic::error("the file has no rule, so nothing would be done", 0..0, "");
+        let none = Diagnostic::error(Code::MissingTable, "the file has no rule, so nothing would be done", 0..0, "");
         reader.report_missing_anywhere(none.help(EXAMPLE));
     }
     let mut rules = Vec::new();
@@ -117,7 +118,8 @@ fn rules<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>, defaults: &rule::De
 fn nameless(name: &Spanned<String>) -> Diagnostic {
     let title = format!("`{}` belongs to no rule: a rule has a name", name.value);
     let label = if Table::Rule.field(&name.value).is_some() { "a field of [rule.NAME]" } else { "" };
-    Diagnostic::error(title, name.span.clone(), label).help("write:  [rule.NAME]  with a name of your choice")
+    Diagnostic::error(Code::NotATable, title, name.span.clone(), label)
+        .help("write:  [rule.NAME]  with a name of your choice")
 }
 
 fn check_name(reader: &mut Reader<'_>, name: &Spanned<String>) {
@@ -126,7 +128,7 @@ fn check_name(reader: &mut Reader<'_>, name: &Spanned<String>) {
     if !plain || name.value.len() > RULE_NAME_BYTES_MAX {
         let title = format!("`{}` cannot be the name of a rule", name.value);
         let help = format!("names are made of letters, digits, `-` and `_`, at most {RULE_NAME_BYTES_MAX}");
-        reader.report(Diagnostic::error(title, name.span.clone(), "").help(help));
+        reader.report(Diagnostic::error(Code::RuleName, title, name.span.clone(), "").help(help));
     }
 }
 
@@ -146,9 +148,16 @@ fn unknown(reader: &mut Reader<'_>, root: &DeTable<'_>) {
         let homes = homes(name);
         let diagnostic = match value.get_ref() {
             DeValue::Table(table) => unknown_table(name, table, span),
-            _ if homes.is_empty() => Diagnostic::error(format!("unknown field `{name}`"), span, "stands in no table"),
-            _ => Diagnostic::error(format!("`{name}` stands in no table"), span, "above the first header")
-                .help(format!("move it below {homes}")),
+            _ if homes.is_empty() => {
+                Diagnostic::error(Code::UnknownField, format!("unknown field `{name}`"), span, "stands in no table")
+            }
+            _ => Diagnostic::error(
+                Code::MisplacedField,
+                format!("`{name}` stands in no table"),
+                span,
+                "above the first header",
+            )
+            .help(format!("move it below {homes}")),
         };
         reader.report(diagnostic);
     }
@@ -166,7 +175,7 @@ fn is_misspelt(root: &DeTable<'_>, table: Table) -> bool {
 }
 
 fn unknown_table(name: &str, table: &DeTable<'_>, span: Range<usize>) -> Diagnostic {
-    let unknown = |label: String| Diagnostic::error(format!("unknown table `{name}`"), span, label);
+    let unknown = |label: String| Diagnostic::error(Code::UnknownTable, format!("unknown table `{name}`"), span, label);
     if table.contains_key("table") {
         return unknown("this looks like a rule".to_owned()).help(format!("write:  [rule.{name}]"));
     }

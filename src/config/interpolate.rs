@@ -9,6 +9,7 @@ use std::io::{self, Read};
 use std::ops::Range;
 
 use super::Environment;
+use super::code::Code;
 use super::mistake::Mistake;
 
 /// How large a `${file:…}` may be: secrets are short, and a wrong path must not fill the memory.
@@ -32,7 +33,7 @@ pub(super) fn fill<'t>(text: &'t str, env: &Environment<'_>) -> Result<Cow<'t, s
         }
         filled.push_str(&text[at..start]);
         let Some(length) = text[start..].find('}') else {
-            let open = mistake(start..text.len(), "has a `${` without its `}`");
+            let open = mistake(Code::Reference, start..text.len(), "has a `${` without its `}`");
             mistakes.push(open.help("for a literal `${` write `$${`"));
             return Err(mistakes);
         };
@@ -50,7 +51,7 @@ pub(super) fn fill<'t>(text: &'t str, env: &Environment<'_>) -> Result<Cow<'t, s
 fn look_up(body: &str, range: Range<usize>, env: &Environment<'_>) -> Result<String, Mistake> {
     if let Some(path) = body.strip_prefix("file:") {
         return read_secret(path).map_err(|error| {
-            mistake(range, format!("names a file that cannot be read: {error}"))
+            mistake(Code::UnreadableSecret, range, format!("names a file that cannot be read: {error}"))
                 .help("the path is taken as it is; a relative one begins where keepstep was started")
         });
     }
@@ -60,23 +61,27 @@ fn look_up(body: &str, range: Range<usize>, env: &Environment<'_>) -> Result<Str
     };
     if !is_variable(name) {
         let help = "write ${NAME}, ${NAME:-default} or ${file:/path}; for a literal `${` write `$${`";
-        return Err(mistake(range, "names no variable").help(help));
+        return Err(mistake(Code::Reference, range, "names no variable").help(help));
     }
     if default.is_some_and(|default| default.contains("${")) {
-        return Err(mistake(range, "has a `${…}` inside another one").help("a default is plain text"));
+        return Err(mistake(Code::Reference, range, "has a `${…}` inside another one").help("a default is plain text"));
     }
     match (env(name), default) {
         (Some(value), None) => Ok(value),
         (Some(value), Some(_)) if !value.is_empty() => Ok(value),
         (_, Some(default)) => Ok(default.to_owned()),
-        (None, None) => Err(mistake(range, format!("needs the environment variable `{name}`, which is not set"))
-            .label("not set")
-            .help(format!("set it, give a default ${{{name}:-…}}, or read a file ${{file:/run/secrets/…}}"))),
+        (None, None) => Err(mistake(
+            Code::UnsetVariable,
+            range,
+            format!("needs the environment variable `{name}`, which is not set"),
+        )
+        .label("not set")
+        .help(format!("set it, give a default ${{{name}:-…}}, or read a file ${{file:/run/secrets/…}}"))),
     }
 }
 
-fn mistake(range: Range<usize>, problem: impl Into<String>) -> Mistake {
-    Mistake { range, ..Mistake::whole("", problem) }
+fn mistake(code: Code, range: Range<usize>, problem: impl Into<String>) -> Mistake {
+    Mistake { range, ..Mistake::whole(code, "", problem) }
 }
 
 /// Whether a shell would take `name` for a variable's.
@@ -105,10 +110,11 @@ pub(super) fn reference_out_of_place(text: &str) -> Option<Mistake> {
     let environment = is_variable(name) && !name.contains(|c: char| c.is_ascii_lowercase());
     if !environment && !body.starts_with("file:") && !body.contains(":-") {
         let help = format!("a template names a column without the `$`: {{{body}}}");
-        let mistake = Mistake::whole(text, "has a `$` in front of a placeholder").help(help);
+        let mistake = Mistake::whole(Code::MisplacedReference, text, "has a `$` in front of a placeholder").help(help);
         return Some(Mistake { range: start..end, ..mistake });
     }
-    let mistake = Mistake::whole(text, "has a `${…}`, which nothing fills in here").label("taken literally");
+    let mistake = Mistake::whole(Code::MisplacedReference, text, "has a `${…}`, which nothing fills in here")
+        .label("taken literally");
     let help = "only [postgres], [redis] and [admin] take values from the environment; what differs between \
                 deployments of one rules file belongs in `prefix` of [redis]";
     Some(Mistake { range: start..end, ..mistake.help(help) })

@@ -2,11 +2,15 @@
 
 use std::ops::Range;
 
+use super::code::Code;
+
 /// What is wrong with a text, and where; the field's name stands before `problem`.
 ///
 /// It never repeats the text: that may be a secret from the environment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Mistake {
+    /// What kind of mistake it is.
+    pub(super) code: Code,
     /// The wrong bytes of the text.
     pub(super) range: Range<usize>,
     /// Goes on after the name: `has no unit`.
@@ -19,8 +23,8 @@ pub(super) struct Mistake {
 
 impl Mistake {
     /// A mistake of the whole `text`.
-    pub(super) fn whole(text: &str, problem: impl Into<String>) -> Self {
-        Mistake { range: 0..text.len(), problem: problem.into(), label: String::new(), help: Vec::new() }
+    pub(super) fn whole(code: Code, text: &str, problem: impl Into<String>) -> Self {
+        Mistake { code, range: 0..text.len(), problem: problem.into(), label: String::new(), help: Vec::new() }
     }
 
     /// Says something at the place.

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use humantime::DurationError;
 
+use super::code::Code;
 use super::mistake::Mistake;
 
 /// A duration such as `12h`, `1d`, `100ms` or `1h 30m`, in whole milliseconds; zero needs no unit.
@@ -15,14 +16,14 @@ pub(super) fn duration(text: &str) -> Result<Duration, Mistake> {
         return Ok(Duration::ZERO);
     }
     if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-        let mistake = Mistake::whole(text, "has no unit").label("of what?");
+        let mistake = Mistake::whole(Code::Quantity, text, "has no unit").label("of what?");
         return Err(match text.parse() {
             Ok(seconds) => mistake.help(format!("for seconds write {}", seconds_written(seconds))),
             Err(_) => mistake,
         });
     }
     let fail = |range: Range<usize>, label: &str| {
-        let mistake = Mistake::whole(text, "is not a duration").label(label);
+        let mistake = Mistake::whole(Code::Quantity, text, "is not a duration").label(label);
         let range =
             if text.is_char_boundary(range.start) && text.is_char_boundary(range.end) { range } else { 0..text.len() };
         Err(Mistake { range, ..mistake }
@@ -73,12 +74,13 @@ pub(super) fn size(text: &str) -> Result<u64, Mistake> {
     let digits = text.bytes().take_while(u8::is_ascii_digit).count();
     let (number, rest) = text.split_at(digits);
     let unit = rest.trim();
-    let mistake = Mistake::whole(text, "is not a size").help("sizes are like \"64KiB\", \"512MB\", \"8GiB\"");
+    let mistake =
+        Mistake::whole(Code::Quantity, text, "is not a size").help("sizes are like \"64KiB\", \"512MB\", \"8GiB\"");
     if number.is_empty() {
         return Err(mistake);
     }
     if unit.is_empty() {
-        return Err(Mistake::whole(text, "has no unit")
+        return Err(Mistake::whole(Code::Quantity, text, "has no unit")
             .label("of what?")
             .help(format!("for bytes write \"{number}B\"; other units are `KiB`, `MB`, `MiB`, `GB`, `GiB`")));
     }
@@ -91,7 +93,8 @@ pub(super) fn size(text: &str) -> Result<u64, Mistake> {
 
 /// A share from `0%` to below `100%`.
 pub(super) fn share(text: &str) -> Result<f64, Mistake> {
-    let mistake = |problem: &str| Err(Mistake::whole(text, problem).help("shares are like \"10%\", \"2.5%\""));
+    let mistake =
+        |problem: &str| Err(Mistake::whole(Code::Quantity, text, problem).help("shares are like \"10%\", \"2.5%\""));
     let Some(number) = text.strip_suffix('%') else {
         return mistake("is not a share");
     };
@@ -108,10 +111,11 @@ pub(super) fn rows_per_second(text: &str) -> Result<Option<u64>, Mistake> {
     if text == "off" {
         return Ok(None);
     }
-    let mistake = || Mistake::whole(text, "is not a number of rows per second").help("rates are like \"5000/s\"");
+    let mistake =
+        || Mistake::whole(Code::Quantity, text, "is not a number of rows per second").help("rates are like \"5000/s\"");
     let number = text.strip_suffix("/s").ok_or_else(mistake)?;
     match number.parse() {
-        Ok(0) => Err(Mistake::whole(text, "lets no row through").help("\"off\" is no limit")),
+        Ok(0) => Err(Mistake::whole(Code::Quantity, text, "lets no row through").help("\"off\" is no limit")),
         Ok(rows) if number.bytes().all(|byte| byte.is_ascii_digit()) => Ok(Some(rows)),
         _ => Err(mistake()),
     }
@@ -126,7 +130,8 @@ pub(super) fn share_per_minute(text: &str) -> Result<Option<f64>, Mistake> {
         return Ok(None);
     }
     let mistake = |problem: &str| {
-        Mistake::whole(text, problem).help("rates are like \"0.1%/min\", \"5%/h\", \"100%/d\"; \"off\" is none")
+        Mistake::whole(Code::Quantity, text, problem)
+            .help("rates are like \"0.1%/min\", \"5%/h\", \"100%/d\"; \"off\" is none")
     };
     let unit = RATE_UNITS.into_iter().find_map(|(unit, minutes)| Some((text.strip_suffix(unit)?, minutes)));
     let (share, minutes) = unit.ok_or_else(|| mistake("is not a share of the rows per time"))?;

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use sha2::{Digest, Sha256};
 
+use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::fields::Table;
 use super::mistake::Mistake;
@@ -109,14 +110,13 @@ fn operations(section: &mut Section<'_, '_>, name: &'static str) -> Operations {
 /// `schema.table`; a part that holds a dot stands in double quotes, in which `""` is one.
 fn table_name(text: &str) -> Result<TableName, Mistake> {
     const HELP: &str = "write:  table = \"schema.table\", exactly as in the catalog";
-    let mistake = |problem: &str| Mistake::whole(text, problem);
+    let mistake = |problem: &str| Mistake::whole(Code::TableName, text, problem);
     let Some(parts) = name_parts(text) else {
         return Err(mistake("is not a table's name").help(HELP));
     };
     if text.contains('*') || text.contains('{') {
-        return Err(
-            mistake("is a pattern, which is not available in this version yet").help("write one rule for each table")
-        );
+        return Err(Mistake::whole(Code::NotYet, text, "is a pattern, which is not available in this version yet")
+            .help("write one rule for each table"));
     }
     match parts.as_slice() {
         [name] => Err(mistake("names no schema").help(format!("for example:  table = \"public.{name}\""))),
@@ -229,7 +229,12 @@ fn value(section: &mut Section<'_, '_>) -> Option<Value> {
     for name in needed.iter().filter_map(|name| Table::Rule.field(name)) {
         if section.given(name.name).is_none() {
             let problem = section
-                .error(format_args!("`value = \"{kind}\"` needs `{}`", name.name), section.given("value")?, "")
+                .error(
+                    Code::MissingPartner,
+                    format_args!("`value = \"{kind}\"` needs `{}`", name.name),
+                    section.given("value")?,
+                    "",
+                )
                 .help(format!("add:  {} = {}", name.name, name.example));
             section.reader.report_missing(section.header.start, problem);
         }
@@ -248,7 +253,7 @@ fn value(section: &mut Section<'_, '_>) -> Option<Value> {
 fn refuse(section: &mut Section<'_, '_>, names: &[&str], what: &str) {
     for name in names {
         if let Some(span) = section.given(name) {
-            let problem = section.error(format_args!("{what} takes no `{name}`"), span, "");
+            let problem = section.error(Code::Excluded, format_args!("{what} takes no `{name}`"), span, "");
             section.report(problem.help(format!("leave `{name}` out")));
         }
     }
@@ -257,7 +262,7 @@ fn refuse(section: &mut Section<'_, '_>, names: &[&str], what: &str) {
 fn row_value(section: &mut Section<'_, '_>) -> Option<RowValue> {
     let columns = columns(section);
     let rename = section.pairs("rename", |text| match text {
-        "" => Err(Mistake::whole(text, "is an empty name")),
+        "" => Err(Mistake::whole(Code::Empty, text, "is an empty name")),
         _ => Ok(text.to_owned()),
     });
     let strings = section.columns("strings").map_or_else(Vec::new, |columns| columns.value);
@@ -277,7 +282,12 @@ fn columns(section: &mut Section<'_, '_>) -> Option<Spanned<ColumnSelection>> {
         None => ColumnSelection::Named(names),
         Some(star) if names.len() > 1 => {
             let problem = section
-                .error("`columns` names `*` beside other columns", star.span.clone(), "every column already")
+                .error(
+                    Code::StarAmongColumns,
+                    "`columns` names `*` beside other columns",
+                    star.span.clone(),
+                    "every column already",
+                )
                 .help("write:  columns = [\"*\"], or name the columns");
             section.report(problem);
             ColumnSelection::All
@@ -314,7 +324,7 @@ fn check_purpose(section: &mut Section<'_, '_>) {
     let of_key = Table::Rule.fields().filter(|field| field.needs.contains(&"key")).map(|field| field.name);
     if of_key.chain(ACTIONS.iter().copied()).all(|name| section.given(name).is_none()) {
         let problem = section
-            .error("the rule does nothing", section.header.clone(), "neither `key` nor `delete`")
+            .error(Code::NoPurpose, "the rule does nothing", section.header.clone(), "neither `key` nor `delete`")
             .help("to write rows through:  key = \"product:{id}\", value = \"json\", columns = [\"*\"]")
             .help("to make keys stale:  delete = [\"product:{id}\"]");
         section.reader.report_missing(section.header.start, problem);
@@ -323,7 +333,12 @@ fn check_purpose(section: &mut Section<'_, '_>) {
 
 fn check_changed(section: &mut Section<'_, '_>, operations: Operations) {
     if let (Some(span), false) = (section.given("changed"), operations.update) {
-        let problem = section.error("`changed` has no effect without updates", span, "looks at UPDATE only");
+        let problem = section.error(
+            Code::ChangedWithoutUpdate,
+            "`changed` has no effect without updates",
+            span,
+            "looks at UPDATE only",
+        );
         let on = section.given("on").unwrap_or_else(|| section.header.clone());
         section.report(
             problem.context(on, "leaves \"update\" out").help("add \"update\" to `on`, or leave `changed` out"),
@@ -338,7 +353,7 @@ fn check_jitter(section: &mut Section<'_, '_>, own: &Defaults, defaults: &Defaul
         && section.given("ttl").is_none()
     {
         let problem = section
-            .error("`jitter` needs a `ttl`", jitter.span.clone(), "there is no TTL to shorten")
+            .error(Code::MissingPartner, "`jitter` needs a `ttl`", jitter.span.clone(), "there is no TTL to shorten")
             .help("add:  ttl = \"1d\", or leave `jitter` out");
         section.report(problem);
     }
@@ -350,13 +365,14 @@ fn check_lifetime(section: &mut Section<'_, '_>, settings: &Defaults, life: &Lif
     match (ttl, &settings.keep_on_delete) {
         (None, Some(keep)) if keep.value && matches!(life, Life::Forever) => {
             let title = format!("{}: keys of deleted rows stay for ever", section.title);
-            let warning = Diagnostic::warning(title, keep.span.clone(), "and there is no `ttl`");
+            let warning = Diagnostic::warning(Code::KeysStay, title, keep.span.clone(), "and there is no `ttl`");
             section.report(warning.help("add:  ttl = \"1d\", or leave `on_delete` out"));
         }
         (Some(ttl), _) if !settings.present_only.unwrap_or(false) => {
             let title = "keys of rows that do not change go when their TTL is over, and are not written again";
-            let warning = Diagnostic::warning(title, ttl.span.clone(), "counts from the row's last change")
-                .help("leave `ttl` out if a key should live as long as its row");
+            let warning =
+                Diagnostic::warning(Code::KeysGo, title, ttl.span.clone(), "counts from the row's last change")
+                    .help("leave `ttl` out if a key should live as long as its row");
             // One TTL in [defaults] is one remark, however many rules take it.
             if !section.reader.diagnostics.contains(&warning) {
                 section.report(warning);
@@ -377,6 +393,7 @@ fn check_columns<'c>(
     let known = || columns.iter().map(|column| column.value.as_str());
     for name in named.filter(|name| !known().any(|column| column == name.value)) {
         let problem = section.error(
+            Code::NotAmongColumns,
             format_args!("`{field}` names `{}`, which is not among `columns`", name.value),
             name.span.clone(),
             "",
@@ -407,7 +424,12 @@ fn check_fields(
     for to in rename.iter().map(|(_, to)| to).chain(computed) {
         if let Some(first) = fields.iter().find(|field| field.value == to.value) {
             let problem = section
-                .error(format_args!("the value has two fields `{}`", to.value), to.span.clone(), "again")
+                .error(
+                    Code::SameField,
+                    format_args!("the value has two fields `{}`", to.value),
+                    to.span.clone(),
+                    "again",
+                )
                 .context(first.span.clone(), "first here")
                 .help("give one of them another name");
             section.report(problem);
@@ -437,7 +459,7 @@ fn check_vars(
     let used: HashSet<&str> = templates.flat_map(Template::placeholders).map(|part| part.name.as_str()).collect();
     for (name, _) in vars.iter().filter(|(name, _)| !used.contains(name.value.as_str())) {
         let title = format!("{}: no template uses `{}`", section.title, name.value);
-        let warning = Diagnostic::warning(title, name.span.clone(), "");
+        let warning = Diagnostic::warning(Code::UnusedVar, title, name.span.clone(), "");
         section.report(warning.help(format!("write {{{}}} in a template, or leave it out", name.value)));
     }
 }

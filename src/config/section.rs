@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use toml::de::{DeTable, DeValue};
 
+use super::code::Code;
 use super::diagnostic::{Diagnostic, Severity};
 use super::fields::{Fallback, Field, Kind, Table, later, later_choices};
 use super::interpolate::{fill, reference_out_of_place};
@@ -114,8 +115,14 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     /// An error in this table.
-    pub(super) fn error(&self, problem: impl Display, span: Range<usize>, label: impl Into<String>) -> Diagnostic {
-        Diagnostic::error(format!("{}: {problem}", self.title), span, label)
+    pub(super) fn error(
+        &self,
+        code: Code,
+        problem: impl Display,
+        span: Range<usize>,
+        label: impl Into<String>,
+    ) -> Diagnostic {
+        Diagnostic::error(code, format!("{}: {problem}", self.title), span, label)
     }
 
     /// Adds a problem.
@@ -125,7 +132,7 @@ impl<'r, 'a> Section<'r, 'a> {
 
     /// Adds a mistake inside the string of a field.
     fn mistaken(&mut self, name: &str, mistake: Mistake, span: Range<usize>) {
-        let diagnostic = self.error(format_args!("`{name}` {}", mistake.problem), span, mistake.label);
+        let diagnostic = self.error(mistake.code, format_args!("`{name}` {}", mistake.problem), span, mistake.label);
         self.report(Diagnostic { help: mistake.help, ..diagnostic });
     }
 
@@ -141,7 +148,7 @@ impl<'r, 'a> Section<'r, 'a> {
             Some(rewritten) => format!("write:  {} = {rewritten}", field.name),
             None => format!("for example:  {} = {}", field.name, field.example),
         };
-        let diagnostic = self.error(title, value.span(), label).help(help);
+        let diagnostic = self.error(Code::WrongType, title, value.span(), label).help(help);
         self.report(diagnostic);
     }
 
@@ -280,7 +287,7 @@ impl<'r, 'a> Section<'r, 'a> {
         let span = entry.value.span();
         if array.is_empty() {
             let help = format!("for example:  {name} = {}; or leave it out", entry.field.example);
-            let empty = self.error(format_args!("`{name}` is empty"), span.clone(), "").help(help);
+            let empty = self.error(Code::Empty, format_args!("`{name}` is empty"), span.clone(), "").help(help);
             self.report(empty);
             return None;
         }
@@ -290,7 +297,12 @@ impl<'r, 'a> Section<'r, 'a> {
             let Some(text) = self.text_of(entry.field, item) else { continue };
             if let Some(first) = seen.iter().find(|other| other.value == text.value) {
                 let twice = self
-                    .error(format_args!("`{name}` names `{}` twice", text.value), text.span.clone(), "again")
+                    .error(
+                        Code::NamedTwice,
+                        format_args!("`{name}` names `{}` twice", text.value),
+                        text.span.clone(),
+                        "again",
+                    )
                     .context(first.span.clone(), "first here")
                     .help("remove one of them");
                 self.report(twice);
@@ -311,7 +323,7 @@ impl<'r, 'a> Section<'r, 'a> {
     /// An array of column names.
     pub(super) fn columns(&mut self, name: &'static str) -> Option<Spanned<Vec<Spanned<String>>>> {
         self.list(name, |text| match text {
-            "" => Err(Mistake::whole(text, "has an empty column name")),
+            "" => Err(Mistake::whole(Code::Empty, text, "has an empty column name")),
             _ => Ok(text.to_owned()),
         })
     }
@@ -335,7 +347,7 @@ impl<'r, 'a> Section<'r, 'a> {
             let DeValue::String(text) = item.get_ref() else {
                 let title = format!("`{name}.{}` must be a text in quotes", key.get_ref());
                 let label = format!("this is {}", type_name(item.get_ref()));
-                let wrong = self.error(title, item.span(), label);
+                let wrong = self.error(Code::WrongType, title, item.span(), label);
                 self.report(wrong);
                 continue;
             };
@@ -364,7 +376,7 @@ impl<'r, 'a> Section<'r, 'a> {
             self.lost.push((lost.name, key.span()));
             let title = format!("`{field}` has landed in `{name}`");
             let wrong = self
-                .error(title, key.span(), format!("TOML reads this as `{name}.{field}`"))
+                .error(Code::MisplacedField, title, key.span(), format!("TOML reads this as `{name}.{field}`"))
                 .context(entry.value.span(), "because it stands below this header")
                 .help(format!("move it above {header}, or write:  {name} = {{ … }}  in one line"));
             self.report(wrong);
@@ -407,7 +419,12 @@ impl<'r, 'a> Section<'r, 'a> {
     fn check_required(&mut self) {
         for field in self.table.fields().filter(|field| field.default == Fallback::Required) {
             if self.given(field.name).is_none() {
-                let missing = self.error(format_args!("`{}` is missing", field.name), self.header.clone(), "");
+                let missing = self.error(
+                    Code::MissingField,
+                    format_args!("`{}` is missing", field.name),
+                    self.header.clone(),
+                    "",
+                );
                 let missing = missing.help(format!("add:  {} = {}", field.name, field.example));
                 self.reader.report_missing(self.header.start, missing);
             }
@@ -421,7 +438,12 @@ impl<'r, 'a> Section<'r, 'a> {
             for need in field.needs.iter().filter_map(|need| self.table.field(need)) {
                 if self.given(need.name).is_none() {
                     let problem = self
-                        .error(format_args!("`{}` needs `{}`", field.name, need.name), span.clone(), "")
+                        .error(
+                            Code::MissingPartner,
+                            format_args!("`{}` needs `{}`", field.name, need.name),
+                            span.clone(),
+                            "",
+                        )
                         .help(format!("add:  {} = {}", need.name, need.example))
                         .help(format!("or leave `{}` out", field.name));
                     self.reader.report_missing(self.header.start, problem);
@@ -434,17 +456,25 @@ impl<'r, 'a> Section<'r, 'a> {
         if later(self.table).contains(&name) {
             return not_yet(&format!("{}: `{name}`", self.title), span);
         }
-        let unknown = |label: String| self.error(format_args!("unknown field `{name}`"), span.clone(), label);
+        let unknown =
+            |code: Code, label: String| self.error(code, format_args!("unknown field `{name}`"), span.clone(), label);
         let homes = homes(name);
         if !homes.is_empty() {
-            return unknown(format!("this is a field of {homes}")).help(format!("move it below {homes}"));
+            return unknown(Code::MisplacedField, format!("this is a field of {homes}"))
+                .help(format!("move it below {homes}"));
         }
         let names = self.table.fields().map(|field| field.name);
         match nearest(name, names.clone()) {
-            Some(near) => unknown(format!("did you mean `{near}`?")).help(format!("write:  {near} = …")),
+            Some(near) => {
+                unknown(Code::UnknownField, format!("did you mean `{near}`?")).help(format!("write:  {near} = …"))
+            }
             None => {
                 let names: Vec<_> = names.map(|name| format!("`{name}`")).collect();
-                unknown(String::new()).help(format!("{} has {}", self.table.header(), names.join(", ")))
+                unknown(Code::UnknownField, String::new()).help(format!(
+                    "{} has {}",
+                    self.table.header(),
+                    names.join(", ")
+                ))
             }
         }
     }
@@ -479,13 +509,14 @@ pub(super) fn homes(name: &str) -> String {
 
 /// That something of the design is not built yet.
 pub(super) fn not_yet(what: &str, span: Range<usize>) -> Diagnostic {
-    Diagnostic::error(format!("{what} is not available in this version yet"), span, "")
+    Diagnostic::error(Code::NotYet, format!("{what} is not available in this version yet"), span, "")
         .help("leave it out; `keepstep reference` lists what this version has")
 }
 
 /// The template that `text` is, through one of [`Template`]'s parsers.
 pub(super) fn template(text: &str, parse: fn(&str) -> Result<Template, TemplateError>) -> Result<Template, Mistake> {
     parse(text).map_err(|error| Mistake {
+        code: error.code,
         range: error.range,
         problem: "is not a usable template".to_owned(),
         label: error.message,
@@ -501,10 +532,10 @@ fn chosen(field: &str, text: &str, choices: &[&'static str]) -> Result<&'static 
     if later_choices(field).contains(&text) {
         let quoted = choices.iter().map(|choice| format!("{field} = \"{choice}\"")).collect::<Vec<_>>().join(" or ");
         let problem = format!("= \"{text}\" is not available in this version yet");
-        return Err(Mistake::whole(text, problem).help(format!("write:  {quoted}")));
+        return Err(Mistake::whole(Code::NotYet, text, problem).help(format!("write:  {quoted}")));
     }
     let list = choices.iter().map(|choice| format!("\"{choice}\"")).collect::<Vec<_>>().join(" or ");
-    let mistake = Mistake::whole(text, format!("can only be {list}"));
+    let mistake = Mistake::whole(Code::NotAChoice, text, format!("can only be {list}"));
     if text.eq_ignore_ascii_case("truncate") {
         return Err(mistake.help("TRUNCATE counts where \"delete\" does"));
     }
@@ -524,7 +555,7 @@ fn within<T: PartialOrd, B: Display>(
     if range.contains(&value) {
         return Ok(value);
     }
-    Err(Mistake::whole(text, format!("must be from {} to {}", bounds.0, bounds.1)))
+    Err(Mistake::whole(Code::OutOfRange, text, format!("must be from {} to {}", bounds.0, bounds.1)))
 }
 
 /// What a field takes, for messages.
@@ -589,6 +620,7 @@ fn rewritten(kind: Kind, value: &DeValue<'_>, source: &str) -> Option<String> {
 /// The expression that `text` is.
 pub(super) fn expression(text: &str) -> Result<Expression, Mistake> {
     Expression::parse(text).map_err(|error| Mistake {
+        code: Code::Expression,
         range: error.range,
         problem: error.problem,
         label: error.label,

@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::mistake::Mistake;
 use super::section::Section;
@@ -101,7 +102,12 @@ fn owned(text: Spanned<Cow<'_, str>>) -> Spanned<String> {
 fn also_prefix(section: &mut Section<'_, '_>, prefix: Option<&Spanned<String>>) -> Vec<String> {
     let Some(also) = section.list("also_prefix", |text| Ok(text.to_owned())) else { return Vec::new() };
     if also.value.len() > ALSO_PREFIXES_MAX {
-        let many = section.error("too many prefixes", also.span.clone(), format!("more than {ALSO_PREFIXES_MAX}"));
+        let many = section.error(
+            Code::Prefixes,
+            "too many prefixes",
+            also.span.clone(),
+            format!("more than {ALSO_PREFIXES_MAX}"),
+        );
         section.report(many.help("each of them costs as much in Redis as the first"));
     }
     let unnamed = Spanned { value: String::new(), span: section.header.clone() };
@@ -126,7 +132,12 @@ fn prefix_within(section: &Section<'_, '_>, longer: &Spanned<String>, shorter: &
         _ => "let them differ before the shorter one ends, as \"shop:v1:\" and \"shop:v0:\" do",
     };
     section
-        .error(title, longer.span.clone(), "keys under this one would be taken for keys under the other")
+        .error(
+            Code::Prefixes,
+            title,
+            longer.span.clone(),
+            "keys under this one would be taken for keys under the other",
+        )
         .context(shorter.span.clone(), "the other")
         .help(help)
 }
@@ -139,7 +150,8 @@ fn warn_without_tls(section: &mut Section<'_, '_>, url: &Spanned<Secret>) {
     for name in ["ca_file", "client_cert", "client_key"] {
         if let Some(span) = section.given(name) {
             let title = format!("{}: `{name}` has no effect, because the connection is not encrypted", section.title);
-            let warning = Diagnostic::warning(title, span, "").context(url.span.clone(), "not `rediss://`");
+            let warning =
+                Diagnostic::warning(Code::NoTls, title, span, "").context(url.span.clone(), "not `rediss://`");
             section.report(warning.help("use a `rediss://` URL"));
         }
     }
@@ -149,7 +161,7 @@ fn warn_without_tls(section: &mut Section<'_, '_>, url: &Spanned<Secret>) {
 pub(super) fn admin(mut section: Section<'_, '_>) -> AdminConfig {
     let listen = section.parsed("listen", address);
     let token = section.parsed("token", |text| match text {
-        "" => Err(Mistake::whole(text, "is empty").help("leave it out, and only loopback is answered")),
+        "" => Err(Mistake::whole(Code::Empty, text, "is empty").help("leave it out, and only loopback is answered")),
         _ => Ok(Secret::new(text)),
     });
     section.finish();
@@ -194,7 +206,7 @@ fn redis_url(text: &str) -> Result<Secret, Mistake> {
         "redis+sentinel" | "redis+cluster" => {
             let problem = format!("names a topology that is not available in this version yet: `{scheme}`");
             let range = 0..scheme.len();
-            let mistake = Mistake { range, ..Mistake::whole(text, problem) };
+            let mistake = Mistake { range, ..Mistake::whole(Code::NotYet, text, problem) };
             Err(mistake.help("name the primary itself:  redis://host:6379/0"))
         }
         _ => Err(wrong_scheme(scheme, "Redis").help(HELP)),
@@ -203,18 +215,18 @@ fn redis_url(text: &str) -> Result<Secret, Mistake> {
 
 fn not_a_url(text: &str, help: &str) -> Mistake {
     let problem = if text.is_empty() { "is empty" } else { "is not a URL" };
-    Mistake::whole(text, problem).help(help)
+    Mistake::whole(Code::Url, text, problem).help(help)
 }
 
 fn wrong_scheme(scheme: &str, server: &str) -> Mistake {
     let range: Range<usize> = 0..scheme.len();
-    Mistake { range, ..Mistake::whole("", format!("is no URL of {server}: its scheme is `{scheme}`")) }
+    Mistake { range, ..Mistake::whole(Code::Url, "", format!("is no URL of {server}: its scheme is `{scheme}`")) }
 }
 
 /// A name that Postgres takes for a slot (`ReplicationSlotValidateName` in `src/backend/replication/slot.c`).
 fn slot_name(text: &str) -> Result<String, Mistake> {
     let allowed = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_';
-    let mistake = Mistake::whole(text, "is not a name that Postgres takes for a slot");
+    let mistake = Mistake::whole(Code::PostgresName, text, "is not a name that Postgres takes for a slot");
     let wrong = text.char_indices().find(|(_, c)| !allowed(*c));
     if let Some((at, c)) = wrong {
         let mistake = Mistake { range: at..at + c.len_utf8(), ..mistake };
@@ -228,7 +240,7 @@ fn slot_name(text: &str) -> Result<String, Mistake> {
 }
 
 fn publication_name(text: &str) -> Result<String, Mistake> {
-    let mistake = Mistake::whole(text, "is not a name that Postgres takes for a publication");
+    let mistake = Mistake::whole(Code::PostgresName, text, "is not a name that Postgres takes for a publication");
     match text.len() {
         0 => Err(mistake.label("empty")),
         1..=IDENTIFIER_BYTES_MAX => Ok(text.to_owned()),
@@ -237,7 +249,7 @@ fn publication_name(text: &str) -> Result<String, Mistake> {
 }
 
 fn path(text: &str) -> Result<PathBuf, Mistake> {
-    if text.is_empty() { Err(Mistake::whole(text, "is empty")) } else { Ok(PathBuf::from(text)) }
+    if text.is_empty() { Err(Mistake::whole(Code::Empty, text, "is empty")) } else { Ok(PathBuf::from(text)) }
 }
 
 /// An IP address and a port, or `off`.
@@ -247,7 +259,7 @@ fn address(text: &str) -> Result<Option<SocketAddr>, Mistake> {
     }
     text.parse().map(Some).map_err(|_| {
         let port = text.rsplit(':').next().and_then(|port| port.parse::<u16>().ok()).unwrap_or(LISTEN.port());
-        Mistake::whole(text, "is not an IP address with a port")
+        Mistake::whole(Code::Listen, text, "is not an IP address with a port")
             .help(format!("write:  listen = \"127.0.0.1:{port}\"  for this machine alone"))
             .help(format!("or:  listen = \"0.0.0.0:{port}\"  for every address, or \"off\""))
     })

@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use toml::de::{DeTable, DeValue};
 
+use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::mask::mask;
 
@@ -92,12 +93,13 @@ impl Stumble {
         let span = self.span.clone();
         if self.message == "duplicate key" {
             let title = format!("`{}` is given twice", &file[span.clone()]);
-            return Diagnostic::error(title, span, "the second one").help("remove one of them, or rename it");
+            return Diagnostic::error(Code::GivenTwice, title, span, "the second one")
+                .help("remove one of them, or rename it");
         }
         if let Some(value) = unquoted(file, &line_of(file, span.start)) {
             // It may be a password, which only its surroundings show.
             let help = format!("write:  \"{}\"", &mask(file)[value.clone()]);
-            return Diagnostic::error("this is not TOML", value, "not in quotes").help(help);
+            return Diagnostic::error(Code::NotToml, "this is not TOML", value, "not in quotes").help(help);
         }
         let label = match self.message.as_str() {
             "invalid basic string, expected `\"`" | "invalid literal string, expected `'`" => {
@@ -105,7 +107,7 @@ impl Stumble {
             }
             other => other,
         };
-        Diagnostic::error("this is not TOML", span, label)
+        Diagnostic::error(Code::NotToml, "this is not TOML", span, label)
     }
 }
 
@@ -128,7 +130,7 @@ fn never_closed(file: &str, open: usize) -> (Range<usize>, Diagnostic) {
         _ => ("'''", "'''"),
     };
     let label = format!("no `{close}` closes this");
-    (line_of(file, open), Diagnostic::error("this is not TOML", open..open + open_text.len(), label))
+    (line_of(file, open), Diagnostic::error(Code::NotToml, "this is not TOML", open..open + open_text.len(), label))
 }
 
 /// The outermost value around `at` that may run over several lines.

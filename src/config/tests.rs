@@ -283,6 +283,28 @@ fn mistakes_in_how_keys_are_filled_and_compared() {
     assert!(said(&format!("{SERVERS}{RULE}warm = true\n")).iter().any(|said| said.title.contains("needs `key`")));
 }
 
+/// A piece of a rules file, with the tables that it lacks.
+fn completed(piece: &str) -> String {
+    let has = |table: &str| piece.contains(table);
+    if has("[postgres]") && has("[redis]") {
+        return piece.to_owned();
+    }
+    let postgres = if has("[postgres]") { "" } else { "[postgres]\nurl = \"postgresql://db\"\n" };
+    let redis = if has("[redis]") { "" } else { "[redis]\nurl = \"redis://cache\"\n" };
+    let rule = if has("rule") { "" } else { RULE };
+    format!("{piece}\n{postgres}{redis}{rule}")
+}
+
+/// Those that begin with statements are tried on a server (`tests/integration/codes.rs`).
+#[test]
+fn the_examples_of_the_codes_are_what_they_say() {
+    for known in code::CODES.iter().filter(|known| !known.wrong.starts_with("CREATE")) {
+        let found = |piece: &str| said(&completed(piece)).iter().any(|diagnostic| diagnostic.code == known.code);
+        assert_eq!(found(known.wrong), !known.wrong.is_empty(), "{}:\n{}", known.code, shown(&completed(known.wrong)));
+        assert_eq!(said(&completed(known.right)), [], "{}", known.code);
+    }
+}
+
 #[test]
 fn one_default_is_one_remark() {
     let rule = |name: &str| format!("[rule.{name}]\n{}", KEY.replace("product:", &format!("{name}:")));

@@ -4,6 +4,7 @@
 //! that happen to be there. Two rules that only delete may share keys freely.
 
 use super::bind::{BoundKey, BoundRule};
+use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
 use crate::config::{Rule, Spanned};
 use crate::rules::template::Template;
@@ -48,6 +49,7 @@ fn both_write(first: &Owned<'_>, second: &Owned<'_>, key: &[u8]) -> Diagnostic {
     let (one, other) = (&first.rule.name.value, &second.rule.name.value);
     let key = String::from_utf8_lossy(key);
     Diagnostic::error(
+        Code::KeyOfTwoRules,
         format!("rules `{one}` and `{other}` can write the same key, so one would overwrite the other"),
         second.template.span.clone(),
         format!("can make `{key}` as well"),
@@ -65,7 +67,7 @@ fn writes_and_deletes(writing: &Owned<'_>, deleting: &Owned<'_>, key: &[u8]) -> 
     } else {
         format!("rule `{deleter}` deletes keys that rule `{writer}` writes")
     };
-    Diagnostic::error(title, deleting.template.span.clone(), format!("can delete `{key}`"))
+    Diagnostic::error(Code::DeletesWritten, title, deleting.template.span.clone(), format!("can delete `{key}`"))
         .context(writing.template.span.clone(), format!("can write `{key}`"))
         .help("begin the keys of each with a literal of its own; a written key follows its row by itself")
 }

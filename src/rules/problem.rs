@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::expression::ExpressionError;
 use super::filter::Filter;
 use crate::catalog::{HiddenColumn, sql_identifier, sql_table};
+use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
 use crate::config::{Operations, Rule, TableName};
 use crate::model::ReplicaIdentity;
@@ -161,7 +162,7 @@ impl BindProblem {
                     Some(near) => format!("did you mean `{near}`?"),
                     None => format!("its columns are {}", listed(columns, NAMES_SHOWN)),
                 };
-                Diagnostic::error(title, span.clone(), "no such column").help(help)
+                Diagnostic::error(Code::UnknownColumn, title, span.clone(), "no such column").help(help)
             }
             Self::HiddenColumn { span, column, publication, published, row_filter } => {
                 let filter = row_filter.as_deref();
@@ -169,7 +170,7 @@ impl BindProblem {
             }
             Self::NestedVar { span, var } => {
                 let title = format!("a var of rule `{name}` uses the var `{var}`; vars can use columns only");
-                Diagnostic::error(title, span.clone(), "this is a var")
+                Diagnostic::error(Code::NestedVar, title, span.clone(), "this is a var")
                     .help(format!("write out what `{var}` stands for"))
             }
             Self::NoIdentity { identity, remedy } => no_identity(rule, *identity, remedy),
@@ -184,16 +185,17 @@ impl BindProblem {
             Self::ReservedKey { span, key } => {
                 let title = format!("rule `{name}` can make keys that are keepstep's own");
                 let label = format!("can make `{}`", String::from_utf8_lossy(key));
-                Diagnostic::error(title, span.clone(), label).help("begin the key with another literal")
+                Diagnostic::error(Code::ReservedKey, title, span.clone(), label)
+                    .help("begin the key with another literal")
             }
             Self::DuplicateField { span, field } => {
                 let title = format!("rule `{name}` puts two columns into the field `{field}`");
-                Diagnostic::error(title, span.clone(), "the second one")
+                Diagnostic::error(Code::SameField, title, span.clone(), "the second one")
                     .help("give each field a name of its own in `rename`")
             }
             Self::Expression { span, error } => {
                 let title = format!("rule `{name}`: the expression {}", error.problem);
-                let problem = Diagnostic::error(title, span.clone(), error.label.clone());
+                let problem = Diagnostic::error(Code::ExpressionType, title, span.clone(), error.label.clone());
                 error.help.iter().fold(problem, |problem, help| problem.help(help.clone()))
             }
         }
@@ -212,12 +214,13 @@ fn hidden_column(
     let title =
         format!("rule `{name}` uses column `{hidden}` of {table}, which publication `{publication}` leaves out");
     if column.generated {
-        return Diagnostic::error(title, span.clone(), "a generated column, never sent")
+        return Diagnostic::error(Code::UnpublishedColumn, title, span.clone(), "a generated column, never sent")
             .help(publish_generated(publication));
     }
     let columns = [published, std::slice::from_ref(hidden)].concat();
     let help = format!("publish it as well:  {}", republish(&rule.table.value, publication, &columns, row_filter));
-    Diagnostic::error(title, span.clone(), "not in the publication's column list, never sent").help(help)
+    Diagnostic::error(Code::UnpublishedColumn, title, span.clone(), "not in the publication's column list, never sent")
+        .help(help)
 }
 
 fn hidden_identity(rule: &Rule, columns: &[String], generated: bool, publication: &str) -> Diagnostic {
@@ -230,7 +233,7 @@ fn hidden_identity(rule: &Rule, columns: &[String], generated: bool, publication
     } else {
         format!("publish every column:  {}", republish(table, publication, &[], None))
     };
-    Diagnostic::error(title, rule.table.span.clone(), label).help(help)
+    Diagnostic::error(Code::HiddenIdentity, title, rule.table.span.clone(), label).help(help)
 }
 
 /// Virtual ones are never sent.
@@ -252,7 +255,7 @@ fn no_identity(rule: &Rule, identity: ReplicaIdentity, remedy: &IdentityRemedy) 
         ReplicaIdentity::Nothing | ReplicaIdentity::Full => "REPLICA IDENTITY NOTHING",
     };
     let label = format!("{lack}: Postgres refuses UPDATE and DELETE of such a table once it is published");
-    let mut found = Diagnostic::error(title, rule.table.span.clone(), label);
+    let mut found = Diagnostic::error(Code::NoReplicaIdentity, title, rule.table.span.clone(), label);
     if identity == ReplicaIdentity::Default && remedy.index.is_none() {
         found = found.help(format!("give it a primary key:  ALTER TABLE {} ADD PRIMARY KEY (…);", sql_table(table)));
     }
@@ -280,8 +283,9 @@ fn not_in_identity(
         _ => "DEFAULT",
     };
     let context = format!("REPLICA IDENTITY {kept}: only {} is sent for the old row", parenthesised(sent));
-    let mut found = Diagnostic::error(title, span.clone(), "not part of the table's replica identity")
-        .context(rule.table.span.clone(), context);
+    let mut found =
+        Diagnostic::error(Code::NotInIdentity, title, span.clone(), "not part of the table's replica identity")
+            .context(rule.table.span.clone(), context);
     found.help.extend(remedy_help(&rule.table.value, remedy, "make Postgres log the old row"));
     let rest = operations(Operations { delete: false, ..rule.on }, ["\"insert\"", "\"update\"", "\"delete\""]);
     if !rest.is_empty() {
@@ -299,7 +303,7 @@ fn weak_leaves(rule: &Rule, identity: ReplicaIdentity, leaves: &[TableName]) -> 
     };
     let names: Vec<String> = leaves.iter().map(ToString::to_string).collect();
     let label = format!("{says}; less is logged by {}", listed(&names, STATEMENTS_SHOWN));
-    let found = Diagnostic::error(title, rule.table.span.clone(), label);
+    let found = Diagnostic::error(Code::WeakPartitions, title, rule.table.span.clone(), label);
     if leaves.len() > STATEMENTS_SHOWN {
         return found.help(full_everywhere(table, "make Postgres log the old rows"));
     }
@@ -319,10 +323,13 @@ fn shared_key(rule: &Rule, span: &Range<usize>, how: &Sharing) -> Diagnostic {
         Sharing::Filter { filter } => {
             let label = format!("`{}` makes different values equal", filter.name());
             let plain = placeholder.replace(&format!("|{}", filter.name()), "");
-            Diagnostic::error(title, span.clone(), label).help(format!("leave the filter out: {plain}"))
+            Diagnostic::error(Code::SharedKey, title, span.clone(), label)
+                .help(format!("leave the filter out: {plain}"))
         }
-        Sharing::Default => Diagnostic::error(title, span.clone(), "a NULL and a value can look the same")
-            .help("leave the default out: a row with a NULL here then has no key"),
+        Sharing::Default => {
+            Diagnostic::error(Code::SharedKey, title, span.clone(), "a NULL and a value can look the same")
+                .help("leave the default out: a row with a NULL here then has no key")
+        }
         Sharing::Boundary { key, encoding_helps } => {
             let label = format!(
                 "where this value ends is not clear: `{}` can be read in two ways",
@@ -334,7 +341,7 @@ fn shared_key(rule: &Rule, span: &Range<usize>, how: &Sharing) -> Diagnostic {
             } else {
                 "put a literal between the values that neither of them can hold".to_owned()
             };
-            Diagnostic::error(title, span.clone(), label).help(help)
+            Diagnostic::error(Code::SharedKey, title, span.clone(), label).help(help)
         }
     };
     found.help(invalidate)
@@ -343,7 +350,7 @@ fn shared_key(rule: &Rule, span: &Range<usize>, how: &Sharing) -> Diagnostic {
 fn not_unique(rule: &Rule, span: &Range<usize>, title: String, used: &[String], unique: &[Vec<String>]) -> Diagnostic {
     let key = rule.write.as_ref().map(|write| write.key.value.text()).unwrap_or_default();
     let Some(narrowest) = unique.first() else {
-        let found = Diagnostic::error(title, span.clone(), "names no single row")
+        let found = Diagnostic::error(Code::SharedKey, title, span.clone(), "names no single row")
             .context(rule.table.span.clone(), "no unique index that holds for all rows at all times");
         return match used {
             [] => found,
@@ -361,7 +368,7 @@ fn not_unique(rule: &Rule, span: &Range<usize>, title: String, used: &[String], 
     let indexes: Vec<String> = unique.iter().take(NAMES_SHOWN).map(|columns| parenthesised(columns)).collect();
     let missing = narrowest.iter().filter(|column| !used.contains(column));
     let longer: String = missing.map(|column| format!(":{{{column}}}")).collect();
-    Diagnostic::error(title, span.clone(), "holds the columns of no unique index")
+    Diagnostic::error(Code::SharedKey, title, span.clone(), "holds the columns of no unique index")
         .context(rule.table.span.clone(), format!("unique: {}", indexes.join(", ")))
         .help(format!("name the row:  key = \"{key}{longer}\""))
 }

@@ -10,6 +10,7 @@
 use std::ops::Range;
 
 use super::filter::Filter;
+use crate::config::code::Code;
 use crate::suggest::nearest;
 
 /// keepstep's own keys begin with it, behind the prefix of `[redis]`.
@@ -48,6 +49,8 @@ pub struct Placeholder {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct TemplateError {
+    /// What kind of mistake it is.
+    pub code: Code,
     /// The bytes of the template's text that are wrong; [`place`] finds them in the file.
     pub range: Range<usize>,
     /// What is wrong there, without a full stop.
@@ -57,8 +60,8 @@ pub struct TemplateError {
 }
 
 impl TemplateError {
-    fn new(range: Range<usize>, message: impl Into<String>, help: impl Into<String>) -> Self {
-        TemplateError { range, message: message.into(), help: vec![help.into()] }
+    fn new(code: Code, range: Range<usize>, message: impl Into<String>, help: impl Into<String>) -> Self {
+        TemplateError { code, range, message: message.into(), help: vec![help.into()] }
     }
 }
 
@@ -67,15 +70,20 @@ impl Template {
     pub fn parse(text: &str) -> Result<Self, TemplateError> {
         let template = Self::parse_free(text)?;
         match template.parts.first() {
-            None => Err(TemplateError::new(0..0, "a key cannot be empty", "name the key: \"product:{id}\"")),
+            None => Err(TemplateError::new(
+                Code::TemplateSyntax,
+                0..0,
+                "a key cannot be empty",
+                "name the key: \"product:{id}\"",
+            )),
             Some(Part::Placeholder(first)) => {
                 let message = "nothing stands before the first placeholder, so row data would choose the whole key";
                 let help = format!("begin with a literal of its own: \"product:{}\"", &text[first.range.clone()]);
-                Err(TemplateError::new(first.range.clone(), message, help))
+                Err(TemplateError::new(Code::NoLiteral, first.range.clone(), message, help))
             }
             Some(Part::Literal(first)) if first.starts_with(RESERVED) => {
                 let message = format!("keys that begin with `{RESERVED}` are keepstep's own");
-                Err(TemplateError::new(0..RESERVED.len(), message, "begin with another literal"))
+                Err(TemplateError::new(Code::ReservedKey, 0..RESERVED.len(), message, "begin with another literal"))
             }
             Some(Part::Literal(_)) => Ok(template),
         }
@@ -94,7 +102,12 @@ impl Template {
                 literal.push_str(&rest[..1]);
                 at += 2;
             } else if rest.starts_with('}') {
-                return Err(TemplateError::new(at..at + 1, "no `{` belongs to this `}`", "for a brace write `}}`"));
+                return Err(TemplateError::new(
+                    Code::TemplateSyntax,
+                    at..at + 1,
+                    "no `{` belongs to this `}`",
+                    "for a brace write `}}`",
+                ));
             } else {
                 let placeholder = Placeholder::parse(text, at)?;
                 at = placeholder.range.end;
@@ -138,7 +151,7 @@ impl Placeholder {
             Some(length) if text[inner + length..].starts_with('}') => length,
             _ => {
                 let help = "close it: \"product:{id}\"; for a brace write `{{`";
-                return Err(TemplateError::new(open..inner, "this `{` is not closed", help));
+                return Err(TemplateError::new(Code::TemplateSyntax, open..inner, "this `{` is not closed", help));
             }
         };
         let range = open..inner + length + 1;
@@ -149,7 +162,12 @@ impl Placeholder {
             None => (value, None),
         };
         if name.is_empty() {
-            return Err(TemplateError::new(range, "this placeholder names no column", "name one: \"product:{id}\""));
+            return Err(TemplateError::new(
+                Code::TemplateSyntax,
+                range,
+                "this placeholder names no column",
+                "name one: \"product:{id}\"",
+            ));
         }
         let mut at = inner + value.len() + 1;
         let mut filters = Vec::new();
@@ -168,14 +186,14 @@ fn parse_filter(text: &str, at: usize, column: &str) -> Result<Filter, TemplateE
         let range = at..at + text.len();
         if let Some((filter, default)) = text.split_once('?') {
             let help = format!("write {{{column}?{default}|{filter}}}");
-            return TemplateError::new(range, "a default stands before the filters", help);
+            return TemplateError::new(Code::TemplateSyntax, range, "a default stands before the filters", help);
         }
         let names = Filter::ALL.map(Filter::name);
         let help = match nearest(text, names) {
             Some(near) => format!("did you mean `{near}`?"),
             None => format!("filters are {}", names.map(|name| format!("`{name}`")).join(", ")),
         };
-        TemplateError::new(range, format!("there is no filter `{text}`"), help)
+        TemplateError::new(Code::UnknownFilter, range, format!("there is no filter `{text}`"), help)
     })
 }
 

@@ -205,6 +205,7 @@ fn completions_and_help_come_for_every_command() {
         "stats",
         "clear",
         "reference",
+        "explain",
         "demo",
     ] {
         assert!(keepstep(&[command, "--help"]).contains("Usage: keepstep"), "{command}");

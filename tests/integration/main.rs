@@ -6,6 +6,7 @@ mod support;
 
 mod catalog;
 mod checkpoint;
+mod codes;
 mod commands;
 mod corpus;
 mod faults;

@@ -5,6 +5,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use keepstep::config::code::CODES;
+
 /// Every file in a folder of the repository, by its extension.
 fn files(folder: &str, extension: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join(folder);
@@ -46,6 +48,32 @@ fn the_schema_is_that_of_the_reference_and_every_example_names_it() {
         let text = fs::read_to_string(&example).unwrap();
         assert_eq!(text.lines().next(), Some("#:schema ../keepstep.schema.json"), "{}", example.display());
     }
+}
+
+#[test]
+fn every_code_is_one_that_a_message_has() {
+    let mut folders = vec![Path::new(env!("CARGO_MANIFEST_DIR")).join("src")];
+    let mut source = String::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            match path.extension() {
+                _ if path.is_dir() => folders.push(path),
+                Some(extension) if extension == "rs" => source.push_str(&fs::read_to_string(path).unwrap()),
+                _ => {}
+            }
+        }
+    }
+    let named: BTreeSet<&str> = source.split("Code::").skip(1).map(|rest| word(rest)).collect();
+    for known in CODES {
+        let name = format!("{:?}", known.code);
+        assert!(named.contains(name.as_str()), "no message has the code {} ({name})", known.code);
+    }
+}
+
+/// The letters that a text begins with.
+fn word(text: &str) -> &str {
+    text.split(|c: char| !c.is_alphanumeric()).next().unwrap_or_default()
 }
 
 #[test]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use super::super::rules_text::{Names, RuleText, array, commented_out, literal, placeholder, prose, quoted};
 use super::survey::{Column, Reference, Survey, Table};
 use crate::catalog::{TableFacts, UniqueIndex, check_rules, sql_table};
+use crate::config::code::Code;
 use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::mask::is_secret_name;
 use crate::config::{RulesFile, parse};
@@ -94,7 +95,7 @@ fn detail(table: &Table, name: &str, facts: &TableFacts, survey: &Survey, draft:
     let Some(index) = row_index(facts) else {
         let title = format!("{} has no primary key, so no key can stand for a row", table.name);
         let remedy = format!("give it one:  ALTER TABLE {} ADD PRIMARY KEY (…);", sql_table(&table.name));
-        return leave_out(draft, vec![Diagnostic::error(title, 0..0, "").help(remedy)]);
+        return leave_out(draft, vec![Diagnostic::error(Code::SharedKey, title, 0..0, "").help(remedy)]);
     };
     let left: Vec<String> = table.columns.iter().filter_map(|column| left_out(column, index)).collect();
     if !left.is_empty() {
@@ -117,7 +118,10 @@ fn detail(table: &Table, name: &str, facts: &TableFacts, survey: &Survey, draft:
     }
     let unnameable = || {
         let title = format!("{} has a key column that no template can name", table.name);
-        vec![Diagnostic::error(title, 0..0, "").help("rename a column that holds one of `{`, `}`, `|`, `?`")]
+        vec![
+            Diagnostic::error(Code::TemplateSyntax, title, 0..0, "")
+                .help("rename a column that holds one of `{`, `}`, `|`, `?`"),
+        ]
     };
     leave_out(draft, judged.into_iter().next().unwrap_or_else(unnameable));
     draft.text.extend(rules.first().map(commented_out));
