@@ -33,7 +33,8 @@ Examples:
   keepstep check                                    is the result right?
 
 What could not be translated is said on standard error, with file and line. URLs and passwords
-are not copied: they stand in the result as ${DATABASE_URL} and ${REDIS_URL}.")]
+are not copied: they stand in the result as ${DATABASE_URL} and ${REDIS_URL}. One thing is always
+different: a row that leaves a filter (`when`) loses its key, where its job would have left it.")]
 pub(super) struct Arguments {
     /// The folder that holds config.yaml and jobs/
     #[arg(value_name = "DIR")]

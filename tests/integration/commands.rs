@@ -183,6 +183,37 @@ async fn an_idle_slot_moves_although_only_another_database_is_written_to() {
 }
 
 #[test]
+fn a_pipeline_becomes_a_rules_file_and_the_rest_is_said_with_its_line() {
+    let folder = tempfile::tempdir().unwrap();
+    let import = || Command::new(env!("CARGO_BIN_EXE_keepstep")).arg("import-rdi").arg(folder.path()).output().unwrap();
+    let output = import();
+    assert_eq!(output.status.code(), Some(1), "{}", String::from_utf8_lossy(&output.stderr));
+    std::fs::create_dir(folder.path().join("jobs")).unwrap();
+    assert_eq!(import().status.code(), Some(2));
+
+    let config = "sources: { shop: { connection: { type: postgresql, password: hunter2 } } }\n";
+    std::fs::write(folder.path().join("config.yaml"), config).unwrap();
+    let job = "source: { schema: public, table: invoice }\noutput:\n  - uses: redis.write\n    with:\n      nest: {}\n\
+               \x20 - uses: redis.write\n    with:\n      key: { language: sql, expression: \"'invoice:' || id\" }\n";
+    std::fs::write(folder.path().join("jobs/invoice.yaml"), job).unwrap();
+    let output = import();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && said.starts_with("jobs/invoice.yaml:5: `nest` is not translated"), "{said}");
+    let rules = out(&output);
+    assert!(rules.contains("[rule.invoice]\n") && rules.contains("\"invoice:{id}\""), "{rules}");
+    assert!(rules.contains("\"${DATABASE_URL}\"") && !rules.contains("hunter2"), "{rules}");
+}
+
+#[test]
+fn codes_are_explained() {
+    let explain = |code: &str| Command::new(env!("CARGO_BIN_EXE_keepstep")).args(["explain", code]).output().unwrap();
+    assert!(out(&explain("ks72")).starts_with("KS072: "));
+    let output = explain("KS999");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.starts_with("error: there is no code `KS999`\n\nhint: "), "{said}");
+}
+
+#[test]
 fn completions_and_help_come_for_every_command() {
     let keepstep = |arguments: &[&str]| {
         let output = Command::new(env!("CARGO_BIN_EXE_keepstep")).args(arguments).output().unwrap();

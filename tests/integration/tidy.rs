@@ -59,12 +59,14 @@ fn every_code_is_one_that_a_message_has() {
             let path = entry.unwrap().path();
             match path.extension() {
                 _ if path.is_dir() => folders.push(path),
+                // The list itself proves nothing.
+                _ if path.ends_with("config/code.rs") => {}
                 Some(extension) if extension == "rs" => source.push_str(&fs::read_to_string(path).unwrap()),
                 _ => {}
             }
         }
     }
-    let named: BTreeSet<&str> = source.split("Code::").skip(1).map(|rest| word(rest)).collect();
+    let named: BTreeSet<&str> = source.split("Code::").skip(1).map(word).collect();
     for known in CODES {
         let name = format!("{:?}", known.code);
         assert!(named.contains(name.as_str()), "no message has the code {} ({name})", known.code);
