@@ -104,11 +104,17 @@ pub(super) fn literal(text: &str) -> String {
     text.replace('{', "{{").replace('}', "}}")
 }
 
+/// A line of a comment. Names of tables and fields may hold line breaks, which would end it.
+pub(super) fn comment(text: &str) -> String {
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    format!("# {}\n", text.trim_end())
+}
+
 /// Prose as comments, broken into lines.
 pub(super) fn prose(text: &str) -> String {
     let mut out = String::new();
     let mut length = WIDTH;
-    for word in text.split(' ') {
+    for word in text.split(|c: char| c == ' ' || c.is_control()) {
         if length + 1 + word.len() > WIDTH {
             out.push_str(if out.is_empty() { "#" } else { "\n#" });
             length = 1;
@@ -117,7 +123,7 @@ pub(super) fn prose(text: &str) -> String {
         out.push_str(word);
         length += 1 + word.len();
     }
-    out.lines().map(|line| format!("{}\n", line.trim_end())).collect()
+    out + "\n"
 }
 
 /// TOML made a comment that a `#` less makes TOML again; prose has a blank behind its `#`.
@@ -181,6 +187,8 @@ mod tests {
         let broken = prose(&words);
         assert!(broken.lines().all(|line| line.starts_with("# word") && line.len() <= WIDTH), "{broken}");
         assert_eq!(broken.matches("word").count(), 40);
+        assert_eq!(prose("a\n[rule.b]"), "# a [rule.b]\n");
+        assert_eq!(comment("  a\u{b}b\n"), "#   a b\n");
         let columns: Vec<String> = (0..40).map(|number| format!("column_{number}")).collect();
         let array = array(columns.iter().map(String::as_str));
         assert!(array.lines().count() > 3 && array.lines().all(|line| line.len() <= WIDTH + 4), "{array}");

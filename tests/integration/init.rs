@@ -11,6 +11,9 @@ const TABLES: &str = r#"
     create table "Order Lines" ("Order" bigint references orders, "Line.No" int, "a ""b""" text,
                                 primary key ("Order", "Line.No"));
     create table "dotted.name" (id uuid primary key);
+    create table "broken
+[rule.name]" (id int primary key, "a
+b" int references customers);
     create table keepstep (id int primary key);
     create table named (schema text, name text, v text, primary key (schema, name));
     create table by_index (id int, sku text not null unique, v text);

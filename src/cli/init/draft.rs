@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use super::super::rules_text::{Names, RuleText, array, commented_out, literal, placeholder, prose, quoted};
+use super::super::rules_text::{Names, RuleText, array, comment, commented_out, literal, placeholder, prose, quoted};
 use super::survey::{Column, Reference, Survey, Table};
 use crate::catalog::{TableFacts, UniqueIndex, check_rules, sql_table};
 use crate::config::code::Code;
@@ -186,7 +186,7 @@ fn list(table: &Table, name: &str, reference: &Reference, survey: &Survey, names
 
 /// A problem as comments; what can be pasted stays in one line.
 fn said(problem: &Diagnostic) -> String {
-    let help = problem.help.iter().map(|help| format!("#   {help}\n"));
+    let help = problem.help.iter().map(|help| comment(&format!("  {help}")));
     std::iter::once(prose(&format!("{}:", problem.title))).chain(help).collect()
 }
 
