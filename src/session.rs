@@ -65,9 +65,10 @@ pub mod tables;
 /// How often the session looks after what no event asks for. Postgres hears of us as often, which keeps the connection
 /// even where nothing can be read for now (`wal_sender_timeout` is 60 s by default).
 const TICK: Duration = Duration::from_secs(1);
-/// What waits for transactions to be visible is looked after at once, then each time so much later.
-const VISIBLE_PAUSE: Duration = Duration::from_millis(1);
-const VISIBLE_PAUSE_MAX: Duration = Duration::from_millis(250);
+/// What waits for transactions to be visible is looked after no sooner than this after the last look, and each time that was
+/// in vain so much later.
+const LOOK_PAUSE: Duration = Duration::from_millis(5);
+const LOOK_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How much may be collected that waits for the same look.
 const LATER_LIMITS: Limits = Limits { ops: 16_384, bytes: 8 << 20 };
 /// How often slot and catalog are looked at.
@@ -284,6 +285,8 @@ pub struct Session<C> {
     settling: Option<Settling>,
     /// How many looks in a row have not shown what something waits for.
     looks_in_vain: u32,
+    /// When the last one ended.
+    looked_visible_at: Instant,
     probing: Option<Probing<C>>,
     /// When Redis last answered.
     answered_at: Instant,
@@ -538,6 +541,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// A snapshot of the primary has come.
     fn settled(&mut self, snapshot: Snapshot) {
         self.settling = None;
+        self.looked_visible_at = Instant::now();
         self.intake.settle(snapshot);
         match self.intake.wants_look() {
             true => self.looks_in_vain += 1,
@@ -553,7 +557,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             self.stand_here();
         }
         if self.settling.is_none() && self.intake.wants_look() {
-            let pause = (VISIBLE_PAUSE * self.looks_in_vain).min(VISIBLE_PAUSE_MAX);
+            let since = self.looked_visible_at.elapsed();
+            let pause = (LOOK_PAUSE * (1 + self.looks_in_vain)).min(LOOK_PAUSE_MAX).saturating_sub(since);
             let client = Arc::clone(&self.client);
             self.settling = Some(Box::pin(async move {
                 tokio::time::sleep(pause).await;

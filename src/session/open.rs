@@ -262,6 +262,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone(), streamed.former),
         settling: None,
         looks_in_vain: 0,
+        looked_visible_at: now,
         probing: None,
         answered_at: now,
         looking: None,

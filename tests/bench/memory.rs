@@ -1,6 +1,6 @@
 //! The most memory that was ever resident; the baseline is the same daemon while it has nothing to do.
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use crate::Figure;
@@ -12,7 +12,9 @@ pub(crate) fn measure(quick: bool) -> Vec<Figure> {
     let stand = Stand::start(&[]);
     let large = if quick { 500_000 } else { 10_000_000 };
     let outage = Duration::from_secs(if quick { 4 } else { 60 });
-    vec![large_transaction(&stand, large), many_rules(&stand), redis_away(outage)]
+    let mut figures = vec![large_transaction(&stand, large), many_rules(&stand), redis_away(outage)];
+    figures.extend(reads(&stand, if quick { 200_000 } else { 2_000_000 }));
+    figures
 }
 
 /// Starts the daemon with so many rules on the table; also gives what it needs while it has nothing to do.
@@ -70,6 +72,25 @@ fn redis_away(outage: Duration) -> Figure {
     stand.redis.resume().expect("Redis starts");
     caught_up(&stand, &program, "away-end");
     figure(format!("memory, Redis away for {} s under pgbench (MiB)", outage.as_secs()), program, idle_mib)
+}
+
+/// All rows are read: to fill an empty cache, and to compare a full one, orphans included.
+fn reads(stand: &Stand, rows: usize) -> [Figure; 2] {
+    stand.sql("create table read (id bigint primary key, n int, name text)");
+    let (program, idle_mib) = start(stand, "read", "read", "id", 1);
+    program.end();
+    stand.sql(&format!("insert into read select g, g, 'name ' || g from generate_series(1, {rows}) g"));
+    stand.sql("vacuum analyze read");
+    stand.flush();
+    let rules = stand.rules_that(true, "read", &json_rules("read", "id", 1));
+    ["run --until-caught-up", "verify"].map(|arguments| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_keepstep"));
+        command.args(arguments.split(' ')).arg("-c").arg(&rules).env("KEEPSTEP_LOG", "warn").stdout(Stdio::null());
+        let peak_mib = Program::start(&mut command).peak_of_all_mib();
+        let what = if arguments == "verify" { "verify" } else { "warm" };
+        let measure = format!("memory, {what} of {rows} rows (MiB)");
+        Figure::value(measure, peak_mib, idle_mib, "<= 64 MiB", |mib| mib <= LIMIT_MIB)
+    })
 }
 
 fn pgbench(stand: &Stand, arguments: &[&str]) {

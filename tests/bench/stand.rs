@@ -224,16 +224,33 @@ impl Program {
         self.status_mib("VmHWM:")
     }
 
+    /// The same, looked at until it has ended.
+    pub(crate) fn peak_of_all_mib(self) -> f64 {
+        let mut peak_mib: f64 = 0.0;
+        while !self.has_ended() {
+            assert!(self.elapsed_s() < LIMIT.as_secs_f64(), "the program has not ended within {LIMIT:?}");
+            // Nothing is resident any more in the moment between the two.
+            peak_mib = peak_mib.max(self.resident_of("VmHWM:").unwrap_or_default());
+            std::thread::sleep(POLL);
+        }
+        self.finish();
+        peak_mib
+    }
+
     /// The memory that is resident now.
     pub(crate) fn resident_mib(&self) -> f64 {
         self.status_mib("VmRSS:")
     }
 
     fn status_mib(&self, field: &str) -> f64 {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).expect("a process");
-        let line = status.lines().find(|line| line.starts_with(field)).expect("a running process");
-        let kib = line.split_whitespace().nth(1).and_then(|kib| kib.parse::<f64>().ok());
-        kib.expect("a number of KiB") / 1024.0
+        self.resident_of(field).expect("a running process")
+    }
+
+    fn resident_of(&self, field: &str) -> Option<f64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id())).ok()?;
+        let line = status.lines().find(|line| line.starts_with(field))?;
+        let kib = line.split_whitespace().nth(1)?.parse::<f64>().ok()?;
+        Some(kib / 1024.0)
     }
 
     /// `/proc/PID/stat` behind the program's name (proc(5)): the state is the first field.
