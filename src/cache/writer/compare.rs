@@ -50,6 +50,7 @@ impl Writer {
 const KEYS_AT_A_TIME: usize = 512;
 /// How many keys are looked at by themselves in one piece.
 const LOOKS_AT_A_TIME: usize = 64;
+const MISSING: Held = Held { content: Content::Nothing, remaining: Remaining::Missing };
 /// PTTL of each key.
 const TTLS: &str = "local ttls = {} for i, key in ipairs(KEYS) do ttls[i] = redis.call('PTTL', key) end return ttls";
 
@@ -62,16 +63,19 @@ async fn differing(connection: &mut Connection, batch: &Batch) -> Result<Vec<(us
     let replies = connection.send(strings.chunks(KEYS_AT_A_TIME).flat_map(questions)).await?;
     let mut replies = replies.into_iter();
     let mut unsure: Vec<usize> = (0..ops.len()).filter(|place| !is_string(&ops[*place])).collect();
+    let mut looked_at = Vec::new();
     for places in strings.chunks(KEYS_AT_A_TIME) {
         let values = array(replies.next(), "MGET", places.len())?;
         let ttls =
             if ask_ttls { array(replies.next(), "EVAL", places.len())? } else { vec![Value::Int(-1); places.len()] };
-        let right = iter::zip(places, iter::zip(&values, &ttls));
-        unsure.extend(
-            right.filter(|(place, (value, ttl))| !is_plainly_right(&ops[**place], value, ttl)).map(|(place, _)| place),
-        );
+        for (place, (value, ttl)) in iter::zip(places, iter::zip(&values, &ttls)) {
+            match ttl {
+                _ if is_plainly_right(&ops[*place], value, ttl) => {}
+                Value::Int(-2) => looked_at.push((*place, MISSING)),
+                _ => unsure.push(*place),
+            }
+        }
     }
-    let mut looked_at = Vec::with_capacity(unsure.len());
     for places in unsure.chunks(LOOKS_AT_A_TIME) {
         let asked: Vec<CacheOp<'_>> = places.iter().map(|place| ops[*place]).collect();
         looked_at.extend(iter::zip(places.iter().copied(), held(connection, &asked).await?));
