@@ -161,7 +161,7 @@ pub struct PostgresConfig {
     pub heartbeat: Option<Duration>,
     /// How long connecting may take. Default 10 s.
     pub connect_timeout: Duration,
-    /// Beyond this many bytes of retained WAL the slot is alarming (metric, log). Default 8 GiB.
+    /// Beyond this many bytes of retained WAL the slot is given up, or with [`OnGap::Stop`] reported. Default 8 GiB.
     pub max_retained: u64,
     /// How many connections may read tables at a time. Default 2.
     pub query_connections: usize,

@@ -352,7 +352,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 biased;
                 (cache, batch, outcome) = optional(&mut self.in_flight) => self.answered(cache, batch, outcome)?,
                 _ = tick.tick() => self.tick(options).await?,
-                looked = optional(&mut self.looking) => self.looked(looked?),
+                looked = optional(&mut self.looking) => self.looked(looked?)?,
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,

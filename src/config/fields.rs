@@ -305,7 +305,9 @@ pub const FIELDS: &[Field] = &[
         name: "max_retained",
         kind: Kind::Size { min: 1 << 20, max: 1 << 50 },
         default: Fallback::Value("\"8GiB\""),
-        meaning: "Beyond this much retained WAL the slot is reported as alarming, in a metric and in the log.",
+        meaning: "A slot that makes Postgres keep more WAL than this is given up, because a full disk is worse than a cold cache: \
+                  the rules are reconciled on a new one. With `on_gap = \"stop\"` it is only reported, in a metric and in the \
+                  log.",
         needs: &[],
         limits: "",
         example: "\"8GiB\"",

@@ -8,7 +8,8 @@ use crate::cache::Cache;
 use crate::cache::checkpoint::Debt;
 use crate::canary::{self, Canary};
 use crate::catalog::signature::{self, Look, Signatures};
-use crate::config::{Config, Rule, TableName};
+use crate::config::{Config, OnGap, Rule, TableName};
+use crate::error::{Error, ErrorKind, Result};
 use crate::model::Lsn;
 use crate::source::slot::{self, SlotState};
 
@@ -45,14 +46,22 @@ impl<C: Cache + Send + 'static> Session<C> {
         }));
     }
 
-    pub(super) fn looked(&mut self, Looked { slot, catalog }: Looked) {
+    pub(super) fn looked(&mut self, Looked { slot, catalog }: Looked) -> Result<()> {
         self.looking = None;
         // A slot that is gone ends the stream by itself, with the server's own words.
         if let Some(slot) = slot {
             if let (Some(Lsn(start)), Some(retained)) = (slot.restart_lsn, slot.retained_bytes) {
                 self.server_end = Lsn(start.saturating_add(retained));
             }
-            report::slot(&slot, self.config.postgres.max_retained, &self.metrics, &self.shared);
+            let postgres = &self.config.postgres;
+            report::slot(&slot, postgres.max_retained, &self.metrics, &self.shared);
+            if postgres.on_gap == OnGap::Reconcile && slot.retained_bytes > Some(postgres.max_retained) {
+                // The next session drops it: nobody streams it then.
+                return Err(Error::new(
+                    ErrorKind::Gap,
+                    "the slot keeps more WAL than `max_retained`, so it is given up",
+                ));
+            }
         }
         self.tables.carried(&catalog.carried);
         let differing = differing(&catalog.signatures, &self.signatures, &self.config.rules);
@@ -64,6 +73,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         differing.iter().for_each(|rule| self.debts.owe(&rule.name.value, Debt::Reconcile));
         self.signatures_unsaid |= self.signatures != catalog.signatures;
         self.signatures = catalog.signatures;
+        Ok(())
     }
 }
 

@@ -19,7 +19,7 @@ use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
 use crate::catalog::signature::{self, Signatures};
 use crate::catalog::{self, Catalog};
-use crate::config::{Config, Rule, diagnostic};
+use crate::config::{Config, OnGap, Rule, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
@@ -48,7 +48,7 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
     on_primary(&client).await?;
     // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
-    let slot = free_slot(&client, &config.postgres.slot).await?;
+    let slot = affordable_slot(config, &client).await?;
     let mut writer = Writer::new(config.redis.clone(), Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics))?;
     let stored = writer.read_checkpoint().await?;
     let mut walsender = Walsender::connect(&info).await?;
@@ -162,6 +162,24 @@ async fn free_slot(client: &tokio_postgres::Client, name: &str) -> Result<Option
             Err(Error::new(ErrorKind::Fenced, taken))
         }
     }
+}
+
+/// The same, given up if it keeps more log than it may: the DBA's disk comes before the cache, which is made right again
+/// from the tables. So it goes before Redis is looked for, which may be what all this waits for.
+async fn affordable_slot(config: &Config, client: &tokio_postgres::Client) -> Result<Option<SlotState>> {
+    let slot = free_slot(client, &config.postgres.slot).await?;
+    let retained = slot.as_ref().filter(|slot| !slot.is_lost()).and_then(|slot| slot.retained_bytes).unwrap_or(0);
+    let max_retained = config.postgres.max_retained;
+    let gives_up = config.postgres.on_gap == OnGap::Reconcile && retained > max_retained;
+    if gives_up && slot::give_up(client, &config.postgres.slot, max_retained).await? {
+        tracing::warn!(
+            retained,
+            max_retained,
+            "the slot was dropped because it kept too much WAL; the rules are reconciled"
+        );
+        return Ok(None);
+    }
+    Ok(slot)
 }
 
 /// What the rules owe when the session begins.

@@ -118,6 +118,19 @@ fn lsn(row: &Row, column: usize, doing: &str) -> Result<Option<Lsn>> {
     text.map(|text| text.parse().map_err(|error| Error::new(ErrorKind::Protocol, doing).because(error))).transpose()
 }
 
+/// Drops a slot that keeps more than so many bytes of log and that nobody streams; whether it did. Somebody else's slot stays.
+///
+/// # Errors
+/// [`ErrorKind::PostgresAway`] when the connection breaks.
+pub async fn give_up(client: &Client, name: &str, max_retained: u64) -> Result<bool> {
+    let sql = "select pg_drop_replication_slot(slot_name)::text from pg_replication_slots
+        where slot_name = $1::text and not active and plugin = 'pgoutput' and database = current_database()
+          and pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > $2::int8";
+    let most = i64::try_from(max_retained).unwrap_or(i64::MAX);
+    let dropped = client.query_typed(sql, &[(&name, Type::TEXT), (&most, Type::INT8)]).await;
+    dropped.map(|rows| !rows.is_empty()).map_err(|error| query_error("cannot drop the slot", error))
+}
+
 /// Where the slot was made, if whoever made it left a note in the publication's comment.
 ///
 /// # Errors

@@ -353,6 +353,36 @@ async fn the_slot_was_dropped() {
     }
 }
 
+/// Much is written elsewhere while Redis is away: Postgres's disk comes first.
+#[tokio::test]
+async fn a_slot_that_keeps_too_much_is_given_up() {
+    for on_gap in BOTH {
+        let mut stage = Stage::set();
+        let (_, daemon) = match on_gap {
+            OnGap::Reconcile => running(&stage, on_gap, "max_retained = \"1MiB\"").await,
+            OnGap::Stop => following(&stage, on_gap, "max_retained = \"1MiB\"").await,
+        };
+        redis_command(&stage, &["SAVE"]).await;
+        stage.redis.stop("TERM").unwrap();
+        stage.execute("update rows set version = 2").await;
+        stage.execute("create table other as select g, repeat('x', 100) from generate_series(1, 20000) g").await;
+        let slots = "select count(*) from pg_replication_slots";
+        let sql = stage.sql().await;
+        let count = async || sql.query_one(slots, &[]).await.unwrap().get::<_, i64>(0);
+        if on_gap == OnGap::Reconcile {
+            wait_for("the slot to be given up", async || (count().await == 0).then_some(())).await;
+        }
+        stage.redis.resume().unwrap();
+        match on_gap {
+            OnGap::Reconcile => mends(&stage, &daemon, "slot_lost").await,
+            OnGap::Stop => {
+                assert_in_step(&stage, &[MIRROR]).await;
+                assert_eq!(count().await, 1);
+            }
+        }
+    }
+}
+
 /// Drops the slot from under the daemon that streams it.
 async fn drop_streaming_slot(stage: &Stage) {
     let sql = stage.sql().await;
