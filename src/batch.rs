@@ -154,6 +154,18 @@ impl<'a> CacheOp<'a> {
         }
     }
 
+    /// The same for another key.
+    pub fn at(self, key: &'a [u8]) -> Self {
+        match self {
+            CacheOp::Set { value, form, life, present_only, .. } => {
+                CacheOp::Set { key, value, form, life, present_only }
+            }
+            CacheOp::Delete { .. } => CacheOp::Delete { key },
+            CacheOp::Add { member, score, .. } => CacheOp::Add { key, member, score },
+            CacheOp::Remove { member, sorted, .. } => CacheOp::Remove { key, member, sorted },
+        }
+    }
+
     /// The member, if that is what it decides.
     pub fn member(&self) -> Option<&'a [u8]> {
         match self {

@@ -45,6 +45,17 @@ pub struct Applied {
     pub owed: bool,
 }
 
+/// A cell that may not be as a batch would write it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Differing {
+    /// Which of the batch's operations.
+    pub place: usize,
+    /// Under which of the prefixes; 0 is the main one.
+    pub prefix: usize,
+    /// What Redis holds.
+    pub held: Held,
+}
+
 /// What Redis holds of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Held {
@@ -93,8 +104,8 @@ pub trait Cache {
     /// the cache has lost something.
     fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> impl Future<Output = Result<Applied>> + Send;
 
-    /// The cells that may not be as the batch would write them, by their places, and what the cache holds of each.
-    fn compare(&mut self, batch: &Batch) -> impl Future<Output = Result<Vec<(usize, Held)>>> + Send;
+    /// The cells that may not be as the batch would write them.
+    fn compare(&mut self, batch: &Batch) -> impl Future<Output = Result<Vec<Differing>>> + Send;
     /// What the catalog says of the tables now, to be stored with the next batch, whose checkpoint holds what follows
     /// from it.
     fn remember(&mut self, catalog: &Signatures);

@@ -24,7 +24,7 @@ use crate::admin::{Phase, RuleStatus, Shared, Status};
 use crate::backoff::Backoff;
 use crate::batch::{Batch, Limits};
 use crate::cache::checkpoint::{Checkpoint, Debt, RuleSet};
-use crate::cache::{Applied, Cache, Held};
+use crate::cache::{Applied, Cache, Differing};
 use crate::canary::{self, Canary};
 use crate::catalog::signature::Signatures;
 use crate::config::{Config, OnGap};
@@ -239,7 +239,7 @@ type InFlight<C> = Pin<Box<dyn Future<Output = (C, Batch, Result<Outcome>)> + Se
 #[expect(clippy::large_enum_variant, reason = "there is one of it")]
 enum Outcome {
     Applied(Applied),
-    Compared(Vec<(usize, Held)>),
+    Compared(Vec<Differing>),
 }
 
 /// What is in flight, or was last.

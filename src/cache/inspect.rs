@@ -2,16 +2,16 @@
 
 use std::collections::BTreeMap;
 
-use redis::{Cmd, Value};
+use redis::{Cmd, Value as Reply};
 
-use crate::config::RedisConfig;
+use crate::config::{Config, Life, RedisConfig, RowForm, Rule, Value, WriteAction};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rules::template::RESERVED;
 
 use super::connection::{Connection, Failure};
 use super::writer::{into_error, scan};
 
-/// Every command that keepstep sends, as an ACL names it; AUTH needs no permission.
+/// The commands that any rules file needs, as an ACL names them; AUTH needs no permission.
 const COMMANDS: [&str; 18] = [
     "type",
     "dbsize",
@@ -32,6 +32,51 @@ const COMMANDS: [&str; 18] = [
     "wait",
     "memory|usage",
 ];
+
+/// What some rules need besides: the commands as an ACL names them, and a trial of each that leaves nothing behind. `KEY` stands
+/// for a key, or a channel.
+struct Extra {
+    acl: &'static [&'static str],
+    trial: &'static [&'static [&'static str]],
+}
+
+const HASH: Extra = Extra { acl: &["hset", "hgetall"], trial: &[&["HSET", "KEY", "a", ""], &["HGETALL", "KEY"]] };
+const SET: Extra = Extra {
+    acl: &["sadd", "srem", "sismember", "sscan"],
+    trial: &[&["SADD", "KEY", "a"], &["SISMEMBER", "KEY", "a"], &["SSCAN", "KEY", "0"], &["SREM", "KEY", "a"]],
+};
+const SORTED_SET: Extra = Extra {
+    acl: &["zadd", "zrem", "zscore", "zscan"],
+    trial: &[&["ZADD", "KEY", "0", "a"], &["ZSCORE", "KEY", "a"], &["ZSCAN", "KEY", "0"], &["ZREM", "KEY", "a"]],
+};
+const JSON: Extra = Extra {
+    acl: &["json.set", "json.get", "persist"],
+    trial: &[&["JSON.SET", "KEY", "$", "1"], &["JSON.GET", "KEY"], &["PERSIST", "KEY"]],
+};
+const EXPIRE: Extra =
+    Extra { acl: &["pexpire", "pexpireat"], trial: &[&["PEXPIRE", "KEY", "1000"], &["PEXPIREAT", "KEY", "1000"]] };
+const STREAM: Extra = Extra { acl: &["xadd"], trial: &[&["XADD", "KEY", "*", "a", ""]] };
+const PUBLISH: Extra = Extra { acl: &["publish"], trial: &[&["PUBLISH", "KEY", ""]] };
+
+/// What these rules need.
+fn extras(rules: &[Rule]) -> Vec<&'static Extra> {
+    let values: Vec<&WriteAction> = rules.iter().filter_map(|rule| rule.write.as_ref()).collect();
+    let has = |test: &dyn Fn(&Value) -> bool| values.iter().any(|write| test(&write.value));
+    let form = |form| move |value: &Value| matches!(value, Value::Row(row) if row.form == form);
+    let sorted =
+        |sorted| move |value: &Value| matches!(value, Value::Member { score, .. } if score.is_some() == sorted);
+    let composite = |write: &&&WriteAction| matches!(&write.value, Value::Row(row) if row.form != RowForm::Json);
+    let needed = [
+        (has(&form(RowForm::Hash)), &HASH),
+        (has(&sorted(false)), &SET),
+        (has(&sorted(true)), &SORTED_SET),
+        (has(&form(RowForm::Rejson)), &JSON),
+        (values.iter().filter(composite).any(|write| matches!(write.life, Life::Ttl(..) | Life::Until(_))), &EXPIRE),
+        (rules.iter().any(|rule| rule.settled.stream.is_some()), &STREAM),
+        (rules.iter().any(|rule| rule.settled.publish.is_some()), &PUBLISH),
+    ];
+    needed.into_iter().filter(|(needed, _)| *needed).map(|(_, extra)| extra).collect()
+}
 
 /// What INFO says, as far as it matters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,8 +135,8 @@ pub async fn facts(config: &RedisConfig) -> Result<RedisFacts> {
         connection.send_one(redis::cmd("INFO")).await
     };
     match ask.await.map_err(into_error)? {
-        Value::BulkString(info) => Ok(RedisFacts::parse(&String::from_utf8_lossy(&info))),
-        Value::VerbatimString { text, .. } => Ok(RedisFacts::parse(&text)),
+        Reply::BulkString(info) => Ok(RedisFacts::parse(&String::from_utf8_lossy(&info))),
+        Reply::VerbatimString { text, .. } => Ok(RedisFacts::parse(&text)),
         _ => Err(Error::new(ErrorKind::Protocol, "Redis answered INFO with something else than text")),
     }
 }
@@ -117,23 +162,42 @@ pub async fn keys(config: &RedisConfig, enough: usize) -> Result<Vec<Vec<u8>>> {
 }
 
 /// The ACL that lets a user do just what keepstep does.
-pub fn acl_line(config: &RedisConfig) -> String {
-    let commands = COMMANDS.map(|command| format!("+{command}")).join(" ");
-    let keys = config.prefixes().map(|prefix| format!("~{prefix}*")).collect::<Vec<_>>().join(" ");
-    format!("ACL SETUSER keepstep on >PASSWORD resetkeys {keys} resetchannels -@all {commands}")
+pub fn acl_line(config: &Config) -> String {
+    let more = extras(&config.rules);
+    let commands = COMMANDS.iter().chain(more.iter().flat_map(|extra| extra.acl));
+    let commands: Vec<String> = commands.map(|command| format!("+{command}")).collect();
+    let under = |sign: char| config.redis.prefixes().map(move |prefix| format!("{sign}{prefix}*")).collect::<Vec<_>>();
+    let publishes = more.iter().any(|extra| extra.acl == PUBLISH.acl);
+    let channels = if publishes { under('&') } else { Vec::new() };
+    let keys =
+        [vec!["resetkeys".to_owned()], under('~'), vec!["resetchannels".to_owned()], channels].concat().join(" ");
+    format!("ACL SETUSER keepstep on >PASSWORD {keys} -@all {}", commands.join(" "))
 }
 
 /// Tries each kind of command on a key of keepstep's own that is never kept, so that a missing permission shows before
 /// the first batch.
-pub async fn try_commands(config: &RedisConfig) -> Result<()> {
+pub async fn try_commands(config: &Config) -> Result<()> {
     let attempt = async {
-        let mut connection = Connection::open(config).await?;
-        for prefix in config.prefixes() {
-            connection.send(trial(&format!("{prefix}{RESERVED}none"))).await?;
+        let mut connection = Connection::open(&config.redis).await?;
+        for prefix in config.redis.prefixes() {
+            let key = format!("{prefix}{RESERVED}none");
+            connection.send(trial(&key)).await?;
+            for extra in extras(&config.rules) {
+                let on_key =
+                    |words: &&[&str]| command(words.iter().map(|word| if *word == "KEY" { &key } else { *word }));
+                let commands = extra.trial.iter().map(on_key).chain([command(["UNLINK", key.as_str()])]);
+                connection.send(commands).await?;
+            }
         }
         Ok(())
     };
     attempt.await.map_err(into_error)
+}
+
+fn command<'w>(words: impl IntoIterator<Item = &'w str>) -> Cmd {
+    let mut command = Cmd::new();
+    words.into_iter().for_each(|word| _ = command.arg(word));
+    command
 }
 
 /// Every kind of command on this key, which is gone at the end.
@@ -157,12 +221,7 @@ fn trial(key: &str) -> Vec<Cmd> {
         &["SCAN", "0", "COUNT", "1"],
         &["MEMORY", "USAGE", key],
     ];
-    let command = |words: &[&str]| {
-        let mut command = Cmd::new();
-        words.iter().for_each(|word| _ = command.arg(*word));
-        command
-    };
-    commands.map(command).into()
+    commands.map(|words| command(words.iter().copied())).into()
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@ use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
 
 use super::checkpoint::Checkpoint;
-use super::{Applied, Cache, Held, commands};
+use super::{Applied, Cache, Differing, commands};
 
 /// Writes each batch's commands, one a line, and stores nothing.
 pub struct Recorder<W> {
@@ -40,7 +40,7 @@ impl<W: Write + Send> Cache for Recorder<W> {
     }
 
     /// There is no cache, so nothing is other than it should be.
-    async fn compare(&mut self, _: &Batch) -> Result<Vec<(usize, Held)>> {
+    async fn compare(&mut self, _: &Batch) -> Result<Vec<Differing>> {
         Ok(Vec::new())
     }
 

@@ -28,7 +28,7 @@ use super::checkpoint::{Checkpoint, Debt, RuleSet};
 use super::claims::{Claims, Former};
 use super::connection::{Connection, Failure};
 use super::keyspace::common_prefix;
-use super::{Applied, Cache, Held, claims, commands};
+use super::{Applied, Cache, Differing, claims, commands};
 
 mod compare;
 
@@ -539,7 +539,7 @@ impl Writer {
 }
 
 impl Cache for Writer {
-    async fn compare(&mut self, batch: &Batch) -> Result<Vec<(usize, Held)>> {
+    async fn compare(&mut self, batch: &Batch) -> Result<Vec<Differing>> {
         self.find_differing(batch).await
     }
 

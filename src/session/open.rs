@@ -382,7 +382,7 @@ pub(super) async fn rehearse(config: &Config) -> Result<()> {
     let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
     let (catalog, types) = read_catalog(config, &client).await?;
     refuse_misfits(config, &catalog, &types)?;
-    inspect::try_commands(&config.redis).await
+    inspect::try_commands(config).await
 }
 
 /// Keys of rules that were removed stay as they are; whoever runs it must know.

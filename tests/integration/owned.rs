@@ -488,3 +488,25 @@ async fn check_says_whose_keys_are_not_searched() {
     assert!(name["hints"][0].as_str().unwrap().contains("owns = true"), "{name}");
     assert_eq!((&verdict("own")["verdict"], &verdict("digest")["verdict"]), (&"ok".into(), &"ok".into()));
 }
+
+/// What differs under one prefix only is found there, and mended.
+#[tokio::test]
+async fn every_prefix_is_verified() {
+    let stage = Stage::set();
+    stage.execute(TABLE).await;
+    stage.execute("insert into rows select i, 'x' from generate_series(1, 10) i").await;
+    let rules = stage.rules(&rule("row", "row:{id}"));
+    with_prefix(&rules, "prefix = \"test:\"\nalso_prefix = [\"older:\"]");
+    stage.keepstep(&["setup"]);
+    let _daemon = Daemon::start(&stage, &rules).await;
+    alike(&stage).await;
+    let mut cache = stage.cache().await;
+    cache.set::<_, _, ()>("older:row:3", "by hand").await.unwrap();
+    cache.del::<_, ()>("older:row:4").await.unwrap();
+    let found = keepstep(&stage, &["verify", "--repair"]);
+    let said = String::from_utf8_lossy(&found.stdout).into_owned();
+    assert_eq!(found.status.code(), Some(3), "{said}");
+    assert!(said.contains("older:row:3") && said.contains("older:row:4") && !said.contains("test:row"), "{said}");
+    alike(&stage).await;
+    assert!(keepstep(&stage, &["verify"]).status.success());
+}

@@ -12,12 +12,12 @@ use super::super::connection::{Connection, Failure};
 use super::{Writer, unexpected};
 use crate::backoff::Backoff;
 use crate::batch::{Batch, CacheOp, Form, Life};
-use crate::cache::{Content, Held, Remaining};
+use crate::cache::{Content, Differing, Held, Remaining};
 use crate::error::{Error, ErrorKind, Result};
 
 impl Writer {
     /// Waits out a server that is away, like a batch that is applied.
-    pub(super) async fn find_differing(&mut self, batch: &Batch) -> Result<Vec<(usize, Held)>> {
+    pub(super) async fn find_differing(&mut self, batch: &Batch) -> Result<Vec<Differing>> {
         let mut backoff = Backoff::default();
         loop {
             let error = match self.try_find_differing(batch).await {
@@ -33,13 +33,20 @@ impl Writer {
         }
     }
 
-    async fn try_find_differing(&mut self, batch: &Batch) -> Result<Vec<(usize, Held)>, Failure> {
+    async fn try_find_differing(&mut self, batch: &Batch) -> Result<Vec<Differing>, Failure> {
         let mut connection = match (self.connection.take(), self.stored.clone()) {
             (Some(connection), _) => connection,
             (None, Some(stored)) => self.resume(Some(&stored)).await?,
             (None, None) => return Err(Failure::Final(Error::new(ErrorKind::CacheWentBack, "there is no checkpoint"))),
         };
-        let differing = differing(&mut connection, batch).await?;
+        let ops: Vec<CacheOp<'_>> = batch.ops().map(|(_, op)| op).collect();
+        let mut differing = differing_under(&mut connection, 0, &ops).await?;
+        for (number, prefix) in iter::zip(1.., &self.config.also_prefix) {
+            let under = |op: &CacheOp<'_>| [prefix.as_bytes(), &op.key()[self.config.prefix.len()..]].concat();
+            let keys: Vec<Vec<u8>> = ops.iter().map(under).collect();
+            let ops: Vec<CacheOp<'_>> = iter::zip(&ops, &keys).map(|(op, key)| op.at(key)).collect();
+            differing.extend(differing_under(&mut connection, number, &ops).await?);
+        }
         self.connection = Some(connection);
         self.metrics.circuit_open.set(0);
         Ok(differing)
@@ -54,12 +61,16 @@ const MISSING: Held = Held { content: Content::Nothing, remaining: Remaining::Mi
 /// PTTL of each key.
 const TTLS: &str = "local ttls = {} for i, key in ipairs(KEYS) do ttls[i] = redis.call('PTTL', key) end return ttls";
 
-async fn differing(connection: &mut Connection, batch: &Batch) -> Result<Vec<(usize, Held)>, Failure> {
-    let ops: Vec<CacheOp<'_>> = batch.ops().map(|(_, op)| op).collect();
+/// The same for one of the prefixes, which the keys bear.
+async fn differing_under(
+    connection: &mut Connection,
+    prefix: usize,
+    ops: &[CacheOp<'_>],
+) -> Result<Vec<Differing>, Failure> {
     let strings: Vec<usize> = (0..ops.len()).filter(|place| is_string(&ops[*place])).collect();
     let live_on = |op: &CacheOp<'_>| matches!(op, CacheOp::Set { life: Life::Forever, .. });
     let ask_ttls = !strings.iter().all(|place| live_on(&ops[*place])) || some_expire(connection).await?;
-    let questions = |places: &[usize]| iter::once(values(&ops, places)).chain(ask_ttls.then(|| ttls(&ops, places)));
+    let questions = |places: &[usize]| iter::once(values(ops, places)).chain(ask_ttls.then(|| ttls(ops, places)));
     let replies = connection.send(strings.chunks(KEYS_AT_A_TIME).flat_map(questions)).await?;
     let mut replies = replies.into_iter();
     let mut unsure: Vec<usize> = (0..ops.len()).filter(|place| !is_string(&ops[*place])).collect();
@@ -71,14 +82,15 @@ async fn differing(connection: &mut Connection, batch: &Batch) -> Result<Vec<(us
         for (place, (value, ttl)) in iter::zip(places, iter::zip(&values, &ttls)) {
             match ttl {
                 _ if is_plainly_right(&ops[*place], value, ttl) => {}
-                Value::Int(-2) => looked_at.push((*place, MISSING)),
+                Value::Int(-2) => looked_at.push(Differing { place: *place, prefix, held: MISSING }),
                 _ => unsure.push(*place),
             }
         }
     }
     for places in unsure.chunks(LOOKS_AT_A_TIME) {
         let asked: Vec<CacheOp<'_>> = places.iter().map(|place| ops[*place]).collect();
-        looked_at.extend(iter::zip(places.iter().copied(), held(connection, &asked).await?));
+        let held = held(connection, &asked).await?;
+        looked_at.extend(iter::zip(places, held).map(|(place, held)| Differing { place: *place, prefix, held }));
     }
     Ok(looked_at)
 }

@@ -12,7 +12,7 @@ use tokio_postgres::Client;
 use crate::cache::inspect;
 use crate::catalog::{self, Checked};
 use crate::config::diagnostic::Severity;
-use crate::config::{Config, TableName};
+use crate::config::{Config, Rule, TableName, Value};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind};
 use crate::rules::pattern::Pattern;
@@ -196,7 +196,7 @@ async fn redis(config: &Config, checked: Option<&Checked>) -> Vec<Answer> {
     let mut answers = Vec::new();
     if let Err(error) = ask_redis(config, checked, &mut answers).await {
         answers.push(Answer::error(&error));
-        answers.push(Answer::warning("the ACL that keepstep needs", inspect::acl_line(&config.redis)));
+        answers.push(Answer::warning("the ACL that keepstep needs", inspect::acl_line(config)));
     }
     answers
 }
@@ -214,8 +214,14 @@ async fn ask_redis(config: &Config, checked: Option<&Checked>, answers: &mut Vec
     if !facts.is_primary {
         answers.push(Answer::failed("it is a replica", "name the primary in `[redis] url`"));
     }
+    let is_member = |rule: &Rule| rule.write.as_ref().is_some_and(|write| matches!(write.value, Value::Member { .. }));
+    let has_members = config.rules.iter().any(is_member);
     answers.push(match (facts.maxmemory, facts.eviction.as_str()) {
         (0, _) => Answer::ok("no memory limit (maxmemory 0)"),
+        (_, policy) if policy.starts_with("allkeys") && has_members => Answer::failed(
+            format!("maxmemory-policy {policy} may evict a set, which would come back with some of its members only"),
+            "CONFIG SET maxmemory-policy volatile-lru, or leave out the rules with `set` and `zset` values",
+        ),
         (_, policy) if policy.starts_with("allkeys") => Answer::warning(
             format!(
                 "maxmemory-policy {policy} may evict any key, the checkpoint too, which then counts as a lost cache"
@@ -228,7 +234,7 @@ async fn ask_redis(config: &Config, checked: Option<&Checked>, answers: &mut Vec
         let hint = "appendonly yes keeps it over a restart; without it a restart of Redis is a gap";
         answers.push(Answer::warning("Redis keeps no append-only file", hint));
     }
-    inspect::try_commands(&config.redis).await?;
+    inspect::try_commands(config).await?;
     answers.push(Answer::ok("every command that keepstep sends is allowed"));
     if let Some(checked) = checked {
         let keys = inspect::keys(&config.redis, KEYS_MAX).await?;

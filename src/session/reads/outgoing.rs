@@ -8,7 +8,7 @@ use super::super::orders::{Purpose, Report};
 use super::super::{Flying, Outcome, Session, report};
 use super::{Head, Why};
 use crate::batch::{self, Batch, CacheOp, Form};
-use crate::cache::{Cache, Content, Held};
+use crate::cache::{Cache, Content, Differing, Held};
 use crate::canary::{self, Canary};
 use crate::snapshot::audit::{self, Kind, Verdict};
 use crate::snapshot::reader::Of;
@@ -119,7 +119,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// Redis has said which cells are not plainly right.
-    pub(in crate::session) fn compared(&mut self, mut batch: Batch, differing: &[(usize, Held)], orphans: bool) {
+    pub(in crate::session) fn compared(&mut self, mut batch: Batch, differing: &[Differing], orphans: bool) {
         let unsure = self.intake.has_rereads() || self.reads.oldest_pending().is_some();
         let owing = self.debts.next(&self.checkpoint.owing);
         let Some(asked) = self.reads.asked.front_mut() else { return self.recycle(batch) };
@@ -128,7 +128,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         batch.ops().for_each(|(rule, _)| *checked.entry(rule).or_insert(0) += 1);
         let mut wrong = HashSet::new();
         let ops: Vec<(u16, CacheOp<'_>)> = if differing.is_empty() { Vec::new() } else { batch.ops().collect() };
-        for (place, held) in differing {
+        for Differing { place, prefix, held } in differing {
             let (number, op) = ops[*place];
             let rule = &self.config.rules[usize::from(number)];
             let kind = match audit::judge(op, held, report::now_us() / 1000) {
@@ -143,8 +143,10 @@ impl<C: Cache + Send + 'static> Session<C> {
                         || owing.contains_key(&rule.name.value)
                         || rule.write.as_ref().is_some_and(|write| !write.warm) =>
                 {
-                    checked.entry(number).and_modify(|checked| *checked -= 1);
-                    asked.totals.skipped += 1;
+                    if *prefix == 0 {
+                        checked.entry(number).and_modify(|checked| *checked -= 1);
+                        asked.totals.skipped += 1;
+                    }
                     continue;
                 }
                 Verdict::Wrong(_) if orphans => Kind::Orphan,
@@ -153,7 +155,9 @@ impl<C: Cache + Send + 'static> Session<C> {
             let name = rule.name.value.as_str();
             asked.totals.diverged += 1;
             self.metrics.audit_keys_diverged_total.with_label_values(&[name, kind.name()]).inc();
-            let key = String::from_utf8_lossy(op.key()).into_owned();
+            let prefix = self.config.redis.prefixes().nth(*prefix).unwrap_or_default();
+            let bare = &op.key()[self.config.redis.prefix.len()..];
+            let key = format!("{prefix}{}", String::from_utf8_lossy(bare));
             tracing::warn!(rule = name, key, kind = kind.name(), applied = %self.checkpoint.applied, "a key has diverged");
             wrong.insert(*place);
             asked.unsaid.push_back(difference(name, key, kind, op, held, repair));
