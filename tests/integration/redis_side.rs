@@ -21,15 +21,45 @@ value   = "json"
 columns = ["id", "name"]
 "#;
 
+/// One rule for each kind of command.
+const KINDS: &str = r#"
+[rule.hash]
+table   = "public.rows"
+key     = "hash:{id}"
+value   = "hash"
+columns = ["id", "name"]
+ttl     = "1h"
+
+[rule.members]
+table  = "public.rows"
+key    = "members:{id}"
+value  = "set"
+member = "{id}"
+
+[rule.ranks]
+table  = "public.rows"
+key    = "ranks"
+value  = "zset"
+member = "{id}"
+score  = "row.id"
+
+[rule.told]
+table        = "public.rows"
+delete_match = ["list:{id}:*"]
+bump         = ["generation"]
+stream       = { key = "told" }
+publish      = { channel = "told" }
+"#;
+
 const MIRRORS: [Mirror<'_>; 2] = [
     Mirror { table: "rows", key: "'row:' || id", columns: "id, name" },
     Mirror { table: "rows", key: "'again:' || id", columns: "id, name" },
 ];
 
 /// Every kind of command passes: sets with and without TTL, deletes, a sweep.
-async fn works(stage: &Stage, redis: &str, more: &str) {
+async fn works(stage: &Stage, redis: &str, more: &str, kinds: &str) {
     stage.execute("create table rows (id int primary key, name text)").await;
-    let rules = stage.rules_between(&stage.postgres.url("postgres"), redis, ROWS);
+    let rules = stage.rules_between(&stage.postgres.url("postgres"), redis, &(ROWS.to_owned() + kinds));
     let text = std::fs::read_to_string(&rules).unwrap().replace("\n\n[admin]", &format!("\n{more}\n\n[admin]"));
     std::fs::write(&rules, text).unwrap();
     stage.keepstep(&["setup"]);
@@ -48,13 +78,14 @@ async fn works(stage: &Stage, redis: &str, more: &str) {
         (held == [None, row.clone(), row]).then_some(())
     })
     .await;
+    stage.keepstep(&["verify"]);
 }
 
 #[tokio::test]
 async fn an_acl_user_with_just_the_line_that_check_prints() {
     let stage = Stage::set();
     stage.execute("create table rows (id int primary key, name text)").await;
-    let rules = stage.rules_between(&stage.postgres.url("postgres"), &stage.redis.url(), ROWS);
+    let rules = stage.rules_between(&stage.postgres.url("postgres"), &stage.redis.url(), &(ROWS.to_owned() + KINDS));
     // A user that may do nothing: check says what it needs.
     let mut cache = stage.cache().await;
     let () =
@@ -72,21 +103,21 @@ async fn an_acl_user_with_just_the_line_that_check_prints() {
     let words: Vec<String> = line.replace(">PASSWORD", ">s3cret").split(' ').map(str::to_owned).collect();
     let () = redis::cmd("ACL").arg(&words).query_async(&mut cache).await.unwrap();
     stage.execute("drop table rows").await;
-    works(&stage, &url, "wait_replicas = 0").await;
+    works(&stage, &url, "wait_replicas = 0", KINDS).await;
 }
 
 #[tokio::test]
 async fn another_database_number() {
     let stage = Stage::set();
     let url = format!("{}7", stage.redis.url());
-    works(&stage, &url, "").await;
+    works(&stage, &url, "", "").await;
 }
 
 #[tokio::test]
 async fn a_unix_socket() {
     let stage = Stage::set();
     let url = format!("redis+unix://{}", stage.redis.folder().join("redis.sock").display());
-    works(&stage, &url, "").await;
+    works(&stage, &url, "", "").await;
 }
 
 /// An authority and a certificate for 127.0.0.1 that it signs, for the server and for the client.
@@ -111,7 +142,7 @@ async fn tls_with_client_certificates() {
     let stage = Stage::set_with("", &tls);
     let url = format!("rediss://127.0.0.1:{port}/");
     let client = format!("client_cert = \"{certificate}\"\nclient_key = \"{key}\"");
-    works(&stage, &url, &format!("ca_file = \"{ca}\"\n{client}")).await;
+    works(&stage, &url, &format!("ca_file = \"{ca}\"\n{client}"), "").await;
     // A server that somebody else vouches for is refused.
     let stranger = format!("ca_file = \"{}\"\n{client}", file("stranger.crt"));
     let rules = stage.folder().join("keepstep.toml");
