@@ -56,7 +56,10 @@ impl Later {
 
     /// Something was collected that follows from this change of a transaction; `visible` if everybody sees that already.
     pub(super) fn collected(&mut self, xid: Xid, visible: bool, commit_lsn: Lsn, position: Position) {
-        let Generation { unsettled, from, until, .. } = &mut self.collecting;
+        let Generation { batch, unsettled, from, until } = &mut self.collecting;
+        if batch.is_empty() {
+            return;
+        }
         if *until == Position::default() {
             *from = commit_lsn;
         }
@@ -171,6 +174,15 @@ mod tests {
         stand.delete("a", 5, true);
         assert!(!stand.later.wants_look());
         assert_eq!(stand.released(), ["a"]);
+    }
+
+    #[test]
+    fn a_change_that_leaves_nothing_holds_nothing_back() {
+        let mut stand = Stand::new();
+        stand.later.collected(Xid(5), false, Lsn(5), Position { lsn: Lsn(5), ordinal: 1 });
+        assert!(!stand.later.wants_look());
+        stand.delete("a", 9, false);
+        assert_eq!(stand.later.oldest(), Some(Lsn(9)));
     }
 
     #[test]
