@@ -585,6 +585,11 @@ impl Batch {
 
     /// Takes over what the other one does: its operations are the later ones.
     pub fn absorb(&mut self, other: &Batch) {
+        let (bytes, swept) = (&self.bytes, other.sweeps.iter().filter(|sweep| matches!(sweep, Sweep::Owned(_))));
+        for sweep in swept {
+            let matching = |entry: &&mut Entry| sweep.matches(entry.key(bytes));
+            self.entries.iter_mut().filter(matching).for_each(|entry| entry.decision = Decision::Gone);
+        }
         for entry in &other.entries {
             let bytes = &other.bytes;
             let cell = self.cell_of(entry.rule, entry.of, |out| {
@@ -811,6 +816,17 @@ mod tests {
         set(&mut batch, "row:1", "1");
         batch.sweep(0, Pattern::beginning_with(b"list:"));
         assert_eq!(show(&batch), ["-list:1", "row:1=1"], "the same rule's other keys stay as they were decided");
+    }
+
+    #[test]
+    fn what_is_absorbed_comes_later_its_sweeps_too() {
+        let (mut first, mut later) = (Batch::new(LIMITS, 1), Batch::new(LIMITS, 1));
+        set(&mut first, "gen:1", "1");
+        set(&mut first, "gen:2", "1");
+        later.sweep(0, Pattern::beginning_with(b"gen:"));
+        set(&mut later, "gen:2", "2");
+        first.absorb(&later);
+        assert_eq!(show(&first), ["-gen:1", "gen:2=2"]);
     }
 
     #[test]
