@@ -16,6 +16,9 @@ pub mod later;
 /// The largest value that is written. Redis refuses bulk strings over 512 MB, and the byte budget must hold.
 pub const VALUE_BYTES_MAX: usize = 64 << 20;
 
+/// A row whose TTL is this long has none: a million years. Redis counts no further than 2⁶³ ms from 1970.
+const LIFE_MS_ENDLESS: u64 = 1_000_000 * 365 * 86_400_000;
+
 /// A table and the rules that obey its changes.
 #[derive(Clone, Debug)]
 pub struct BoundTable {
@@ -240,9 +243,6 @@ pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch,
     for rule in table.rules.iter().filter(|rule| rule.on.delete) {
         let written = rule.write.iter().filter(|write| !write.keep_on_delete).map(|write| &write.key);
         written.chain(&rule.delete).for_each(|key| sweep(rule.rule, key, batch));
-        for matching in &rule.settled.delete_match {
-            batch.sweep(rule.rule, matching.pattern.clone());
-        }
         if let Some(settled) = &mut settled {
             later::everything(rule, "truncate", table, transaction, settled);
         }
@@ -446,6 +446,7 @@ fn life(life: &BoundLife, row: &[Datum<'_>], random: &mut u64) -> Result<Life, U
             None => Ok(Life::Forever),
             Some(seconds) => match (seconds.to_f64() * 1000.0) as u64 {
                 0 => Err(Unrendered::Absent),
+                LIFE_MS_ENDLESS.. => Ok(Life::Forever),
                 ms => Ok(Life::Ms(jittered(u128::from(ms), *jitter, random))),
             },
         },
@@ -469,13 +470,13 @@ fn render(value: &BoundValue, row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<()
             Rendered::Null => Err(Unrendered::Absent),
             Rendered::Unknown => Err(Unrendered::UnchangedToast),
         },
-        BoundValue::Score(score) => match score.number(&expression::Images::of_row(row))? {
-            None => Err(Unrendered::Absent),
-            Some(number) => {
-                out.extend_from_slice(score_text(number.to_f64()).as_bytes());
-                Ok(())
-            }
-        },
+        BoundValue::Score(score) => {
+            let number = score.number(&expression::Images::of_row(row))?;
+            // Redis has no place for NaN in an order.
+            let score = number.map(|number| number.to_f64()).filter(|score| !score.is_nan());
+            out.extend_from_slice(score_text(score.ok_or(Unrendered::Absent)?).as_bytes());
+            Ok(())
+        }
     }
 }
 

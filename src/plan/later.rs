@@ -9,6 +9,9 @@ use crate::decode::value;
 use crate::model::{Change, Datum};
 use crate::rules::bind::{BoundKey, BoundRule, BoundSettled, BoundStream, FieldSource, Rendered};
 
+/// What is told where changes were missed.
+pub const GAP: &str = "gap";
+
 /// Adds what one rule does for a row change.
 pub(super) fn change(
     rule: &BoundRule,
@@ -82,7 +85,7 @@ pub(super) fn change(
     }
 }
 
-/// Adds what one rule does when all rows may have changed: TRUNCATE, or a gap.
+/// Adds what one rule does when all rows may have changed: by TRUNCATE, or unseen, in a gap.
 pub fn everything(
     rule: &BoundRule,
     op: &'static str,
@@ -90,6 +93,12 @@ pub fn everything(
     transaction: Transaction,
     settled: &mut Batch,
 ) {
+    if rule.redelete && !transaction.visible {
+        rule.delete.iter().for_each(|key| sweep(rule.rule, key, settled));
+    }
+    for matching in &rule.settled.delete_match {
+        settled.sweep(rule.rule, matching.pattern.clone());
+    }
     for key in &rule.settled.bump {
         match key.pattern.only_key() {
             Some(_) => bump(rule.rule, key, &[], transaction, settled),
@@ -98,7 +107,8 @@ pub fn everything(
         }
     }
     let told = Told { op, table, of: &rule.settled, transaction };
-    if let Some(stream) = &rule.settled.stream {
+    // A gap can hold every operation.
+    if let Some(stream) = rule.settled.stream.as_ref().filter(|stream| op == GAP || stream.ops.delete) {
         settled.append(
             stream.maxlen,
             |out| stream.key.render(&[], out) == Rendered::Done,

@@ -89,7 +89,12 @@ pub struct BoundSettled {
 impl BoundSettled {
     /// Whether there is anything to do.
     pub fn is_empty(&self) -> bool {
-        self.delete_match.is_empty() && self.bump.is_empty() && self.stream.is_none() && self.publish.is_none()
+        self.delete_match.is_empty() && self.keys().next().is_none()
+    }
+
+    /// What it writes to: generations, the stream, the channel.
+    pub fn keys(&self) -> impl Iterator<Item = &BoundKey> {
+        self.bump.iter().chain(self.stream.iter().map(|stream| &stream.key)).chain(&self.publish)
     }
 }
 
@@ -267,7 +272,7 @@ pub fn bind(
     let changed = rule.changed.as_ref().and_then(|names| {
         let mut places = scope.places(names, &mut lossy)?;
         let written = write.iter().flat_map(BoundWrite::named_by);
-        places.extend(written.chain(&delete).chain(&settled.bump).flat_map(BoundKey::columns));
+        places.extend(written.chain(&delete).chain(settled.keys()).flat_map(BoundKey::columns));
         places.extend(settled.delete_match.iter().flat_map(BoundMatch::columns));
         places.extend(when.iter().flat_map(|when| when.columns()));
         places.sort_unstable();

@@ -73,11 +73,17 @@ impl KeyForm {
 
     /// The keys that it can have made under this prefix of `[redis]`.
     pub fn pattern(&self, prefix: &str) -> Pattern {
+        let (literal, rest) = self.split();
+        Pattern::under_prefix(prefix.as_bytes(), literal, &rest)
+    }
+
+    /// The literal that it begins with, and what each of its other pieces can stand for.
+    pub(super) fn split(&self) -> (&[u8], Vec<Language>) {
         let (literal, rest) = match self.0.split_first() {
             Some((Piece::Literal(literal), rest)) => (literal.as_bytes(), rest),
             _ => (&b""[..], &*self.0),
         };
-        Pattern::under_prefix(prefix.as_bytes(), literal, &languages(rest))
+        (literal, languages(rest))
     }
 
     /// Whether such a key can hardly be anybody else's: see [`Pattern::is_exact`].

@@ -20,12 +20,12 @@ pub struct BoundMatch {
 impl BoundMatch {
     /// From the parts between the `*`.
     pub(super) fn new(prefix: &str, parts: Vec<BoundKey>) -> Self {
-        let mut languages = Vec::new();
-        for (index, part) in parts.iter().enumerate() {
-            languages.extend((index > 0).then(Language::anything));
+        let (literal, mut languages) = parts.first().map(|part| part.form.split()).unwrap_or_default();
+        for part in parts.iter().skip(1) {
+            languages.push(Language::anything());
             languages.extend(part.form.languages());
         }
-        let pattern = Pattern::under_prefix(prefix.as_bytes(), b"", &languages);
+        let pattern = Pattern::under_prefix(prefix.as_bytes(), literal, &languages);
         BoundMatch { pattern, parts: parts.into() }
     }
 
