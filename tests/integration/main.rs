@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod cases;
 mod catalog;
 mod checkpoint;
 mod codes;
