@@ -337,11 +337,15 @@ impl Scope<'_> {
         if self.has_identity() && self.rule.on.delete {
             problems.extend(self.outside_identity(template, &key));
         }
-        let reserved = Pattern::beginning_with(format!("{}{RESERVED}", self.prefix).as_bytes());
-        if let Some(example) = key.pattern.common_key(&reserved) {
-            problems.push(BindProblem::ReservedKey { span: template.span.clone(), key: example });
-        }
+        problems.extend(self.reserved(template, &key.pattern));
         Some(key)
+    }
+
+    /// A key that could be one of keepstep's own.
+    fn reserved(&self, template: &Spanned<Template>, pattern: &Pattern) -> Option<BindProblem> {
+        let reserved = Pattern::beginning_with(format!("{}{RESERVED}", self.prefix).as_bytes());
+        let key = pattern.common_key(&reserved)?;
+        Some(BindProblem::ReservedKey { span: template.span.clone(), key })
     }
 
     /// What waits until the change is visible.
@@ -396,7 +400,9 @@ impl Scope<'_> {
             let columns: Vec<usize> = bound.iter().flat_map(BoundKey::columns).collect();
             problems.extend(self.columns_outside_identity(template, &columns));
         }
-        Some(BoundMatch::new(self.prefix, bound))
+        let matching = BoundMatch::new(self.prefix, bound);
+        problems.extend(self.reserved(template, &matching.pattern));
+        Some(matching)
     }
 
     /// The member of a set; `None` where there is none, or a problem was added.

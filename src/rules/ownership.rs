@@ -1,9 +1,11 @@
 //! Who may touch which key: no two rules write the same one, and none deletes what another writes.
 //!
 //! The keys of a template are compared as languages (see [`crate::rules::pattern`]), so nothing depends on the rows
-//! that happen to be there. Two rules that only delete may share keys freely.
+//! that happen to be there. Two rules that only delete may share keys freely, as may two that write the same generation
+//! or to the same stream.
 
-use super::bind::{BoundKey, BoundRule};
+use super::bind::BoundRule;
+use super::pattern::Pattern;
 use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
 use crate::config::{Rule, Spanned};
@@ -13,26 +15,35 @@ use crate::rules::template::Template;
 struct Owned<'a> {
     rule: &'a Rule,
     template: &'a Spanned<Template>,
-    key: &'a BoundKey,
+    pattern: &'a Pattern,
+}
+
+/// What is written to a key.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Written {
+    /// Rows.
+    Value,
+    /// `bump`
+    Generation,
+    /// `stream`
+    Entries,
 }
 
 /// The keys that two of the rules would fight for; each pair of templates is reported once.
 pub fn check_overlaps(bound: &[(&Rule, &BoundRule)]) -> Vec<Diagnostic> {
-    let written: Vec<Owned<'_>> = bound.iter().filter_map(|(rule, bound)| written(rule, bound)).collect();
-    let deleted = bound.iter().flat_map(|(rule, bound)| {
-        rule.delete.iter().zip(&bound.delete).map(|(template, key)| Owned { rule, template, key })
-    });
+    let written: Vec<(Written, Owned<'_>)> = bound.iter().flat_map(|(rule, bound)| written(rule, bound)).collect();
     let mut found = Vec::new();
-    for (index, second) in written.iter().enumerate() {
-        for first in &written[..index] {
-            if let Some(key) = first.key.pattern.common_key(&second.key.pattern) {
+    for (index, (what, second)) in written.iter().enumerate() {
+        let apart = |other: &&(Written, Owned<'_>)| *what == Written::Value || other.0 != *what;
+        for (_, first) in written[..index].iter().filter(apart) {
+            if let Some(key) = first.pattern.common_key(second.pattern) {
                 found.push(both_write(first, second, &key));
             }
         }
     }
-    for deleting in deleted {
-        for writing in &written {
-            if let Some(key) = writing.key.pattern.common_key(&deleting.key.pattern) {
+    for deleting in bound.iter().flat_map(|(rule, bound)| deleted(rule, bound)) {
+        for (_, writing) in &written {
+            if let Some(key) = writing.pattern.common_key(deleting.pattern) {
                 found.push(writes_and_deletes(writing, &deleting, &key));
             }
         }
@@ -40,17 +51,31 @@ pub fn check_overlaps(bound: &[(&Rule, &BoundRule)]) -> Vec<Diagnostic> {
     found
 }
 
-fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> Option<Owned<'a>> {
-    let (action, write) = rule.write.as_ref().zip(bound.write.as_ref())?;
-    Some(Owned { rule, template: &action.key, key: &write.key })
+fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Written, Owned<'a>)> {
+    let value = rule.write.iter().map(|write| &write.key).zip(bound.write.iter().map(|write| &write.key));
+    let generations = rule.settled.bump.iter().zip(&bound.settled.bump);
+    let streams = rule.settled.stream.iter().map(|stream| &stream.key);
+    let entries = streams.zip(bound.settled.stream.iter().map(|stream| &stream.key));
+    let all = value.map(|pair| (Written::Value, pair));
+    let all = all.chain(generations.map(|pair| (Written::Generation, pair)));
+    let all = all.chain(entries.map(|pair| (Written::Entries, pair)));
+    all.map(move |(what, (template, key))| (what, Owned { rule, template, pattern: &key.pattern }))
+}
+
+fn deleted<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = Owned<'a>> {
+    let keys = rule.delete.iter().zip(bound.delete.iter().map(|key| &key.pattern));
+    let matching = bound.settled.delete_match.iter().map(|matching| &matching.pattern);
+    let all = keys.chain(rule.settled.delete_match.iter().zip(matching));
+    all.map(move |(template, pattern)| Owned { rule, template, pattern })
 }
 
 fn both_write(first: &Owned<'_>, second: &Owned<'_>, key: &[u8]) -> Diagnostic {
     let (one, other) = (&first.rule.name.value, &second.rule.name.value);
     let key = String::from_utf8_lossy(key);
+    let both = if one == other { format!("rule `{one}`") } else { format!("rules `{one}` and `{other}`") };
     Diagnostic::error(
         Code::KeyOfTwoRules,
-        format!("rules `{one}` and `{other}` can write the same key, so one would overwrite the other"),
+        format!("{both} can write the same key, so one would overwrite the other"),
         second.template.span.clone(),
         format!("can make `{key}` as well"),
     )

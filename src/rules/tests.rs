@@ -424,6 +424,7 @@ fn keys_of_keepstep_and_fields_named_twice() {
         &full_products(),
         &[
             "delete = [\"k{sku}\", \"k:{sku}\", \"k{id}\"]",
+            "delete_match = [\"*\", \"k*:{id}\", \"list:*\"]",
             "key = \"p:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\nrename = { sku = \"name\" }",
         ]
     ));
@@ -433,6 +434,7 @@ fn keys_of_keepstep_and_fields_named_twice() {
 fn keys_that_rules_fight_for() {
     let write = |name: &str, key: &str| format!("[rule.{name}]\ntable = \"public.products\"\nkey = \"{key}\"\n{WRITE}");
     let delete = |name: &str, key: &str| format!("[rule.{name}]\ntable = \"public.products\"\ndelete = [\"{key}\"]\n");
+    let of = |name: &str, lines: &str| format!("[rule.{name}]\ntable = \"public.products\"\n{lines}\n");
     let report = |rules: &[String]| {
         let config = config(&rules.concat());
         let bound: Vec<BoundRule> = config.rules.iter().map(|rule| bound(rule, &full_products()).unwrap()).collect();
@@ -444,6 +446,9 @@ fn keys_that_rules_fight_for() {
         report(&[write("product", "product:{id}"), delete("lists", "product:{name}:list")]),
         report(&[write("by-sku", "product:{sku}"), delete("lists", "product:{id}:list")]),
         report(&[write("product", "product:{id}") + "delete = [\"product:{category_id}\"]\n"]),
+        report(&[write("product", "product:{id}"), of("lists", "delete_match = [\"product:{category_id}*\"]")]),
+        report(&[of("gens", "bump = [\"gen:{id}\"]"), of("lists", "delete_match = [\"gen:*\"]\ndelete = [\"gen:7\"]")]),
+        report(&[write("product", "product:{id}") + "bump = [\"product:{id}\"]\nstream = { key = \"product:1\" }\n"]),
     ];
     insta::assert_snapshot!(reports.join("\n"));
     let apart = [
@@ -452,6 +457,9 @@ fn keys_that_rules_fight_for() {
         write("by-sku", "product:sku:{sku|urlencode}"),
         delete("a", "list:{name}"),
         delete("b", "list:{sku}:{name}"),
+        of("matching", "delete_match = [\"list:*\", \"page:*:{id}\"]"),
+        of("told", "bump = [\"gen:{id}\"]\nstream = { key = \"events\" }"),
+        of("told-too", "bump = [\"gen:{id}\"]\nstream = { key = \"events\" }"),
     ];
     assert_eq!(report(&apart), "");
 }
