@@ -89,6 +89,11 @@ impl Timestamp {
     /// Seconds between the Unix epoch and Postgres's.
     const POSTGRES_EPOCH_UNIX_S: i64 = 946_684_800;
 
+    /// So many microseconds after 1970-01-01 00:00 UTC.
+    pub fn from_unix_us(unix_us: u64) -> Self {
+        Timestamp(i64::try_from(unix_us).unwrap_or(i64::MAX).saturating_sub(Self::POSTGRES_EPOCH_UNIX_S * 1_000_000))
+    }
+
     /// Microseconds since 1970-01-01 00:00 UTC.
     pub fn unix_us(self) -> i64 {
         self.0.saturating_add(Self::POSTGRES_EPOCH_UNIX_S * 1_000_000)

@@ -223,8 +223,11 @@ impl Writer {
         };
         self.sweep_all(&mut connection, batch, checkpoint).await?;
         self.note_claims(batch);
-        // Redis holds this batch's checkpoint already: its answer was lost, or one of its commands failed.
-        let done = self.stored.as_ref().is_some_and(|stored| stored.released >= checkpoint.released);
+        // Redis holds this batch's checkpoint already: its answer was lost, or one of its commands failed. What the rules owe
+        // may have become more since.
+        let same =
+            |stored: &Checkpoint| (stored.applied, stored.written_us) == (checkpoint.applied, checkpoint.written_us);
+        let done = self.stored.as_ref().is_some_and(same);
         let mut transaction = commands::encode(batch, &self.config, done);
         let unwritten = self.records.iter().filter(|record| !record.written);
         transaction.extend(unwritten.map(|record| set(&record.key, &record.claims.encode())));

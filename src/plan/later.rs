@@ -45,7 +45,7 @@ pub(super) fn change(
         }
     }
     for key in &rule.settled.bump {
-        rows_of(key).for_each(|row| bump(rule.rule, key, row, transaction, settled));
+        rows_of(key).for_each(|row| bump(rule.rule, key, row, &generation(transaction), settled));
     }
     let (op, counts): (_, fn(&BoundStream) -> bool) = match change {
         Change::Insert { .. } => ("insert", |stream| stream.ops.insert),
@@ -99,9 +99,14 @@ pub fn everything(
     for matching in &rule.settled.delete_match {
         settled.sweep(rule.rule, matching.pattern.clone());
     }
+    let generation = match op {
+        // Where the stream stands at a gap is where the next transaction may commit, or where it stood at the gap before.
+        GAP => format!("{}-{}", generation(transaction), transaction.commit_time.unix_us()),
+        _ => generation(transaction),
+    };
     for key in &rule.settled.bump {
         match key.pattern.only_key() {
-            Some(_) => bump(rule.rule, key, &[], transaction, settled),
+            Some(_) => bump(rule.rule, key, &[], &generation, settled),
             // Which generations there are is not known; one that is missing is no earlier one.
             None => sweep(rule.rule, key, settled),
         }
@@ -127,10 +132,13 @@ fn delete(rule: u16, key: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) {
     cell.into_iter().for_each(|cell| settled.delete(cell));
 }
 
-/// The generation is `epoch-LSN`: it never comes twice, whatever is lost.
-fn bump(rule: u16, key: &BoundKey, row: &[Datum<'_>], transaction: Transaction, settled: &mut Batch) {
+/// `epoch-LSN`: it never comes twice, whatever is lost.
+fn generation(transaction: Transaction) -> String {
+    format!("{}-{:X}", transaction.epoch, transaction.commit_lsn.0)
+}
+
+fn bump(rule: u16, key: &BoundKey, row: &[Datum<'_>], generation: &str, settled: &mut Batch) {
     let Some(cell) = settled.cell(rule, |out| key.render(row, out) == Rendered::Done) else { return };
-    let generation = format!("{}-{:X}", transaction.epoch, transaction.commit_lsn.0);
     let written = settled.set(cell, Form::String, Life::Forever, false, |out| {
         out.extend_from_slice(generation.as_bytes());
         Ok::<_, std::convert::Infallible>(())

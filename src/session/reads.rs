@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use super::Session;
 use super::intake::Reread;
 use super::orders::{PassOrder, Purpose, REPORTS_MAX, Report, Totals};
+use super::{Session, report};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
 use crate::batch::{Batch, CellHasher, CellSet, Claim};
@@ -28,8 +28,8 @@ use crate::canary::{self, Canary};
 use crate::catalog::sql_identifier;
 use crate::config::{Config, TableName};
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::Lsn;
-use crate::plan::{self, BoundTable};
+use crate::model::{Lsn, Timestamp};
+use crate::plan::{self, BoundTable, Transaction, later};
 use crate::rules::bind::BoundRule;
 use crate::snapshot::reader::{self, Chunk, Closed, Found, Handle, Of, RowsJob, Setting, TableJob};
 use crate::source::conninfo::ConnInfo;
@@ -501,8 +501,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
     }
 
-    /// Keys that rules only delete exist, and are stale, after a gap. What is written by rules that no read can render
-    /// goes too: when in doubt, invalidate.
+    /// Keys that rules only delete exist, and are stale, after a gap, and whoever follows a rule's changes has missed some.
+    /// What is written by rules that no read can render goes too: when in doubt, invalidate.
     fn sweep_debts(&mut self) {
         self.reads.barrier_passed = true;
         let Some(pass) = self.reads.reading.as_mut().and_then(|reading| reading.pass.as_mut()) else { return };
@@ -510,6 +510,13 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         let pass = &*pass;
+        let gap = Transaction {
+            commit_lsn: self.reached.lsn,
+            commit_time: Timestamp::from_unix_us(report::now_us()),
+            ordinal: 0,
+            epoch: self.checkpoint.epoch,
+            visible: true,
+        };
         let owing = self.debts.next(&self.checkpoint.owing);
         let owes = |rule: &&BoundRule| {
             owing.get(&self.config.rules[usize::from(rule.rule)].name.value) == Some(&Debt::Reconcile)
@@ -517,6 +524,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         for rule in pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule)).filter(owes) {
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
             unreadable.chain(&rule.delete).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
+            later::everything(rule, later::GAP, &pass.table, gap, &mut self.batch);
         }
         self.stand_here();
     }
