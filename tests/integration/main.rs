@@ -22,6 +22,7 @@ mod owned;
 mod pgbench;
 mod provision;
 mod reader;
+mod recipes;
 mod redis_side;
 mod source;
 mod source_tls;
