@@ -18,6 +18,7 @@ pub mod code;
 pub mod diagnostic;
 mod document;
 pub mod fields;
+mod include;
 mod interpolate;
 pub(crate) mod mask;
 mod mistake;
@@ -25,13 +26,15 @@ pub(crate) mod quantity;
 pub(crate) mod rule;
 mod section;
 mod server;
+mod sources;
 mod syntax;
 
 use code::Code;
 use diagnostic::{Diagnostic, Severity};
 use document::Document;
+pub use sources::Sources;
 
-/// How large a rules file may be: far beyond thousands of rules, and no way to fill the memory by a wrong path.
+/// How large a rules file may be, with all that it includes: far beyond thousands of rules, and no way to fill the memory by a wrong path.
 const FILE_BYTES_MAX: u64 = 16 << 20;
 
 /// A value and where it stands in the rules file (byte range).
@@ -68,19 +71,19 @@ impl std::fmt::Debug for Secret {
 /// The whole rules file, resolved: defaults filled in, environment and files read.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The file and its text, for messages that come later (binding).
-    pub file: RulesFile,
+    /// The file and those that it includes, for messages that come later (binding).
+    pub file: Sources,
     /// `[postgres]`
     pub postgres: PostgresConfig,
     /// `[redis]`
     pub redis: RedisConfig,
     /// `[admin]`
     pub admin: AdminConfig,
-    /// `[rule.NAME]`, in the order of the file.
+    /// `[rule.NAME]`, in the order of the files.
     pub rules: Vec<Rule>,
 }
 
-/// The rules file as read.
+/// A rules file as read.
 #[derive(Clone, PartialEq, Eq)]
 pub struct RulesFile {
     /// Its path, as given.
@@ -98,9 +101,9 @@ impl std::fmt::Debug for RulesFile {
 /// A rules file that cannot be used, with everything that is wrong with it.
 #[derive(Clone, Debug)]
 pub struct Problems {
-    /// The file.
-    pub file: RulesFile,
-    /// Errors and warnings, in the order of the file; at least one error.
+    /// The file and those that it includes.
+    pub file: Sources,
+    /// Errors and warnings, in the order of the files; at least one error.
     pub diagnostics: Vec<Diagnostic>,
 }
 
@@ -109,30 +112,30 @@ pub type Environment<'a> = dyn Fn(&str) -> Option<String> + 'a;
 
 /// Reads the rules file at `path` and resolves it; gives its warnings too.
 pub fn load(path: &Path, env: &Environment<'_>) -> Result<(Config, Vec<Diagnostic>), Problems> {
-    match read_file(path) {
+    match read_file(path, FILE_BYTES_MAX) {
         Ok(text) => parse(RulesFile { path: path.to_owned(), text }, env),
         Err(error) => {
             let problem =
                 Diagnostic::error(Code::UnreadableFile, format!("the rules file cannot be read: {error}"), 0..0, "")
                     .help("name another one, or write it: `keepstep reference` lists every field");
             let file = RulesFile { path: path.to_owned(), text: String::new() };
-            Err(Problems { file, diagnostics: vec![problem] })
+            Err(Problems { file: file.into(), diagnostics: vec![problem] })
         }
     }
 }
 
-fn read_file(path: &Path) -> io::Result<String> {
+fn read_file(path: &Path, bytes_max: u64) -> io::Result<String> {
     let mut text = String::new();
-    std::fs::File::open(path)?.take(FILE_BYTES_MAX + 1).read_to_string(&mut text)?;
-    if text.len() as u64 > FILE_BYTES_MAX {
-        return Err(io::Error::other(format!("it is larger than {FILE_BYTES_MAX} bytes")));
+    std::fs::File::open(path)?.take(bytes_max + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > bytes_max {
+        return Err(io::Error::other(format!("the rules are larger than {FILE_BYTES_MAX} bytes")));
     }
     Ok(text)
 }
 
-/// Resolves a rules file; gives its warnings too. Reads the files that `${file:…}` names.
+/// Resolves a rules file; gives its warnings too. Reads the files that `include` and `${file:…}` name.
 pub fn parse(file: RulesFile, env: &Environment<'_>) -> Result<(Config, Vec<Diagnostic>), Problems> {
-    let (document, mut diagnostics) = document::read(&file, env);
+    let (file, document, mut diagnostics) = document::read(file, env);
     diagnostics.sort_by_key(|diagnostic| diagnostic.primary.span.start);
     let failed = diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error);
     match document {

@@ -101,6 +101,7 @@ fn described(kind: Kind) -> String {
 /// such as whether a template is one, it lets through.
 fn json_schema() -> Value {
     let mut properties = Map::new();
+    properties.extend(Table::Top.fields().map(|field| (field.name.to_owned(), field_schema(field))));
     for table in Table::AT_TOP {
         let schema = table_schema(table);
         let named = json!({ "type": "object", "additionalProperties": schema, "minProperties": 1 });
@@ -111,7 +112,8 @@ fn json_schema() -> Value {
         "title": "keepstep rules file",
         "type": "object",
         "properties": properties,
-        "required": ["postgres", "redis", "rule"],
+        // The rules file itself, or one that it includes.
+        "anyOf": [{ "required": ["postgres", "redis"] }, { "required": ["rule"] }],
         "additionalProperties": false,
     })
 }
@@ -199,6 +201,7 @@ mod tests {
         let of_rule = &schema["properties"]["rule"]["additionalProperties"]["properties"];
         let fields = |table: Table| match table {
             Table::Rule => of_rule,
+            Table::Top => &schema["properties"],
             Table::Stream | Table::Publish => &of_rule[table.key()]["properties"],
             _ => &schema["properties"][table.key()]["properties"],
         };

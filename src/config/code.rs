@@ -65,7 +65,8 @@ impl fmt::Display for Code {
 
 codes! {
     1 UnreadableFile: "the rules file cannot be read",
-    "There is no such file, it may not be read, it is not UTF-8, or it is larger than 16 MiB. Without `--config` \
+    "There is no such file, it may not be read, it is not UTF-8, or it is larger than 16 MiB with all that it includes; or \
+     `include` names no file, or too many. Without `--config` \
      (or KEEPSTEP_CONFIG) the file is `keepstep.toml` in the folder where keepstep was started.",
     "" => "";
 
@@ -100,6 +101,11 @@ codes! {
     "The name of a rule is a label of metrics, so it is made of letters, digits, `-` and `_`, at most 64.",
     "[rule.\"all products\"]\ntable  = \"public.products\"\ndelete = [\"feed:global\"]\n"
     => "[rule.all-products]\ntable  = \"public.products\"\ndelete = [\"feed:global\"]\n";
+
+    8 MoreThanRules: "an included file holds more than rules",
+    "Servers, [admin], [defaults] and `include` stand in the rules file itself, so that there is one place to look for \
+     them. What it includes holds [rule.NAME] alone.",
+    "" => "";
 
     10 UnknownField: "a field is unknown",
     "No table of a rules file has a field of this name. `keepstep reference` lists every field; an editor with the JSON \

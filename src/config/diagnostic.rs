@@ -8,9 +8,9 @@ use std::ops::Range;
 
 use annotate_snippets::{Annotation, AnnotationKind, Group, Level, Origin, Renderer, Snippet};
 
-use super::RulesFile;
 use super::code::Code;
 use super::mask::mask;
+use super::{RulesFile, Sources};
 
 /// One problem.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +55,14 @@ impl Diagnostic {
         self.help.push(help.into());
         self
     }
+
+    /// The same, of a text that stands `by` bytes further behind.
+    pub(super) fn moved(mut self, by: usize) -> Self {
+        for Label { span, .. } in std::iter::once(&mut self.primary).chain(&mut self.context) {
+            *span = span.start + by..span.end + by;
+        }
+        self
+    }
 }
 
 /// Whether a problem stops the daemon.
@@ -69,7 +77,7 @@ pub enum Severity {
 /// A place in the rules file and what to say of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Label {
-    /// Bytes of the file, on character boundaries.
+    /// Bytes of the [`Sources`], on character boundaries.
     pub span: Range<usize>,
     /// What to say; may be empty.
     pub text: String,
@@ -78,42 +86,67 @@ pub struct Label {
 /// So many problems are shown at once; nobody reads more before mending these.
 const SHOWN_MAX: usize = 100;
 
-/// The problems as text for a terminal, a blank line between two; every span must lie in `file`.
-pub fn render(diagnostics: &[Diagnostic], file: &RulesFile, color: bool) -> String {
+/// The problems as text for a terminal, a blank line between two; every span must lie in one of the files.
+pub fn render(diagnostics: &[Diagnostic], files: &Sources, color: bool) -> String {
     let renderer = if color { Renderer::styled() } else { Renderer::plain() };
-    let path = file.path.display().to_string();
-    let source = mask(&file.text);
+    let files: Vec<Shown> = files.files().map(Shown::new).collect();
     let shown = diagnostics.iter().take(SHOWN_MAX);
-    let mut blocks: Vec<String> =
-        shown.map(|diagnostic| renderer.render(&groups(diagnostic, &path, &source)) + "\n").collect();
+    let mut blocks: Vec<String> = shown.map(|diagnostic| renderer.render(&groups(diagnostic, &files)) + "\n").collect();
     if let Some(more) = diagnostics.len().checked_sub(SHOWN_MAX).filter(|more| *more > 0) {
         blocks.push(format!("… and {more} more\n"));
     }
     blocks.join("\n")
 }
 
-/// The message with the place, then one group for each remedy.
-fn groups<'a>(diagnostic: &'a Diagnostic, path: &'a str, source: &'a str) -> Vec<Group<'a>> {
+/// A file as it is shown.
+struct Shown {
+    /// Where its text begins.
+    start: usize,
+    path: String,
+    masked: String,
+}
+
+impl Shown {
+    fn new((start, file): (usize, &RulesFile)) -> Self {
+        Shown { start, path: file.path.display().to_string(), masked: mask(&file.text) }
+    }
+
+    fn holds(&self, label: &Label) -> bool {
+        (self.start..=self.start + self.masked.len()).contains(&label.span.start)
+    }
+
+    fn annotation<'a>(&self, kind: AnnotationKind, label: &'a Label) -> Annotation<'a> {
+        let text = (!label.text.is_empty()).then(|| mask(&label.text));
+        kind.span(label.span.start - self.start..label.span.end - self.start).label(text)
+    }
+
+    /// What is said of this file.
+    fn snippet<'a>(&'a self, diagnostic: &'a Diagnostic) -> Option<Snippet<'a, Annotation<'a>>> {
+        let primary = Some(&diagnostic.primary).filter(|label| self.holds(label));
+        let context = diagnostic.context.iter().filter(|label| self.holds(label));
+        let labels = primary.map(|label| self.annotation(AnnotationKind::Primary, label));
+        let labels: Vec<_> =
+            labels.into_iter().chain(context.map(|label| self.annotation(AnnotationKind::Context, label))).collect();
+        let snippet = || Snippet::source(self.masked.as_str()).path(self.path.as_str());
+        (!labels.is_empty()).then(|| snippet().annotations(labels))
+    }
+}
+
+/// The message with its places, then one group for each remedy.
+fn groups<'a>(diagnostic: &'a Diagnostic, files: &'a [Shown]) -> Vec<Group<'a>> {
     let level = match diagnostic.severity {
         Severity::Error => Level::ERROR,
         Severity::Warning => Level::WARNING,
     };
     let title = Group::with_title(level.primary_title(mask(&diagnostic.title)).id(diagnostic.code.to_string()));
-    let message = if source.is_empty() {
-        title.element(Origin::path(path))
-    } else {
-        let context = diagnostic.context.iter().map(|label| annotation(AnnotationKind::Context, label));
-        let snippet =
-            Snippet::source(source).path(path).annotation(annotation(AnnotationKind::Primary, &diagnostic.primary));
-        title.element(snippet.annotations(context))
-    };
+    let (home, others): (Vec<&Shown>, Vec<&Shown>) = files.iter().partition(|file| file.holds(&diagnostic.primary));
+    let message = home.into_iter().chain(others).fold(title, |message, file| match file.snippet(diagnostic) {
+        Some(_) if file.masked.is_empty() => message.element(Origin::path(file.path.as_str())),
+        Some(snippet) => message.element(snippet),
+        None => message,
+    });
     let help = diagnostic.help.iter().map(|help| Group::with_title(Level::HELP.secondary_title(help.as_str())));
     std::iter::once(message).chain(help).collect()
-}
-
-fn annotation(kind: AnnotationKind, label: &Label) -> Annotation<'_> {
-    let text = (!label.text.is_empty()).then(|| mask(&label.text));
-    kind.span(label.span.clone()).label(text)
 }
 
 #[cfg(test)]
@@ -133,12 +166,12 @@ mod tests {
         .context(28..48, "REPLICA IDENTITY DEFAULT: only (id) is sent for the old row")
         .help("make Postgres log the old row:  ALTER TABLE public.order_lines REPLICA IDENTITY FULL;")
         .help("or limit the rule to what it can do:  on = [\"insert\", \"update\"]");
-        insta::assert_snapshot!(render(&[diagnostic], &file, false));
+        insta::assert_snapshot!(render(&[diagnostic], &file.into(), false));
     }
 
     #[test]
     fn no_more_are_shown_than_anybody_reads() {
-        let file = RulesFile { path: "keepstep.toml".into(), text: "a".to_owned() };
+        let file = Sources::from(RulesFile { path: "keepstep.toml".into(), text: "a".to_owned() });
         let many = vec![Diagnostic::warning(Code::KeysGo, "problem", 0..1, ""); SHOWN_MAX + 2];
         let shown = render(&many, &file, false);
         assert_eq!(shown.matches("warning[KS044]: problem").count(), SHOWN_MAX);

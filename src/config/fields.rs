@@ -9,6 +9,8 @@ use std::time::Duration;
 /// A table of the rules file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Table {
+    /// What stands above the first header.
+    Top,
     /// `[postgres]`
     Postgres,
     /// `[redis]`
@@ -27,15 +29,16 @@ pub enum Table {
 
 impl Table {
     /// Every table, in the order of the reference.
-    pub const ALL: [Table; 7] =
-        [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule, Self::Stream, Self::Publish];
+    pub const ALL: [Table; 8] =
+        [Self::Top, Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule, Self::Stream, Self::Publish];
 
-    /// Those that stand at the top of the file.
+    /// Those that have a header of their own.
     pub const AT_TOP: [Table; 5] = [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule];
 
     /// Its key at the top of the file.
     pub fn key(self) -> &'static str {
         match self {
+            Self::Top => "",
             Self::Postgres => "postgres",
             Self::Redis => "redis",
             Self::Admin => "admin",
@@ -49,6 +52,7 @@ impl Table {
     /// Its header.
     pub fn header(self) -> &'static str {
         match self {
+            Self::Top => "the beginning of the file",
             Self::Postgres => "[postgres]",
             Self::Redis => "[redis]",
             Self::Admin => "[admin]",
@@ -62,6 +66,7 @@ impl Table {
     /// What it is for.
     pub fn meaning(self) -> &'static str {
         match self {
+            Self::Top => "What stands above the first header.",
             Self::Postgres => "Where changes come from.",
             Self::Redis => "Where keys go.",
             Self::Admin => "The HTTP endpoint for metrics, health and status.",
@@ -218,6 +223,18 @@ const AUDIT_MEANING: &str = "So much of the rows is compared with its keys, in t
 
 /// The table.
 pub const FIELDS: &[Field] = &[
+    Field {
+        table: Table::Top,
+        name: "include",
+        kind: Kind::Texts,
+        default: Fallback::Absent,
+        meaning: "Files with more rules, for many of them: paths beside this file, with `*` in the last part for anything. \
+                  They are read in this order, and by name where there are several. Each holds `[rule.NAME]` and \
+                  nothing else.",
+        needs: &[],
+        limits: "At most 1000 files, and 16 MiB with this one.",
+        example: "[\"rules.d/*.toml\"]",
+    },
     Field {
         table: Table::Postgres,
         name: "url",
@@ -871,13 +888,13 @@ pub const FIELDS: &[Field] = &[
 ];
 
 /// Names that a later version reads at the top of the file, and that are refused as such until then.
-pub(super) const LATER_AT_TOP: &[&str] = &["include", "query"];
+pub(super) const LATER_AT_TOP: &[&str] = &["query"];
 
 /// The same inside the tables.
 pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
-        Table::Redis | Table::Admin => &[],
+        Table::Top | Table::Redis | Table::Admin => &[],
         Table::Defaults => &["every"],
         Table::Stream | Table::Publish => &[],
         Table::Rule => &["lookup", "delete_tags", "every", "tags"],

@@ -17,14 +17,14 @@ use super::fields::{Fallback, Field, Kind, Table, later, later_choices};
 use super::interpolate::{fill, reference_out_of_place};
 use super::mistake::Mistake;
 use super::quantity::{self, duration_written, seconds_written, size_written};
-use super::{Environment, Lifetime, RulesFile, Spanned};
+use super::{Environment, Lifetime, Sources, Spanned};
 use crate::rules::expression::Expression;
 use crate::rules::template::{Template, TemplateError, place};
 use crate::suggest::nearest;
 
-/// What every table is read with: the file, the environment, and the problems found so far.
+/// What every table is read with: the files, the environment, and the problems found so far.
 pub(super) struct Reader<'a> {
-    pub(super) file: &'a RulesFile,
+    pub(super) sources: &'a Sources,
     pub(super) env: &'a Environment<'a>,
     pub(super) diagnostics: Vec<Diagnostic>,
     /// What could not be read at all.
@@ -41,7 +41,7 @@ impl Reader<'_> {
 
     /// Adds that something is missing from the table at `header`, unless it may be in a part that is unreadable.
     pub(super) fn report_missing(&mut self, header: usize, diagnostic: Diagnostic) {
-        let end = self.headers.iter().copied().filter(|start| *start > header).min().unwrap_or(self.file.text.len());
+        let end = self.headers.iter().copied().filter(|start| *start > header).min().unwrap_or(self.sources.end());
         if !self.gaps.iter().any(|gap| gap.end > header && gap.start < end) {
             self.report(diagnostic);
         }
@@ -138,7 +138,7 @@ impl<'r, 'a> Section<'r, 'a> {
 
     /// Adds that a value is of the wrong type.
     fn wrong_type(&mut self, field: &Field, value: &Value<'_>) {
-        let source = self.reader.file.text.get(value.span()).unwrap_or_default();
+        let source = self.reader.sources.text(&value.span());
         let title = format_args!("`{}` must be {}", field.name, wanted(field.kind)).to_string();
         let label = match (field.kind, value.get_ref()) {
             (Kind::Duration { .. } | Kind::Size { .. }, DeValue::Integer(_)) => "a number of what?".to_owned(),
@@ -369,7 +369,7 @@ impl<'r, 'a> Section<'r, 'a> {
     /// `key = …` below `[rule.product.vars]`: TOML puts everything there until the next header.
     fn lies_in_wrong_table(&mut self, name: &str, entry: &Entry<'_>, key: &toml::Spanned<Cow<'_, str>>) -> bool {
         let field = key.get_ref().as_ref();
-        let header = self.reader.file.text.get(entry.value.span()).unwrap_or_default();
+        let header = self.reader.sources.text(&entry.value.span());
         let own = self.table.field(field).filter(|field| self.given(field.name).is_none());
         let lost = own.filter(|_| header.starts_with('['));
         if let Some(lost) = lost {

@@ -55,7 +55,7 @@ fn said(text: &str) -> Vec<Diagnostic> {
 }
 
 fn shown(text: &str) -> String {
-    let shown = render(&said(text), &file(text), false);
+    let shown = render(&said(text), &file(text).into(), false);
     assert!(!shown.contains("hunter2"), "{shown}");
     shown
 }
@@ -481,7 +481,7 @@ fn check_spans(text: &str) {
             assert!(text.get(label.span.clone()).is_some(), "{diagnostic:?}");
         }
     }
-    assert!(!render(&diagnostics, &file(text), true).contains("hunter2"), "{text}");
+    assert!(!render(&diagnostics, &file(text).into(), true).contains("hunter2"), "{text}");
 }
 
 proptest! {

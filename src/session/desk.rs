@@ -180,7 +180,7 @@ impl Desk {
 /// The rules file as it is now, if it can be followed.
 async fn examine(before: &Config) -> Result<Config, Refused> {
     let environment = |name: &str| std::env::var(name).ok();
-    let (config, warnings) = config::load(&before.file.path, &environment)
+    let (config, warnings) = config::load(&before.file.main.path, &environment)
         .map_err(|problems| Refused::Unusable(diagnostic::render(&problems.diagnostics, &problems.file, false)))?;
     if !warnings.is_empty() {
         tracing::warn!("the rules file has warnings\n\n{}", diagnostic::render(&warnings, &config.file, false));
@@ -272,9 +272,9 @@ mod tests {
         assert!(Arc::ptr_eq(&before, &desk.config()));
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("keepstep.toml");
-        std::fs::write(&path, &before.file.text).unwrap();
-        let file = RulesFile { path, text: before.file.text.clone() };
-        *desk.in_force() = Arc::new(Config { file, ..Config::clone(&before) });
+        std::fs::write(&path, &before.file.main.text).unwrap();
+        let file = RulesFile { path, text: before.file.main.text.clone() };
+        *desk.in_force() = Arc::new(Config { file: file.into(), ..Config::clone(&before) });
         assert!(
             matches!(desk.reload().await, Err(Refused::Unavailable(_))),
             "the file is good, the servers are not there"

@@ -113,6 +113,29 @@ async fn a_rules_file_that_cannot_be_followed_changes_nothing_and_is_answered() 
 }
 
 #[tokio::test]
+async fn a_reload_reads_what_is_included_too() {
+    let stage = Stage::set();
+    let daemon = stand(&stage).await;
+    let rules = stage.rules(&product());
+    let text = std::fs::read_to_string(&rules).unwrap();
+    std::fs::write(&rules, format!("include = [\"rules.d/*.toml\"]\n{text}")).unwrap();
+    let included = stage.folder().join("rules.d/order.toml");
+    std::fs::create_dir(included.parent().unwrap()).unwrap();
+    std::fs::write(&included, order()).unwrap();
+    assert_eq!(daemon.post("/reload", "").await.unwrap().0, 200);
+    follows(&daemon, &["product", "order"]).await;
+    stage.execute("insert into products values (1, 'Pen'); insert into orders values (1, 9.50)").await;
+    assert_in_step(&stage, &[PRODUCTS, ORDERS]).await;
+
+    std::fs::write(&included, rule("order", "orders", "\"id\", \"totl\"")).unwrap();
+    let (status, body) = daemon.post("/reload", "").await.unwrap();
+    assert!(status == 422 && body.contains("rules.d/order.toml:5:") && body.contains("`totl`"), "{body}");
+    std::fs::write(&included, rule("order", "orders", "\"id\"")).unwrap();
+    assert_eq!(daemon.post("/reload", "").await.unwrap().0, 200);
+    assert_in_step(&stage, &[PRODUCTS, Mirror { columns: "id", ..ORDERS }]).await;
+}
+
+#[tokio::test]
 async fn what_needs_a_restart_is_said_and_the_token_does_not() {
     let stage = Stage::set();
     let daemon = stand(&stage).await;
