@@ -22,8 +22,8 @@ bench-micro: ## What each step of a change costs in time and allocations, withou
 instructions: ## The regression guard: instructions and allocations per change, against ceilings (needs valgrind)
 	cargo bench --bench instructions
 
-soak: servers ## The long tests in full: pgbench at scale 10 with twenty kills, fifty in mid-warm, a transaction of two million rows
-	KEEPSTEP_SOAK=1 cargo test --release --test integration -- pgbench:: large:: heals::after_kills
+soak: servers ## The long tests in full: pgbench at scale 10 with twenty kills, fifty in mid-warm, a transaction of two million rows, verify under all that the servers can do
+	KEEPSTEP_SOAK=1 cargo test --release --test integration -- pgbench:: large:: heals::after_kills verify::no_false_alarm
 
 lint: ## Formatting, clippy, the documentation build, dependencies
 	cargo fmt --check

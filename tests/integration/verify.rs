@@ -199,13 +199,14 @@ async fn the_table_names_rule_kind_and_key() {
     assert!(line.contains("row ") && line.contains("differs") && line.contains("wrong"), "{line}");
 }
 
-/// Keys change, come, go and expire all the time, and each of them is right.
+/// Keys change, come, go and expire all the time, and each of them is right. `KEEPSTEP_SOAK=1` (`make soak`) writes as fast as
+/// the servers can; a debug build would only fall behind that for ever.
 #[tokio::test]
 async fn no_false_alarm_under_full_load() {
     let stage = Stage::set();
     let _daemon = warm(&stage, &[RULES, &TTL_RULE.replace("1h", "1s")].concat()).await;
-    // More than the servers can do.
-    let load = Load::begin(&stage, &stage.postgres, 100_000);
+    let rate = if std::env::var_os("KEEPSTEP_SOAK").is_some() { 100_000 } else { 1000 };
+    let load = Load::begin(&stage, &stage.postgres, rate);
     load.goes_on(&stage).await;
     for _ in 0..2 {
         assert_right(&stage, 500).await;
