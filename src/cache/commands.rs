@@ -4,7 +4,7 @@
 //! of a key one command: Redis parses, queues and answers a few commands instead of thousands. Members come last: what is
 //! left of those of a deleted key came after that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::iter;
 
 use redis::Cmd;
@@ -12,9 +12,9 @@ use redis::Cmd;
 use crate::batch::{Batch, CacheOp, Effect, Form, Life, Sweep, fields};
 use crate::config::RedisConfig;
 
-/// The commands of the batch, under each prefix; sweeps are not among them. What is to happen only once is left out of a
-/// batch that was seen to have been done.
-pub fn encode(batch: &Batch, redis: &RedisConfig, done: bool) -> Vec<Cmd> {
+/// The commands of the batch, under each prefix; sweeps are not among them. `happens` says whether what is to happen only
+/// once is still to happen to this stream or channel.
+pub fn encode(batch: &Batch, redis: &RedisConfig, happens: impl Fn(&[u8]) -> bool) -> Vec<Cmd> {
     let mut encoder = Encoder::for_batch(batch, redis);
     for (_, op) in batch.ops() {
         encoder.add(op.key(), op);
@@ -29,13 +29,22 @@ pub fn encode(batch: &Batch, redis: &RedisConfig, done: bool) -> Vec<Cmd> {
         }
     }
     let mut commands = encoder.finish();
-    if !done {
-        commands.extend(batch.effects().flat_map(|effect| {
-            let bare = &effect.target()[redis.prefix.len()..];
-            redis.prefixes().map(move |prefix| happen(&[prefix.as_bytes(), bare].concat(), effect))
-        }));
+    for effect in batch.effects() {
+        let targets = targets(effect, redis).filter(|target| happens(target));
+        commands.extend(targets.map(|target| happen(&target, effect)));
     }
     commands
+}
+
+/// Streams that the batch adds entries to, under each prefix.
+pub(super) fn streams(batch: &Batch, redis: &RedisConfig) -> BTreeSet<Vec<u8>> {
+    let appends = batch.effects().filter(|effect| matches!(effect, Effect::Append { .. }));
+    appends.flat_map(|effect| targets(effect, redis)).collect()
+}
+
+fn targets<'a>(effect: Effect<'a>, redis: &'a RedisConfig) -> impl Iterator<Item = Vec<u8>> {
+    let bare = &effect.target()[redis.prefix.len()..];
+    redis.prefixes().map(move |prefix| [prefix.as_bytes(), bare].concat())
 }
 
 fn happen(target: &[u8], effect: Effect<'_>) -> Cmd {
@@ -261,7 +270,7 @@ mod tests {
     use crate::config::tests::redis_config;
 
     fn batch(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Vec<String> {
-        encode(&made(ops), &redis_config("", &[]), false).iter().map(show).collect()
+        encode(&made(ops), &redis_config("", &[]), |_| true).iter().map(show).collect()
     }
 
     fn made(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Batch {
@@ -310,7 +319,7 @@ mod tests {
         let batch =
             made(&[("v1:a", Some("1"), None, false), ("v1:b", None, None, false), ("v1:c", Some("1"), Some(9), true)]);
         let redis = redis_config("v1:", &["older:", "x"]);
-        let commands: Vec<String> = encode(&batch, &redis, false).iter().map(show).collect();
+        let commands: Vec<String> = encode(&batch, &redis, |_| true).iter().map(show).collect();
         assert_eq!(
             commands,
             [
@@ -322,7 +331,7 @@ mod tests {
             ]
         );
         assert_eq!(keys(&batch, &redis).concat(), b"v1:av1:bv1:colder:aolder:bolder:cxaxbxc");
-        let one = encode(&made(&[("v1:a", Some("1"), None, false)]), &redis_config("v1:", &["v0:"]), false);
+        let one = encode(&made(&[("v1:a", Some("1"), None, false)]), &redis_config("v1:", &["v0:"]), |_| true);
         assert_eq!(show(&one[0]), "MSET v1:a 1 v0:a 1", "never a SET of two keys");
     }
 

@@ -26,7 +26,7 @@ impl<W: Write + Send> Recorder<W> {
         for pattern in commands::sweeps(batch, &self.redis).concat() {
             writeln!(self.out, "SCAN 0 MATCH {pattern} → UNLINK what matches")?;
         }
-        for command in commands::encode(batch, &self.redis, false) {
+        for command in commands::encode(batch, &self.redis, |_| true) {
             writeln!(self.out, "{}", commands::show(&command))?;
         }
         self.out.flush()

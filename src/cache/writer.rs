@@ -215,8 +215,13 @@ impl Writer {
         }
     }
 
-    /// Applies the batch, or says why not.
-    async fn try_apply(&mut self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), Failure> {
+    /// Applies the batch, or says why not. To `refused` streams nothing was added when the rest was done.
+    async fn try_apply(
+        &mut self,
+        batch: &Batch,
+        checkpoint: &Checkpoint,
+        refused: &BTreeSet<Vec<u8>>,
+    ) -> Result<(), Failure> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.resume(Some(checkpoint)).await?,
@@ -228,7 +233,7 @@ impl Writer {
         let same =
             |stored: &Checkpoint| (stored.applied, stored.written_us) == (checkpoint.applied, checkpoint.written_us);
         let done = self.stored.as_ref().is_some_and(same);
-        let mut transaction = commands::encode(batch, &self.config, done);
+        let mut transaction = commands::encode(batch, &self.config, |target| !done || refused.contains(target));
         let unwritten = self.records.iter().filter(|record| !record.written);
         transaction.extend(unwritten.map(|record| set(&record.key, &record.claims.encode())));
         if let Some(catalog) = &self.catalog {
@@ -408,12 +413,12 @@ impl Writer {
     }
 
     /// Keys of the batch that somebody else has written as another type go. Gives the rules whose other rows had a part in
-    /// them.
+    /// them, and the streams among them.
     async fn delete_of_wrong_type(
         &mut self,
         batch: &Batch,
         checkpoint: &Checkpoint,
-    ) -> Result<BTreeSet<String>, Failure> {
+    ) -> Result<(BTreeSet<String>, Vec<Vec<u8>>), Failure> {
         let mut connection = self.resume(Some(checkpoint)).await?;
         let typed: Vec<(u16, &str, &[u8])> =
             batch.ops().filter_map(|(rule, op)| Some((rule, commands::type_needed(&op)?, op.key()))).collect();
@@ -422,9 +427,8 @@ impl Writer {
             let under = |key: &[u8]| [prefix.as_bytes(), &key[self.config.prefix.len()..]].concat();
             for typed in typed.chunks(SWEEP_STEP_KEYS as usize) {
                 let keys: Vec<Vec<u8>> = typed.iter().map(|(.., key)| under(key)).collect();
-                let kinds = connection.send(keys.iter().map(|key| about("TYPE", key))).await?;
+                let kinds = types(&mut connection, &keys).await?;
                 for ((key, (rule, needed, _)), kind) in keys.into_iter().zip(typed).zip(kinds) {
-                    let Value::SimpleString(kind) = kind else { return Err(unexpected("TYPE", &kind)) };
                     if kind != "none" && kind != *needed {
                         rules.insert(self.rules.names[usize::from(*rule)].clone());
                         wrong.push(key);
@@ -432,10 +436,14 @@ impl Writer {
                 }
             }
         }
+        let mut streams: Vec<_> = commands::streams(batch, &self.config).into_iter().collect();
+        let mut kinds = types(&mut connection, &streams).await?.into_iter();
+        streams.retain(|_| kinds.next().is_some_and(|kind| kind != "none" && kind != "stream"));
+        wrong.extend_from_slice(&streams);
         tracing::warn!(keys = wrong.len(), ?rules, "keys of another type than their rules write are replaced");
         self.guarded(&mut connection, &wrong, self.stored.as_ref()).await?;
         self.connection = Some(connection);
-        Ok(rules)
+        Ok((rules, streams))
     }
 
     /// WAIT until enough replicas have everything sent so far.
@@ -549,9 +557,10 @@ impl Cache for Writer {
     async fn apply(&mut self, batch: &Batch, mut checkpoint: Checkpoint) -> Result<Applied> {
         let mut backoff = Backoff::default();
         let mut owed = false;
+        let mut refused = BTreeSet::new();
         loop {
             let mut invalidated = false;
-            let mut outcome = self.try_apply(batch, &checkpoint).await;
+            let mut outcome = self.try_apply(batch, &checkpoint, &refused).await;
             if matches!(outcome, Err(Failure::OutOfMemory)) {
                 tracing::warn!("Redis is out of memory: keys are deleted instead of written");
                 self.owed(batch).for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
@@ -563,13 +572,14 @@ impl Cache for Writer {
             if matches!(outcome, Err(Failure::WrongType)) {
                 let replaced = self.delete_of_wrong_type(batch, &checkpoint).await;
                 outcome = match replaced {
-                    Ok(rules) => {
+                    Ok((rules, streams)) => {
+                        refused.extend(streams);
                         rules.iter().for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
                         if !rules.is_empty() {
                             owed = true;
                             checkpoint.progress = None;
                         }
-                        self.try_apply(batch, &checkpoint).await
+                        self.try_apply(batch, &checkpoint, &refused).await
                     }
                     Err(failure) => Err(failure),
                 };
@@ -634,6 +644,16 @@ pub(super) async fn scan(
         let message = "Redis answered SCAN with something else than a cursor and keys";
         Failure::Final(Error::new(ErrorKind::Protocol, message).because(error))
     })
+}
+
+/// What TYPE says of each key.
+async fn types(connection: &mut Connection, keys: &[Vec<u8>]) -> Result<Vec<String>, Failure> {
+    let said = connection.send(keys.iter().map(|key| about("TYPE", key))).await?;
+    let kind = |said| match said {
+        Value::SimpleString(kind) => Ok(kind),
+        other => Err(unexpected("TYPE", &other)),
+    };
+    said.into_iter().map(kind).collect()
 }
 
 fn about(command: &str, key: &[u8]) -> Cmd {

@@ -168,7 +168,7 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
 fn shown(batch: &Batch, config: &Config) -> Vec<String> {
     let sweeps = commands::sweeps(batch, &config.redis).concat();
     let mut shown: Vec<String> = sweeps.iter().map(|pattern| format!("SCAN and UNLINK {pattern}")).collect();
-    shown.extend(commands::encode(batch, &config.redis, false).iter().map(commands::show));
+    shown.extend(commands::encode(batch, &config.redis, |_| true).iter().map(commands::show));
     shown
 }
 

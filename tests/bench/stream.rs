@@ -268,7 +268,7 @@ impl Replay {
 
     /// The commands of the last batch; gives the bytes that would be sent.
     pub(crate) fn encode(&mut self) -> usize {
-        commands::encode(&self.batch, &self.config.redis, false)
+        commands::encode(&self.batch, &self.config.redis, |_| true)
             .iter()
             .map(|command| command.get_packed_command().len())
             .sum()

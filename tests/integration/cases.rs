@@ -284,7 +284,7 @@ fn encode(row: &Row) -> Encoded {
 fn shown(batch: &Batch, config: &Config) -> String {
     let sweeps = commands::sweeps(batch, &config.redis).concat();
     let mut shown: Vec<String> = sweeps.iter().map(|sweep| format!("SWEEP {sweep}")).collect();
-    shown.extend(commands::encode(batch, &config.redis, false).iter().map(|command| {
+    shown.extend(commands::encode(batch, &config.redis, |_| true).iter().map(|command| {
         let words = command.args_iter().map(|argument| match argument {
             redis::Arg::Simple(bytes) => match String::from_utf8_lossy(bytes) {
                 script if script.starts_with("if ARGV") => "SCRIPT".to_owned(),
