@@ -9,7 +9,8 @@ use serde_json::{Value, json};
 
 use crate::support::{Daemon, Stage, wait_for};
 
-const TABLE: &str = "create table players (id int primary key, team int, name text, rank numeric, active bool, ends timestamptz);
+const TABLE: &str =
+    "create table players (id int primary key, team int, name text, rank numeric, active bool, ends timestamptz);
                      alter table players replica identity full";
 
 const RULES: &str = r#"
@@ -350,7 +351,9 @@ async fn many_members_go_and_come_in_one_transaction() {
     let (stage, _daemon, _) = warm().await;
     stage.execute("begin; truncate players; insert into players select id, 1, 'n', id, true from generate_series(500, 900) id; commit").await;
     assert_as_sql_says(&stage, "filled anew").await;
-    stage.execute("begin; update players set id = id + 10000, team = 2; delete from players where id % 2 = 0; commit").await;
+    stage
+        .execute("begin; update players set id = id + 10000, team = 2; delete from players where id % 2 = 0; commit")
+        .await;
     assert_as_sql_says(&stage, "moved").await;
     stage.execute("truncate players").await;
     assert_as_sql_says(&stage, "empty").await;
