@@ -230,6 +230,41 @@ async fn nothing_is_told_before_it_is_visible() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_waits_to_be_visible_outlives_a_kill() {
+    let mut stage = Stage::set();
+    let rules = set(&stage).await;
+    stage.execute("insert into rows values (1, 'a')").await;
+    let standby = Standby::synchronous(&mut stage).await;
+    let daemon = started(&stage, &rules).await;
+    let told_before = entries(&stage).await;
+    for key in ["page:a:1", "any:1"] {
+        stage.put(key, "old").await;
+    }
+    standby.stall();
+    let stalled = Stalled::execute(&stage, "update rows set version = 2").await;
+    let row = async || stage.get::<Option<String>>("row:1").await;
+    wait_for("the row", async || (row().await? == r#"{"version":2}"#).then_some(())).await;
+    // Once before it is visible, and once after.
+    daemon.kill();
+    let daemon = Daemon::start(&stage, &rules).await;
+    let early = comes_within(NEVER, async || length(&stage).await > told_before.len() as u64);
+    assert!(!early.await, "it was told before it was visible");
+    standby.resume();
+    stalled.done().await;
+    let told = async || (length(&stage).await > told_before.len() as u64).then_some(());
+    wait_for("the entry", told).await;
+    daemon.kill();
+    let _daemon = Daemon::start(&stage, &rules).await;
+    stage.execute("insert into rows values (2, 'b')").await;
+    wait_for("the next entry", async || (entries(&stage).await.last()?["op"] == "insert").then_some(())).await;
+    let told: Vec<String> = entries(&stage).await[told_before.len()..].iter().map(shown).collect();
+    assert_eq!(told, ["update 1", "insert 2"]);
+    for key in ["page:a:1", "any:1"] {
+        assert_eq!(stage.get::<Option<String>>(key).await, None, "{key}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn characters_of_globs_in_a_row_stand_for_themselves() {
     let stage = Stage::set();
     let rules = set(&stage).await;
