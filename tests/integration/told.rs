@@ -1,7 +1,7 @@
 //! What is done once a change is visible: entries of streams, messages, generations, patterns that are swept, second deletes.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -96,7 +96,7 @@ async fn set(stage: &Stage) -> PathBuf {
     rules
 }
 
-async fn started(stage: &Stage, rules: &PathBuf) -> Daemon {
+async fn started(stage: &Stage, rules: &Path) -> Daemon {
     let daemon = Daemon::start(stage, rules).await;
     wait_for("the warm cache", async || stage.checkpoint().await?.owing.is_empty().then_some(())).await;
     daemon
