@@ -341,6 +341,8 @@ pub struct WriteAction {
     pub owns: bool,
     /// `warm`: keys of rows that do not change are filled without being asked for. Default true.
     pub warm: bool,
+    /// `every`: how often keys of rows that do not change are written again; `None` is never, the default.
+    pub every: Option<Duration>,
     /// `audit`: the share of the rows (1.0 is all) that is compared each minute; `None` is never, the default.
     pub audit: Option<f64>,
 }

@@ -293,6 +293,8 @@ pub struct Session<C> {
     looking: Option<Looking>,
     /// As Redis holds it.
     checkpoint: Checkpoint,
+    /// Up to here (microseconds since 1970) what `every` asks for is among the debts.
+    rewritten_us: u64,
     debts: Debts,
     /// What the catalog said of the tables at the last look.
     signatures: Signatures,
@@ -335,6 +337,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut drain_until = None;
         self.ends_when_caught_up = options.until_caught_up || options.until_done;
+        self.owe_rewrites(report::now_us());
         loop {
             self.shared.alive();
             if drain_until.is_none() {
@@ -471,6 +474,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         for rule in self.intake.take_overcharged() {
             self.debts.owe(&self.config.rules[usize::from(rule)].name.value, Debt::Warm);
         }
+        let written_us = report::now_us();
+        self.owe_rewrites(written_us);
         if let (true, Some(cache)) = (std::mem::take(&mut self.signatures_unsaid), &mut self.cache) {
             cache.remember(&self.signatures);
         }
@@ -478,7 +483,20 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Whoever comes to owe anew is read from the beginning.
         self.reads.progress.take_if(|progress| progress.rules.iter().any(|rule| self.debts.is_new(rule)));
         let progress = self.reads.progress.clone();
-        Checkpoint { applied, low, good, written_us: report::now_us(), owing, progress, ..self.checkpoint.clone() }
+        Checkpoint { applied, low, good, written_us, owing, progress, ..self.checkpoint.clone() }
+    }
+
+    /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
+    /// that its time is where the next session goes on from, however long it was away.
+    fn owe_rewrites(&mut self, now_us: u64) {
+        let due: Vec<&str> = debts::to_rewrite(&self.config.rules, self.rewritten_us, now_us).collect();
+        self.rewritten_us = now_us;
+        if due.is_empty() {
+            return;
+        }
+        let owing = self.debts.next(&self.checkpoint.owing);
+        // What is owed already writes these keys.
+        due.iter().filter(|rule| !owing.contains_key(**rule)).for_each(|rule| self.debts.owe(rule, Debt::Warm));
     }
 
     fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
@@ -575,6 +593,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Asked for a reply, the server tells where its log ends even if there is nothing to send.
         // So does a stream that has not shown yet that it is past what the cache holds.
         self.send_status(options.until_caught_up || !self.intake.is_past_start()).await?;
+        self.owe_rewrites(report::now_us());
         let behind = self.batch.applied.is_some_and(|applied| applied > self.checkpoint.applied);
         // While a batch is in flight the stored checkpoint is about to be an old one.
         let unsaid = self.checkpoint.good < self.proven || self.checkpoint.low < self.low() || self.debts.is_due();
@@ -639,7 +658,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             && self.reads.is_idle()
             && !self.intake.has_rereads()
             && !self.intake.has_later()
-            && (self.checkpoint.owing.is_empty() || !self.can_pay());
+            && !self.can_pay();
         idle && (drain_until.is_some() || caught_up)
     }
 

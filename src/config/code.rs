@@ -236,7 +236,7 @@ codes! {
 
     44 KeysGo: "keys of rows that do not change go",
     "A TTL counts from the last time that the key was written, and a row that does not change is not written again. \
-     Without a TTL a key lives as long as its row. With `write = \"present\"` applications fill what they miss.",
+     Without a TTL a key lives as long as its row. With `every` it is written again in time. With `write = \"present\"` applications fill what they miss.",
     "[rule.product]\ntable   = \"public.products\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\nttl     = \"1d\"\n"
     => "[rule.product]\ntable   = \"public.products\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n";
 

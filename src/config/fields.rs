@@ -216,6 +216,9 @@ const WRITE_MEANING: &str = "`\"present\"` refreshes only keys that exist, for a
                              themselves; `\"always\"` writes every row.";
 const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL; `\"delete\"` removes it.";
 
+const EVERY: Kind = Kind::Duration { min: Duration::from_secs(1), max: TEN_YEARS, off: true };
+const EVERY_MEANING: &str = "The rows are read and their keys written again that often, so that their TTL never empties \
+                             the cache. Times are counted from 1970 in UTC: `\"12h\"` is at 0:00 and 12:00.";
 const WARM_MEANING: &str = "Rows that were there before get their keys at a first start, and by `keepstep warm`; `false` leaves \
                             them out unless the rule is named.";
 const AUDIT_MEANING: &str = "So much of the rows is compared with its keys, in the background and for ever; what differs is \
@@ -504,6 +507,16 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Defaults,
+        name: "every",
+        kind: EVERY,
+        default: Fallback::Value("\"off\""),
+        meaning: EVERY_MEANING,
+        needs: &[],
+        limits: "",
+        example: "\"12h\"",
+    },
+    Field {
+        table: Table::Defaults,
         name: "write",
         kind: WRITE,
         default: Fallback::Value("\"always\""),
@@ -721,6 +734,16 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Rule,
+        name: "every",
+        kind: EVERY,
+        default: Fallback::Value("\"off\""),
+        meaning: EVERY_MEANING,
+        needs: &["key"],
+        limits: "Needs a `ttl`, here or in [defaults], and is shorter. Not with `warm = false`.",
+        example: "\"12h\"",
+    },
+    Field {
+        table: Table::Rule,
         name: "write",
         kind: WRITE,
         default: Fallback::Value("\"always\""),
@@ -894,10 +917,9 @@ pub(super) const LATER_AT_TOP: &[&str] = &["query"];
 pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
-        Table::Top | Table::Redis | Table::Admin => &[],
-        Table::Defaults => &["every"],
+        Table::Top | Table::Redis | Table::Admin | Table::Defaults => &[],
         Table::Stream | Table::Publish => &[],
-        Table::Rule => &["lookup", "delete_tags", "every", "tags"],
+        Table::Rule => &["lookup", "delete_tags", "tags"],
     }
 }
 

@@ -1,6 +1,7 @@
 //! `[defaults]` and `[rule.NAME]`: what a rule says for itself, and whether its fields agree with each other.
 
 use std::collections::HashSet;
+use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 
@@ -27,6 +28,8 @@ pub(super) struct Defaults {
     keep_on_delete: Option<Spanned<bool>>,
     warm: Option<bool>,
     audit: Option<Option<f64>>,
+    /// `Some(None)` is `"off"`.
+    every: Option<Spanned<Option<Duration>>>,
 }
 
 /// Reads `[defaults]`.
@@ -47,6 +50,7 @@ impl Defaults {
                 .map(|choice| Spanned { value: choice.value == "keep", span: choice.span }),
             warm: section.flag("warm"),
             audit: section.parsed("audit", quantity::share_per_minute).map(|share| share.value),
+            every: section.duration_or_off("every"),
         }
     }
 
@@ -59,6 +63,7 @@ impl Defaults {
             keep_on_delete: self.keep_on_delete.or_else(|| others.keep_on_delete.clone()),
             warm: self.warm.or(others.warm),
             audit: self.audit.or(others.audit),
+            every: self.every.or_else(|| others.every.clone()),
         }
     }
 }
@@ -176,16 +181,25 @@ fn write_action(
     section.given("key")?;
     let is_member = matches!(value, Some(Value::Member { .. }));
     if is_member {
-        refuse(section, &["ttl", "jitter", "expire_at", "keep_ttl", "write", "on_delete"], "a set or sorted set");
+        refuse(
+            section,
+            &["ttl", "jitter", "every", "expire_at", "keep_ttl", "write", "on_delete"],
+            "a set or sorted set",
+        );
     }
     if keep {
-        refuse(section, &["ttl", "jitter", "expire_at"], "a key that keeps its TTL");
+        refuse(section, &["ttl", "jitter", "every", "expire_at"], "a key that keeps its TTL");
     }
     if until.is_some() {
-        refuse(section, &["ttl", "jitter"], "a key with `expire_at`");
+        refuse(section, &["ttl", "jitter", "every"], "a key with `expire_at`");
     }
-    check_jitter(section, &own, defaults);
+    if !is_member {
+        check_needs_ttl(section, &own, defaults);
+    }
     let settings = own.or(defaults);
+    if settings.warm == Some(false) {
+        refuse(section, &["every"], "a rule with `warm = false`");
+    }
     let jitter = settings.jitter.as_ref().map_or(0.0, |jitter| jitter.value);
     let life = match (until, settings.ttl.as_ref().and_then(|ttl| ttl.value.clone())) {
         _ if is_member => Life::Forever,
@@ -197,14 +211,17 @@ fn write_action(
     if !is_member {
         check_lifetime(section, &settings, &life);
     }
+    let warm = settings.warm.unwrap_or(true);
+    let every = settings.every.and_then(|every| every.value);
     Some(WriteAction {
         key: key?,
         value: value?,
-        life,
         present_only: settings.present_only.unwrap_or(false) && !is_member,
         keep_on_delete: settings.keep_on_delete.is_some_and(|keep| keep.value) && !is_member,
         owns,
-        warm: settings.warm.unwrap_or(true),
+        warm,
+        every: every.filter(|_| warm && matches!(life, Life::Ttl(..))),
+        life,
         audit: settings.audit.flatten(),
     })
 }
@@ -346,15 +363,22 @@ fn check_changed(section: &mut Section<'_, '_>, operations: Operations) {
     }
 }
 
-/// `jitter` shortens a TTL; without one it does nothing. One from `[defaults]` just waits for a rule that has a TTL.
-fn check_jitter(section: &mut Section<'_, '_>, own: &Defaults, defaults: &Defaults) {
+/// `jitter` shortens a TTL and `every` goes before one; without it they do nothing. Those from `[defaults]` just wait for a
+/// rule that has a TTL.
+fn check_needs_ttl(section: &mut Section<'_, '_>, own: &Defaults, defaults: &Defaults) {
     let ttl = own.ttl.as_ref().or(defaults.ttl.as_ref());
-    if let (Some(jitter), None) = (&own.jitter, ttl.and_then(|ttl| ttl.value.as_ref()))
-        && section.given("ttl").is_none()
+    if ttl.is_some_and(|ttl| ttl.value.is_some())
+        || ["ttl", "expire_at", "keep_ttl"].iter().any(|name| section.given(name).is_some())
     {
+        return;
+    }
+    let jitter = own.jitter.as_ref().map(|jitter| ("jitter", jitter.span.clone(), "there is no TTL to shorten"));
+    let every = own.every.as_ref().filter(|every| every.value.is_some());
+    let every = every.map(|every| ("every", every.span.clone(), "a key without TTL stays"));
+    for (name, span, label) in jitter.into_iter().chain(every) {
         let problem = section
-            .error(Code::MissingPartner, "`jitter` needs a `ttl`", jitter.span.clone(), "there is no TTL to shorten")
-            .help("add:  ttl = \"1d\", or leave `jitter` out");
+            .error(Code::MissingPartner, format_args!("`{name}` needs a `ttl`"), span, label)
+            .help(format!("add:  ttl = \"1d\", or leave `{name}` out"));
         section.report(problem);
     }
 }
@@ -368,17 +392,38 @@ fn check_lifetime(section: &mut Section<'_, '_>, settings: &Defaults, life: &Lif
             let warning = Diagnostic::warning(Code::KeysStay, title, keep.span.clone(), "and there is no `ttl`");
             section.report(warning.help("add:  ttl = \"1d\", or leave `on_delete` out"));
         }
+        (Some(ttl), _) if settings.every.as_ref().is_some_and(|every| every.value.is_some()) => {
+            check_every(section, settings, ttl, life);
+        }
         (Some(ttl), _) if !settings.present_only.unwrap_or(false) => {
             let title = "keys of rows that do not change go when their TTL is over, and are not written again";
             let warning =
                 Diagnostic::warning(Code::KeysGo, title, ttl.span.clone(), "counts from the row's last change")
-                    .help("leave `ttl` out if a key should live as long as its row");
+                    .help("leave `ttl` out if a key should live as long as its row")
+                    .help("or have it written again in time:  every = \"12h\"");
             // One TTL in [defaults] is one remark, however many rules take it.
             if !section.reader.diagnostics.contains(&warning) {
                 section.report(warning);
             }
         }
         _ => {}
+    }
+}
+
+/// What is written again must still be there.
+fn check_every(section: &mut Section<'_, '_>, settings: &Defaults, ttl: &Spanned<Option<Lifetime>>, life: &Life) {
+    let Some(Spanned { value: Some(every), span }) = &settings.every else { return };
+    let jitter = settings.jitter.as_ref().map_or(0.0, |jitter| jitter.value);
+    if life.constant().is_none_or(|ttl| *every < ttl.mul_f64(1.0 - jitter)) {
+        return;
+    }
+    let label = if jitter > 0.0 { "shortened by `jitter`" } else { "" };
+    let problem = section
+        .error(Code::OutOfRange, "keys go before `every` writes them again", span.clone(), "not shorter than the TTL")
+        .context(ttl.span.clone(), label)
+        .help("let them live longer: twice as long as `every`, say");
+    if !section.reader.diagnostics.contains(&problem) {
+        section.report(problem);
     }
 }
 

@@ -272,6 +272,13 @@ fn mistakes_in_how_long_keys_live() {
         "ttl = \"1d\"\njitter = \"100%\"",
         "write = \"presnt\"",
         "on_delete = \"keep\"",
+        "ttl = \"1d\"\nevery = \"12h\"",
+        "every = \"12h\"",
+        "ttl = \"1d\"\nevery = \"1d\"",
+        "ttl = \"1d\"\njitter = \"60%\"\nevery = \"12h\"",
+        "ttl = \"1d\"\nevery = \"12h\"\nwarm = false",
+        "keep_ttl = true\nevery = \"12h\"",
+        "ttl = \"1d\"\nevery = \"100ms\"",
     ]);
     insta::assert_snapshot!(shown);
 }
@@ -421,7 +428,7 @@ fn every_field_of_the_table_is_read_and_takes_its_example() {
         Some(match (field.table, field.name) {
             (Table::Redis, "url") => "\"rediss://cache\"",
             (Table::Admin, "token") => "\"${SECRET}\"",
-            (Table::Rule, "template" | "member" | "score" | "expire_at" | "keep_ttl") => return None,
+            (Table::Rule, "template" | "member" | "score" | "expire_at" | "keep_ttl" | "every") => return None,
             _ => field.example,
         })
     };
@@ -431,7 +438,13 @@ fn every_field_of_the_table_is_read_and_takes_its_example() {
         let fields: String = fields.iter().map(example).collect();
         format!("[rule.{kind}]\ntable = \"public.t\"\nkey = \"{kind}:{{id}}\"\nvalue = \"{kind}\"\n{fields}")
     };
-    let text = file_of(value) + &others.map(rule).concat() + "[rule.kept]\ntable = \"public.t\"\n" + KEPT;
+    let again = format!(
+        "[rule.again]\ntable = \"public.t\"\n{}{}warm = true\n",
+        KEPT.replace("kept", "again"),
+        example(&"every")
+    )
+    .replace("keep_ttl = true", "ttl = \"1d\"");
+    let text = file_of(value) + &others.map(rule).concat() + "[rule.kept]\ntable = \"public.t\"\n" + KEPT + &again;
     let errors = said(&text).into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error);
     assert_eq!(errors.collect::<Vec<_>>(), [], "{text}");
 }

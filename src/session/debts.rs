@@ -5,6 +5,7 @@
 //! to a rule while it is being paid counts anew: the pass may have read what it is about before.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use crate::cache::checkpoint::{Debt, RuleSet};
 use crate::config::Rule;
@@ -104,6 +105,17 @@ impl Opening {
         debt.enter(rule, &mut self.owing);
         self.reasons.insert(reason);
     }
+}
+
+/// The rules whose `every` has come round after `since_us` (both in microseconds since 1970). Nothing has to be
+/// remembered of when it last did, because the times are the same for all sessions.
+pub fn to_rewrite(rules: &[Rule], since_us: u64, now_us: u64) -> impl Iterator<Item = &str> {
+    let due = move |every: Duration| {
+        let every_us = u64::try_from(every.as_micros()).unwrap_or(u64::MAX).max(1);
+        since_us / every_us < now_us / every_us
+    };
+    let every = |rule: &Rule| rule.write.as_ref().and_then(|write| write.every);
+    rules.iter().filter(move |rule| every(rule).is_some_and(due)).map(|rule| rule.name.value.as_str())
 }
 
 /// Whether rows that do not change get their keys too.
@@ -238,6 +250,19 @@ mod tests {
         assert_eq!(compared(Some(&[("written", true), ("stale", false)])), owing(&[("stale", Reconcile)]));
         assert_eq!(compared(Some(&[("removed", false)])), owing(&[("written", Warm)]));
         assert_eq!(compared(None), owing(&[("written", Reconcile), ("stale", Reconcile)]), "nothing is known of them");
+    }
+
+    #[test]
+    fn rules_are_written_again_at_the_times_that_all_sessions_share() {
+        const MINUTE: u64 = 60_000_000;
+        let mut rules = rules();
+        let due = |rules: &[Rule], since, now| to_rewrite(rules, since, now).map(str::to_owned).collect::<Vec<_>>();
+        assert!(due(&rules, 0, 1000 * MINUTE).is_empty(), "neither says `every`");
+        rules[0].write.iter_mut().for_each(|write| write.every = Some(Duration::from_secs(600)));
+        assert_eq!(due(&rules, 19 * MINUTE, 20 * MINUTE), ["written"]);
+        assert!(due(&rules, 20 * MINUTE, 30 * MINUTE - 1).is_empty());
+        assert_eq!(due(&rules, 20 * MINUTE, 500 * MINUTE), ["written"], "away for hours");
+        assert!(due(&rules, 20 * MINUTE, 9 * MINUTE).is_empty(), "the clock was set back");
     }
 
     #[test]

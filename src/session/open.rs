@@ -289,6 +289,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         reached_low: streamed.checkpoint.low,
         ends_when_caught_up: false,
         acks: streamed.acks,
+        rewritten_us: streamed.checkpoint.written_us,
         checkpoint: streamed.checkpoint,
         debts: Debts::default(),
         signatures: streamed.signatures,

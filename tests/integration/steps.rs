@@ -309,3 +309,30 @@ columns = ["Id;", "ü name"]
     stage.execute(r#"insert into "Odd.Schema"."a ""table""" values (1, 'x')"#).await;
     holds(&stage, "odd:1", Some(r#"{"Id;":1,"ü name":"x"}"#)).await;
 }
+
+#[tokio::test]
+async fn keys_are_written_again_before_their_ttl_is_over() {
+    let stage = Stage::set();
+    let tables = "create table products (id int primary key, name text, price numeric(10,2))";
+    let rules = PRODUCT.to_owned() + "ttl = \"10s\"\nevery = \"1s\"\n";
+    let daemon = keep(&stage, tables, &rules).await;
+    stage.execute("insert into products values (1, 'Pen', 1.50)").await;
+    let value = Some(r#"{"id":1,"name":"Pen","price":1.50}"#);
+    holds(&stage, "product:1", value).await;
+    let mut last = i64::MAX;
+    for _ in 0..3 {
+        wait_for("the key to live longer again", async || {
+            let left: i64 = stage.cache().await.pttl("test:product:1").await.unwrap();
+            assert!(left > 0, "it was gone: {left}");
+            (std::mem::replace(&mut last, left) < left).then_some(())
+        })
+        .await;
+    }
+    // Whoever was away takes up what has come round meanwhile, although no row has changed.
+    assert!(daemon.terminate().await.success());
+    let () = stage.cache().await.del("test:product:1").await.unwrap();
+    let daemon = Daemon::start(&stage, &stage.folder().join("keepstep.toml")).await;
+    holds(&stage, "product:1", value).await;
+    assert_in_step(&stage, &[PRODUCTS]).await;
+    assert!(daemon.terminate().await.success());
+}
