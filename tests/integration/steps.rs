@@ -192,10 +192,12 @@ async fn an_update_that_changes_none_of_the_columns_named_is_skipped() {
                   alter table products replica identity full";
     let rules = r#"
 [rule.lists]
-table   = "public.products"
-changed = ["name"]
-delete  = ["products:cat:{category}"]
+table    = "public.products"
+changed  = ["name"]
+delete   = ["products:cat:{category}"]
+redelete = "off"
 "#;
+    // Deleted again once the INSERT is visible, the keys that are filled here could go without any UPDATE.
     let _daemon = keep(&stage, tables, rules).await;
     for key in ["products:cat:1", "products:cat:2"] {
         stage.put(key, "filled").await;
