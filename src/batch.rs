@@ -12,6 +12,7 @@ use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 use crate::model::{Lsn, Position, Timestamp};
 use crate::rules::form::KeyForm;
 use crate::rules::glob::Glob;
+use crate::rules::lookup::{Question, Questions};
 use crate::rules::pattern::Pattern;
 
 /// Transactions noted for the delay: changes of one and the same key add nothing else.
@@ -269,7 +270,7 @@ pub enum Of {
 #[derive(Clone, Copy, Debug)]
 pub struct Cell(usize);
 
-/// What becomes known of a rule's keys, for the record beside the checkpoint. It waits for a batch, and asks for none.
+/// What becomes known of a rule's keys, for the record beside the checkpoint. It waits for a batch, and questions for none.
 #[derive(Clone, Debug)]
 pub enum Claim {
     /// From this batch on they look like this.
@@ -352,6 +353,7 @@ pub struct Batch {
     hasher: DefaultHashBuilder,
     sweeps: Vec<Sweep>,
     effects: Vec<EffectEntry>,
+    questions: Questions,
     claims: Vec<(u16, Claim)>,
     /// Per rule, the transaction that last touched it in this batch: each counts once for the delay.
     touched: Vec<Option<Lsn>>,
@@ -380,6 +382,7 @@ impl Batch {
             hasher: DefaultHashBuilder::default(),
             sweeps: Vec::new(),
             effects: Vec::new(),
+            questions: Questions::default(),
             claims: Vec::new(),
             touched: vec![None; rules],
             commits: Vec::new(),
@@ -400,6 +403,7 @@ impl Batch {
         self.places.clear();
         self.sweeps.clear();
         self.effects.clear();
+        self.questions.take();
         self.claims.clear();
         self.touched.fill(None);
         self.commits.clear();
@@ -408,9 +412,9 @@ impl Batch {
         self.released = None;
     }
 
-    /// Whether there is nothing to do in Redis.
+    /// Whether there is nothing to do, in Redis or before.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.sweeps.is_empty() && self.effects.is_empty()
+        self.entries.is_empty() && self.sweeps.is_empty() && self.effects.is_empty() && self.questions.is_empty()
     }
 
     /// Whether it must go out before anything more is taken in.
@@ -419,6 +423,8 @@ impl Batch {
             || self.bytes.len() >= self.limits.bytes
             || self.commits.len() >= COMMITS_MAX
             || self.effects.len() >= self.limits.ops
+            || self.questions.len() >= self.limits.ops
+            || self.questions.byte_len() >= self.limits.bytes
             || self.sweeps.iter().any(|sweep| matches!(sweep, Sweep::Owned(_)))
             || self.sweeps.len() >= SWEEPS_MAX
     }
@@ -539,6 +545,21 @@ impl Batch {
     /// The keys that go before the operations: these concern other rules' keys, or are deletes themselves.
     pub fn sweeps(&self) -> &[Sweep] {
         &self.sweeps
+    }
+
+    /// What else goes is not known before this is answered: a batch that holds questions waits for the answers.
+    pub fn ask(&mut self, ask: Question) {
+        self.questions.add(ask);
+    }
+
+    /// The questions.
+    pub fn questions(&self) -> &Questions {
+        &self.questions
+    }
+
+    /// Takes the questions out, for whoever answers them.
+    pub fn take_questions(&mut self) -> Vec<Question> {
+        self.questions.take()
     }
 
     /// Publishes what `render` appends on the channel that `target` appends, unless that says that there is none.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use crate::model::Relation;
 use crate::rules::expression::Expression;
+use crate::rules::sql::Sql;
 use crate::rules::template::Template;
 
 pub mod code;
@@ -254,6 +255,8 @@ pub struct Rule {
     pub redelete: bool,
     /// What waits until the change is visible.
     pub settled: Settled,
+    /// `lookup`: what templates need of other tables.
+    pub lookup: Option<Spanned<Sql>>,
     /// `changed`: the columns of which one must have changed for an UPDATE to count; `None` is any.
     pub changed: Option<Vec<Spanned<String>>>,
     /// A hash over everything that decides which keys and values the rule makes (hex).

@@ -20,6 +20,8 @@ pub mod cache;
 
 pub mod snapshot;
 
+pub mod query;
+
 pub mod session;
 
 pub mod admin;

@@ -30,6 +30,7 @@ pub struct Metrics {
     pub rule_paused: IntGaugeVec,
     pub unrendered_total: IntCounterVec,
     pub keyless_total: IntCounterVec,
+    pub lookups_total: IntCounterVec,
     pub rules_owing: IntGauge,
     pub reconciles_total: IntCounterVec,
     pub out_of_memory_batches: IntCounter,
@@ -98,6 +99,12 @@ impl Metrics {
                 "keepstep_keyless_total",
                 "Row images without a key, because a column in it was NULL",
                 &["rule"],
+            ),
+            lookups_total: counters(
+                "keepstep_lookups_total",
+                "Questions of rules with `lookup`: answered, failed (and asked again), or swept (everything that the keys \
+                 can be was deleted instead)",
+                &["rule", "outcome"],
             ),
             rules_owing: gauge("keepstep_rules_owing", "Rules whose keys are yet to be made right from their table"),
             reconciles_total: counters(

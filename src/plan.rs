@@ -242,7 +242,7 @@ pub fn row(table: &BoundTable, row: &[Datum<'_>], random: &mut u64, batch: &mut 
 pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch, mut settled: Option<&mut Batch>) {
     for rule in table.rules.iter().filter(|rule| rule.on.delete) {
         let written = rule.write.iter().filter(|write| !write.keep_on_delete).map(|write| &write.key);
-        written.chain(&rule.delete).for_each(|key| sweep(rule.rule, key, batch));
+        written.chain(rule.deletes()).for_each(|key| sweep(rule.rule, key, batch));
         if let Some(settled) = &mut settled {
             later::everything(rule, "truncate", table, transaction, settled);
         }

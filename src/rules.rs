@@ -6,9 +6,11 @@ pub mod filter;
 pub mod form;
 pub mod glob;
 mod key;
+pub mod lookup;
 pub mod ownership;
 pub mod pattern;
 mod problem;
+pub mod sql;
 pub mod template;
 
 #[cfg(test)]

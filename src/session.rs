@@ -32,6 +32,7 @@ use crate::decode::pgoutput;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::model::{Lsn, Position};
+use crate::query::Lookups;
 use crate::shutdown::Shutdown;
 use crate::snapshot::visibility::{self, Snapshot};
 use crate::source::replication::{Frame, Replication};
@@ -62,7 +63,7 @@ mod renewal;
 mod report;
 pub mod tables;
 
-/// How often the session looks after what no event asks for. Postgres hears of us as often, which keeps the connection
+/// How often the session looks after what no event questions for. Postgres hears of us as often, which keeps the connection
 /// even where nothing can be read for now (`wal_sender_timeout` is 60 s by default).
 const TICK: Duration = Duration::from_secs(1);
 /// What waits for transactions to be visible is looked after no sooner than this after the last look, and each time that was
@@ -162,7 +163,8 @@ pub async fn run(
     loop {
         let began = Instant::now();
         let opened = tokio::select! {
-            opened = open::open(daemon, options, seen.as_ref()) => opened,
+            // Larger than what the loop itself holds, and long gone while it runs.
+            opened = Box::pin(open::open(daemon, options, seen.as_ref())) => opened,
             () = shutdown.requested() => return Ok(()),
         };
         let error = match opened {
@@ -257,6 +259,7 @@ enum Flying {
 }
 
 type Settling = Pin<Box<dyn Future<Output = Result<Snapshot>> + Send>>;
+type LookingUp = Pin<Box<dyn Future<Output = (Box<Lookups>, Batch)> + Send>>;
 type Looking = Pin<Box<dyn Future<Output = Result<Looked>> + Send>>;
 
 /// One stream of changes into one cache.
@@ -283,6 +286,9 @@ pub struct Session<C> {
     flying: Flying,
     reads: Reads,
     settling: Option<Settling>,
+    /// At home, while it answers nothing.
+    lookups: Option<Box<Lookups>>,
+    looking_up: Option<LookingUp>,
     /// How many looks in a row have not shown what something waits for.
     looks_in_vain: u32,
     /// When the last one ended.
@@ -358,6 +364,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 looked = optional(&mut self.looking) => self.looked(looked?)?,
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
+                (lookups, answers) = optional(&mut self.looking_up) => self.looked_up(lookups, &answers),
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
@@ -567,9 +574,31 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
     }
 
+    /// Postgres has said what else goes.
+    fn looked_up(&mut self, lookups: Box<Lookups>, answers: &Batch) {
+        self.looking_up = None;
+        self.lookups = Some(lookups);
+        self.intake.looked_up(answers);
+    }
+
+    /// Has answered what can be answered by now.
+    fn look_up(&mut self) {
+        if self.lookups.is_none() {
+            return;
+        }
+        let questions = self.intake.take_questions();
+        if let Some(mut lookups) = self.lookups.take_if(|_| !questions.is_empty()) {
+            self.looking_up = Some(Box::pin(async move {
+                let answers = lookups.answer(&questions).await;
+                (lookups, answers)
+            }));
+        }
+    }
+
     /// What waited until it is visible goes into the batch that fills. What still waits is looked after soon, and less often
     /// the longer that takes.
     fn release(&mut self) {
+        self.look_up();
         self.intake.release(&mut self.batch);
         if self.batch.released.is_some() {
             self.stand_here();

@@ -73,11 +73,13 @@ fn check_rule(
 /// of them then leaves the old key behind.
 fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
     let written = rule.write.iter().map(|write| &write.key).zip(bound.write.iter().map(|write| &write.key));
-    let mut keys = written.chain(rule.delete.iter().zip(&bound.delete));
-    let (template, _) = keys.find(|(_, key)| rule.on.update && !key.in_identity)?;
+    let mut keys = written.chain(bound.delete_templates(rule));
+    let found = keys.find(|(_, key)| !key.in_identity).map(|(template, _)| template.span.clone());
+    let lookup = bound.lookup.as_ref().filter(|lookup| !lookup.in_identity).map(|lookup| lookup.sql.span.clone());
+    let span = found.or(lookup).filter(|_| rule.on.update)?;
     let title = format!("an UPDATE that changes the key of rule `{}` leaves the old key behind", rule.name.value);
     let label = "not all of it is sent for the old row";
-    Some(Diagnostic::warning(Code::OldKeyStays, title, template.span.clone(), label).help(format!(
+    Some(Diagnostic::warning(Code::OldKeyStays, title, span, label).help(format!(
         "make Postgres log the old row:  ALTER TABLE {} REPLICA IDENTITY FULL;",
         sql_table(&rule.table.value)
     )))

@@ -14,11 +14,12 @@ use serde_json::value::RawValue;
 
 use crate::batch::{Batch, Limits};
 use crate::cache::commands;
-use crate::config::{Config, TableName};
+use crate::config::{Config, Rule, TableName};
 use crate::decode::types::Types;
 use crate::model::{Change, Column, Lsn, OldTuple, Relation, ReplicaIdentity, Timestamp, Tuple};
 use crate::plan::{self, BoundTable, Noted, Scratch, Transaction};
 use crate::rules::bind::bind;
+use crate::rules::lookup::Question;
 
 use super::{Output, load};
 
@@ -151,6 +152,9 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
     let mut notes = Vec::new();
     plan::change(&table, change, transaction, &mut Scratch::default(), &mut batch, Some(&mut settled), &mut notes);
     batch.absorb(&settled);
+    let asked =
+        settled.take_questions().into_iter().map(|ask| asked(&config.rules[usize::from(ask.lookup.rule)], &ask));
+    let asked: Vec<String> = asked.collect();
     let notes = notes.into_iter().map(|note| {
         let rule = &config.rules[usize::from(note.rule)].name.value;
         match note.what {
@@ -161,7 +165,16 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
             ),
         }
     });
-    Ok(Planned { commands: shown(&batch, config), notes: notes.collect() })
+    Ok(Planned { commands: shown(&batch, config), notes: notes.chain(asked).collect() })
+}
+
+/// What would be looked up, which only a server can do.
+fn asked(rule: &Rule, ask: &Question) -> String {
+    let (name, sql) = (&rule.name.value, &ask.lookup.sql.value);
+    let values = ask.parameters().map(|value| value.map_or("NULL".into(), String::from_utf8_lossy));
+    let given = sql.parameters().into_iter().zip(values).map(|(parameter, value)| format!("{parameter} = {value}"));
+    let given = given.collect::<Vec<_>>().join(", ");
+    format!("rule `{name}`: more keys go by what Postgres answers to  {}  with {given}", sql.text())
 }
 
 /// Everything that the batch becomes, in order.

@@ -300,6 +300,14 @@ codes! {
     "[rule.product]\ntable   = \"public.products\"\nwhen    = \"row.id = 1\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n"
     => "[rule.product]\ntable   = \"public.products\"\nwhen    = \"row.id == 1\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n";
 
+    56 Sql: "this is no single SQL statement",
+    "A query stands without a `;`, and its parameters are named after what they stand for: `:department_id`. In literals, \
+     quoted names and comments a `:` has no meaning, and `::` is a cast.",
+    "[rule.faculty]\ntable  = \"public.faculty\"\nlookup = \"select code as dept from public.departments where id = $1\"\n\
+     delete = [\"faculty:{dept}\"]\n"
+    => "[rule.faculty]\ntable  = \"public.faculty\"\n\
+        lookup = \"select code as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n";
+
     60 UnknownColumn: "the table has no such column",
     "Names are exact as in the catalog: what was made as `categoryId` without quotes is called `categoryid` there.",
     "CREATE TABLE products (id int PRIMARY KEY, categoryId int);\n\n[rule.feed]\ntable   = \"public.products\"\n\
@@ -346,6 +354,18 @@ codes! {
      The place inside the expression is underlined, and both types are named.",
     "CREATE TABLE products (id int PRIMARY KEY, name text);\n\n[rule.product]\ntable   = \"public.products\"\nwhen    = \"row.id == 'one'\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n"
     => "CREATE TABLE products (id int PRIMARY KEY, name text);\n\n[rule.product]\ntable   = \"public.products\"\nwhen    = \"row.id == 1\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n";
+
+    66 Lookup: "a lookup does not give what the templates use",
+    "A name in a template of a rule with `lookup` is a column of the rule's table or one of the query's result, and it must \
+     be clear which. A lookup that no template uses is left over.",
+    "CREATE TABLE departments (id int PRIMARY KEY, code text);\n\
+     CREATE TABLE faculty (id int PRIMARY KEY, department_id int);\nALTER TABLE faculty REPLICA IDENTITY FULL;\n\n\
+     [rule.faculty]\ntable  = \"public.faculty\"\n\
+     lookup = \"select code from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n"
+    => "CREATE TABLE departments (id int PRIMARY KEY, code text);\n\
+        CREATE TABLE faculty (id int PRIMARY KEY, department_id int);\nALTER TABLE faculty REPLICA IDENTITY FULL;\n\n\
+        [rule.faculty]\ntable  = \"public.faculty\"\n\
+        lookup = \"select code as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n";
 
     70 NoReplicaIdentity: "the table has no replica identity",
     "It says which columns of an old row Postgres puts into the log. Without any it refuses UPDATE and DELETE as soon as \
@@ -420,6 +440,18 @@ codes! {
      [rule.feed]\ntable  = \"public.products\"\ndelete = [\"feed:global\"]\n"
     => "CREATE TABLE products (id int PRIMARY KEY);\nCREATE PUBLICATION keepstep FOR TABLE products WITH (publish = 'insert');\n\n\
         [rule.feed]\ntable  = \"public.products\"\non     = [\"insert\"]\ndelete = [\"feed:global\"]\n";
+
+    85 QueryRefused: "Postgres refuses a query",
+    "Each query of the rules file is prepared when keepstep starts, with parameters of their columns' types. The message is \
+     Postgres's own, at the place that it names. Only what reads can be run: SELECT, VALUES, TABLE or WITH.",
+    "CREATE TABLE departments (id int PRIMARY KEY, code text);\n\
+     CREATE TABLE faculty (id int PRIMARY KEY, department_id int);\nALTER TABLE faculty REPLICA IDENTITY FULL;\n\n\
+     [rule.faculty]\ntable  = \"public.faculty\"\n\
+     lookup = \"select kode as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n"
+    => "CREATE TABLE departments (id int PRIMARY KEY, code text);\n\
+        CREATE TABLE faculty (id int PRIMARY KEY, department_id int);\nALTER TABLE faculty REPLICA IDENTITY FULL;\n\n\
+        [rule.faculty]\ntable  = \"public.faculty\"\n\
+        lookup = \"select code as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n";
 }
 
 #[cfg(test)]

@@ -840,6 +840,20 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Rule,
+        name: "lookup",
+        kind: Kind::Text,
+        default: Fallback::Absent,
+        meaning: "A query for what keys need of other tables. `:column` stands for a column of the changed row, old and new; \
+                  the templates use the columns of the result beside those of the row, and each row of it names keys. It \
+                  runs once the change is visible. With more than 1000 rows, or if it fails for ten seconds, everything that \
+                  those templates can have made goes.",
+        needs: &[],
+        limits: "Needs `delete`, `delete_match` or `bump`; not together with `key`. What changes in the tables that it reads \
+                 is a matter of other rules.",
+        example: "\"select code as dept from public.departments where id = :department_id\"",
+    },
+    Field {
+        table: Table::Rule,
         name: "stream",
         kind: Kind::Section,
         default: Fallback::Absent,
@@ -919,7 +933,7 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
         Table::Postgres => &["poll_interval"],
         Table::Top | Table::Redis | Table::Admin | Table::Defaults => &[],
         Table::Stream | Table::Publish => &[],
-        Table::Rule => &["lookup", "delete_tags", "tags"],
+        Table::Rule => &["delete_tags", "tags"],
     }
 }
 

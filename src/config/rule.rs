@@ -16,6 +16,7 @@ use super::{
     Value, WriteAction,
 };
 use crate::rules::expression::Expression;
+use crate::rules::sql::Sql;
 use crate::rules::template::Template;
 
 /// `[defaults]`, and the same fields of a rule: `None` is not given.
@@ -79,6 +80,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
     let delete =
         section.list("delete", |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value);
     let settled = settled(&mut section);
+    let lookup = lookup(&mut section);
     let redelete = section.choice("redelete").is_none_or(|choice| choice.value == "settled");
     let changed = section.columns("changed").map(|columns| columns.value);
     check_purpose(&mut section);
@@ -99,6 +101,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
         delete,
         redelete,
         settled,
+        lookup,
         changed,
         fingerprint: String::new(),
     };
@@ -336,6 +339,36 @@ fn settled(section: &mut Section<'_, '_>) -> Settled {
     }
 }
 
+/// What a rule with `lookup` can do; it does at least one of these.
+const WITH_LOOKUP: &[&str] = &["delete", "delete_match", "bump"];
+
+/// `lookup`, which names keys that go. A written key must be known from its row alone.
+fn lookup(section: &mut Section<'_, '_>) -> Option<Spanned<Sql>> {
+    let lookup = section.parsed("lookup", sql);
+    let span = section.given("lookup")?;
+    if section.given("key").is_some() {
+        let title = "a rule that writes a key takes no `lookup`";
+        let problem = section.error(Code::Excluded, title, span, "a key is written from its row alone");
+        section.report(problem.help("let a rule of its own delete the keys that need it"));
+    } else if WITH_LOOKUP.iter().all(|name| section.given(name).is_none()) {
+        let title = "`lookup` needs `delete`, `delete_match` or `bump`";
+        let problem = section.error(Code::MissingPartner, title, span, "nothing uses what it finds");
+        section.report(problem.help("add:  delete = [\"list:{name}\"], where `name` is a column of the result"));
+    }
+    lookup
+}
+
+/// The statement that `text` is.
+fn sql(text: &str) -> Result<Sql, Mistake> {
+    Sql::parse(text).map_err(|error| Mistake {
+        code: Code::Sql,
+        range: error.range,
+        problem: error.problem.to_owned(),
+        label: String::new(),
+        help: vec![error.help.to_owned()],
+    })
+}
+
 /// A rule writes a key or deletes keys. One that has only fields of a key is told that they need it.
 fn check_purpose(section: &mut Section<'_, '_>) {
     let of_key = Table::Rule.fields().filter(|field| field.needs.contains(&"key")).map(|field| field.name);
@@ -558,7 +591,7 @@ fn fingerprint(rule: &Rule) -> String {
         }
         canonical
     });
-    let canonical = serde_json::json!({
+    let mut canonical = serde_json::json!({
         "schema": rule.table.value.schema,
         "table": rule.table.value.name,
         "on": [rule.on.insert, rule.on.update, rule.on.delete],
@@ -570,6 +603,9 @@ fn fingerprint(rule: &Rule) -> String {
         "changed": rule.changed.as_deref().map(names),
         "when": rule.when.as_ref().map(|when| when.value.text()),
     });
+    if let Some(lookup) = &rule.lookup {
+        canonical["lookup"] = lookup.value.text().into();
+    }
     let digest = Sha256::digest(canonical.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -246,6 +246,19 @@ fn mistakes_in_the_fields_of_a_rule() {
 }
 
 #[test]
+fn mistakes_in_lookups() {
+    let shown = rules([
+        "table = \"public.faculty\"\ndelete = [\"a:{dept}\"]\nlookup = \"select 'x as dept\"",
+        "table = \"public.faculty\"\ndelete = [\"a:{dept}\"]\nlookup = \"select $1 as dept;\"",
+        "table = \"public.faculty\"\ndelete = [\"a:{dept}\"]\nlookup = \"\"",
+        "table = \"public.faculty\"\ndelete = [\"a:{dept}\"]\nlookup = [\"select 1 as dept\"]",
+        "table = \"public.faculty\"\nlookup = \"select 1 as dept\"\npublish = { channel = \"a\" }",
+        "table = \"public.faculty\"\nkey = \"a:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\nlookup = \"select 1 as x\"",
+    ]);
+    insta::assert_snapshot!(shown);
+}
+
+#[test]
 fn mistakes_in_values_and_columns() {
     let key = "table = \"public.products\"\nkey = \"product:{id}\"\n";
     let lines = [
@@ -428,7 +441,9 @@ fn every_field_of_the_table_is_read_and_takes_its_example() {
         Some(match (field.table, field.name) {
             (Table::Redis, "url") => "\"rediss://cache\"",
             (Table::Admin, "token") => "\"${SECRET}\"",
-            (Table::Rule, "template" | "member" | "score" | "expire_at" | "keep_ttl" | "every") => return None,
+            (Table::Rule, "lookup" | "template" | "member" | "score" | "expire_at" | "keep_ttl" | "every") => {
+                return None;
+            }
             _ => field.example,
         })
     };
@@ -444,7 +459,13 @@ fn every_field_of_the_table_is_read_and_takes_its_example() {
         example(&"every")
     )
     .replace("keep_ttl = true", "ttl = \"1d\"");
-    let text = file_of(value) + &others.map(rule).concat() + "[rule.kept]\ntable = \"public.t\"\n" + KEPT + &again;
+    let text = file_of(value)
+        + &others.map(rule).concat()
+        + "[rule.kept]\ntable = \"public.t\"\n"
+        + KEPT
+        + &again
+        + "[rule.looked-up]\ntable = \"public.t\"\ndelete = [\"a:{dept}\"]\n"
+        + &example(&"lookup");
     let errors = said(&text).into_iter().filter(|diagnostic| diagnostic.severity == Severity::Error);
     assert_eq!(errors.collect::<Vec<_>>(), [], "{text}");
 }

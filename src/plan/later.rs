@@ -2,12 +2,16 @@
 //!
 //! It is planned with the change, into a batch of its own that waits until the change's transaction is visible.
 
-use super::{BoundTable, Images, Transaction, sweep};
+use std::sync::Arc;
+
 use crate::batch::{self, Batch, Form, Life};
 use crate::config::TableName;
 use crate::decode::value;
-use crate::model::{Change, Datum};
+use crate::model::{Change, Datum, Lsn};
 use crate::rules::bind::{BoundKey, BoundRule, BoundSettled, BoundStream, FieldSource, Rendered};
+use crate::rules::lookup::{BoundLookup, Question};
+
+use super::{BoundTable, Images, Transaction, sweep};
 
 /// What is told where changes were missed.
 pub const GAP: &str = "gap";
@@ -25,6 +29,7 @@ pub(super) fn change(
     if old.is_none() && new.is_none() {
         return;
     }
+    let point = (transaction.epoch, transaction.commit_lsn);
     let rows_of = |key: &BoundKey| [old.filter(|_| images.old_is_full || key.in_identity), new].into_iter().flatten();
     if rule.redelete && !transaction.visible {
         for key in &rule.delete {
@@ -44,8 +49,18 @@ pub(super) fn change(
             }
         }
     }
+    if let Some(lookup) = &rule.lookup {
+        let old = old.filter(|_| images.old_is_full || lookup.in_identity);
+        for row in [old, new].into_iter().flatten() {
+            match lookup.values(row) {
+                Some(values) => settled.ask(Question { lookup: Arc::clone(lookup), values, generation: point }),
+                // Which keys it would be is not known: all of them (I9).
+                None => everything_looked_up(lookup, settled),
+            }
+        }
+    }
     for key in &rule.settled.bump {
-        rows_of(key).for_each(|row| bump(rule.rule, key, row, &generation(transaction), settled));
+        rows_of(key).for_each(|row| bump(rule.rule, key, row, &generation(point), settled));
     }
     let (op, counts): (_, fn(&BoundStream) -> bool) = match change {
         Change::Insert { .. } => ("insert", |stream| stream.ops.insert),
@@ -99,10 +114,11 @@ pub fn everything(
     for matching in &rule.settled.delete_match {
         settled.sweep(rule.rule, matching.pattern.clone());
     }
+    let point = (transaction.epoch, transaction.commit_lsn);
     let generation = match op {
         // Where the stream stands at a gap is where the next transaction may commit, or where it stood at the gap before.
-        GAP => format!("{}-{}", generation(transaction), transaction.commit_time.unix_us()),
-        _ => generation(transaction),
+        GAP => format!("{}-{}", generation(point), transaction.commit_time.unix_us()),
+        _ => generation(point),
     };
     for key in &rule.settled.bump {
         match key.pattern.only_key() {
@@ -111,6 +127,7 @@ pub fn everything(
             None => sweep(rule.rule, key, settled),
         }
     }
+    rule.lookup.iter().for_each(|lookup| everything_looked_up(lookup, settled));
     let told = Told { op, table, of: &rule.settled, transaction };
     // A gap can hold every operation.
     if let Some(stream) = rule.settled.stream.as_ref().filter(|stream| op == GAP || stream.ops.delete) {
@@ -127,14 +144,29 @@ pub fn everything(
     }
 }
 
+/// Adds what a question's answer means: one row of it.
+pub fn looked_up(ask: &Question, found: &[Option<&str>], settled: &mut Batch) {
+    let (lookup, row) = (&ask.lookup, ask.row(found));
+    lookup.delete.iter().for_each(|key| delete(lookup.rule, key, &row, settled));
+    let globs = lookup.delete_match.iter().filter_map(|matching| matching.render(&row).ok());
+    globs.for_each(|glob| settled.sweep_matching(glob));
+    lookup.bump.iter().for_each(|key| bump(lookup.rule, key, &row, &generation(ask.generation), settled));
+}
+
+/// Adds that everything goes that the lookup can have named: what it would say is not known. A generation that is missing
+/// is no earlier one.
+pub fn everything_looked_up(lookup: &BoundLookup, settled: &mut Batch) {
+    lookup.patterns().for_each(|pattern| settled.sweep(lookup.rule, pattern.clone()));
+}
+
 fn delete(rule: u16, key: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) {
     let cell = settled.cell(rule, |out| key.render(row, out) == Rendered::Done);
     cell.into_iter().for_each(|cell| settled.delete(cell));
 }
 
 /// `epoch-LSN`: it never comes twice, whatever is lost.
-fn generation(transaction: Transaction) -> String {
-    format!("{}-{:X}", transaction.epoch, transaction.commit_lsn.0)
+fn generation((epoch, commit_lsn): (u64, Lsn)) -> String {
+    format!("{epoch}-{:X}", commit_lsn.0)
 }
 
 fn bump(rule: u16, key: &BoundKey, row: &[Datum<'_>], generation: &str, settled: &mut Batch) {

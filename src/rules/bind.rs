@@ -22,7 +22,9 @@ use super::expression::{self, BoundExpression, Expression, ExpressionError, Name
 use super::form::{KeyForm, Piece, Source};
 use super::glob::BoundMatch;
 use super::key::{Column, Lost};
+use super::lookup::BoundLookup;
 use super::pattern::Pattern;
+use super::sql::Sql;
 use super::template::{Part, Placeholder, RESERVED, Template, place};
 use crate::batch::Form;
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
@@ -33,6 +35,9 @@ use crate::suggest::nearest;
 
 pub use super::key::{BoundKey, Rendered};
 pub use super::problem::{BindProblem, IdentityRemedy, Sharing};
+
+/// The OID of `text`, from Postgres's `pg_type.dat`: what is looked up counts as that.
+const TEXT: u32 = 25;
 
 /// A rule, ready for the changes of one relation.
 #[derive(Clone, Debug)]
@@ -51,6 +56,8 @@ pub struct BoundRule {
     pub redelete: bool,
     /// What happens once the change is visible.
     pub settled: BoundSettled,
+    /// Keys that are not known before something was looked up; then it is not in `delete` or `settled`.
+    pub lookup: Option<Arc<BoundLookup>>,
     /// The places of the columns of which one must have changed for an UPDATE to count; `None` is any. Those of the
     /// rule's own templates are among them.
     pub changed: Option<Vec<usize>>,
@@ -59,13 +66,33 @@ pub struct BoundRule {
 impl BoundRule {
     /// Whether it does something once a change is visible.
     pub fn settles(&self) -> bool {
-        !self.settled.is_empty() || self.redelete && !self.delete.is_empty()
+        !self.settled.is_empty() || self.lookup.is_some() || self.redelete && !self.delete.is_empty()
     }
 
     /// What each of its key templates, written and deleted ones, can make.
     pub fn forms(&self) -> Vec<KeyForm> {
-        let keys = self.write.iter().map(|write| &write.key).chain(&self.delete);
-        keys.map(|key| key.form.clone()).collect()
+        let written = self.write.iter().map(|write| &write.key);
+        written.chain(self.deletes()).map(|key| key.form.clone()).collect()
+    }
+
+    /// The templates of the keys that a change makes stale, each with its key; `rule` is the one that was bound.
+    pub fn delete_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundKey)> {
+        let names = self.lookup.as_ref().map_or(&[][..], |lookup| &lookup.names);
+        let (mut own, mut behind) = (self.delete.iter(), self.lookup.iter().flat_map(|lookup| &lookup.delete));
+        let is_looked_up = |name: &str| names.iter().any(|known| known.value == name);
+        let needs = |template: &Spanned<Template>| {
+            placeholders(rule, template).any(|(_, placeholder)| is_looked_up(&placeholder.name))
+        };
+        let paired = rule.delete.iter().filter_map(|template| {
+            let key = if needs(template) { behind.next() } else { own.next() };
+            Some((template, key?))
+        });
+        paired.collect()
+    }
+
+    /// The keys that a change makes stale, whether they have to be looked up or not.
+    pub fn deletes(&self) -> impl Iterator<Item = &BoundKey> {
+        self.delete.iter().chain(self.lookup.iter().flat_map(|lookup| &lookup.delete))
     }
 }
 
@@ -249,12 +276,14 @@ pub fn bind(
     types: &Types,
     prefix: &str,
 ) -> Result<BoundRule, Unbound> {
-    let scope = Scope { rule, relation, facts, types, prefix };
+    let looked_up = looked_up(rule, relation);
+    let scope = Scope { rule, relation, facts, types, prefix, looked_up: &[] };
+    let wide = Scope { looked_up: &looked_up, ..scope };
     let (mut problems, mut lossy) = (Vec::new(), Vec::new());
     scope.check_identity(&mut problems);
     let key = rule.write.as_ref().and_then(|write| scope.key(&write.key, &mut problems));
     let member = rule.write.as_ref().and_then(|write| scope.member(&write.value, &mut problems));
-    let delete: Vec<_> = rule.delete.iter().filter_map(|template| scope.key(template, &mut problems)).collect();
+    let delete: Vec<_> = rule.delete.iter().filter_map(|template| wide.key(template, &mut problems)).collect();
     if let (Some(write), Some(key)) = (&rule.write, &key) {
         problems.extend(scope.shared_key(&write.key, key, member.as_ref()));
     }
@@ -268,19 +297,22 @@ pub fn bind(
         keep_on_delete: write.keep_on_delete,
         owns: write.owns,
     });
-    let settled = scope.settled(&mut problems);
+    let settled = scope.settled(&wide, &mut problems);
+    let Parted { delete, settled, lookup } = wide.part(rule_index, delete, settled, &mut problems);
     let changed = rule.changed.as_ref().and_then(|names| {
         let mut places = scope.places(names, &mut lossy)?;
         let written = write.iter().flat_map(BoundWrite::named_by);
         places.extend(written.chain(&delete).chain(settled.keys()).flat_map(BoundKey::columns));
         places.extend(settled.delete_match.iter().flat_map(BoundMatch::columns));
+        places.extend(lookup.iter().flat_map(|lookup| lookup.row.iter().copied()));
         places.extend(when.iter().flat_map(|when| when.columns()));
         places.sort_unstable();
         places.dedup();
         Some(places)
     });
-    let bound =
-        BoundRule { rule: rule_index, on: rule.on, when, write, delete, redelete: rule.redelete, settled, changed };
+    let lookup = lookup.map(Arc::new);
+    let (on, redelete) = (rule.on, rule.redelete);
+    let bound = BoundRule { rule: rule_index, on, when, write, delete, redelete, settled, lookup, changed };
     if problems.is_empty() && lossy.is_empty() {
         return Ok(bound);
     }
@@ -293,19 +325,78 @@ pub fn bind(
     Err(Unbound { problems, fallback })
 }
 
+/// The names in templates that are columns of what the rule looks up: those that are nothing else. Whether the query gives
+/// them is Postgres's to say.
+fn looked_up(rule: &Rule, relation: &Relation) -> Vec<Spanned<String>> {
+    let mut names: Vec<Spanned<String>> = Vec::new();
+    if rule.lookup.is_none() {
+        return names;
+    }
+    for (template, placeholder) in naming_placeholders(rule) {
+        let name = &placeholder.name;
+        let known = names.iter().any(|known| known.value == *name) || relation.column(name).is_some();
+        if !known && var(rule, name).is_none() {
+            names.push(Spanned { value: name.clone(), span: placeholder_span(template, placeholder) });
+        }
+    }
+    names
+}
+
+/// Every placeholder of the templates that name stale keys.
+fn naming_placeholders(rule: &Rule) -> impl Iterator<Item = (&Spanned<Template>, &Placeholder)> {
+    let templates = rule.delete.iter().chain(&rule.settled.delete_match).chain(&rule.settled.bump);
+    templates.flat_map(|template| placeholders(rule, template))
+}
+
+/// The names in the templates that name stale keys, and where they stand.
+pub fn names_in_keys(rule: &Rule) -> impl Iterator<Item = Spanned<&str>> {
+    naming_placeholders(rule).map(|(template, placeholder)| Spanned {
+        value: placeholder.name.as_str(),
+        span: placeholder_span(template, placeholder),
+    })
+}
+
+/// Every placeholder that the template is filled from, those of its vars in their place.
+fn placeholders<'r>(
+    rule: &'r Rule,
+    template: &'r Spanned<Template>,
+) -> impl Iterator<Item = (&'r Spanned<Template>, &'r Placeholder)> {
+    template.value.placeholders().flat_map(move |placeholder| {
+        let inner = var(rule, &placeholder.name);
+        let own = inner.is_none().then_some((template, placeholder));
+        own.into_iter().chain(inner.into_iter().flat_map(|var| var.value.placeholders().map(move |part| (var, part))))
+    })
+}
+
+fn var<'r>(rule: &'r Rule, name: &str) -> Option<&'r Spanned<Template>> {
+    rule.vars.iter().find(|(var, _)| var.value == name).map(|(_, template)| template)
+}
+
+/// What a change makes stale: known from its row alone, or not.
+struct Parted {
+    delete: Vec<BoundKey>,
+    settled: BoundSettled,
+    lookup: Option<BoundLookup>,
+}
+
 /// What names mean while one rule is bound.
+#[derive(Clone, Copy)]
 struct Scope<'a> {
     rule: &'a Rule,
     relation: &'a Relation,
     facts: Option<&'a TableFacts>,
     types: &'a Types,
     prefix: &'a str,
+    /// Columns behind those of the row.
+    looked_up: &'a [Spanned<String>],
 }
 
 impl Scope<'_> {
     /// The place of a column; `span` is where the rule names it.
     fn column(&self, name: &str, span: Range<usize>) -> Result<usize, BindProblem> {
-        self.relation.column(name).ok_or_else(|| {
+        let behind = || self.looked_up.iter().position(|known| known.value == name);
+        let found = self.relation.column(name).or_else(|| Some(self.relation.columns.len() + behind()?));
+        found.ok_or_else(|| {
             let hidden = self.facts.and_then(|facts| facts.hidden.iter().find(|column| column.name == name));
             let columns: Vec<String> = self.relation.columns.iter().map(|column| column.name.clone()).collect();
             match (hidden, self.facts) {
@@ -327,13 +418,19 @@ impl Scope<'_> {
     }
 
     fn column_name(&self, place: usize) -> String {
-        self.relation.columns[place].name.clone()
+        let behind = || &self.looked_up[place - self.relation.columns.len()].value;
+        self.relation.columns.get(place).map_or_else(behind, |column| &column.name).clone()
+    }
+
+    /// Whether the log holds the column of an old row; what is looked up is no matter of the log.
+    fn is_identity(&self, place: usize) -> bool {
+        self.relation.columns.get(place).is_none_or(|column| column.identity)
     }
 
     /// A key template bound; `None` if a problem was added that keeps it from being rendered.
     fn key(&self, template: &Spanned<Template>, problems: &mut Vec<BindProblem>) -> Option<BoundKey> {
         let pieces = self.pieces(template, true, problems)?;
-        let key = BoundKey::new(self.prefix, pieces, |place| self.relation.columns[place].identity);
+        let key = BoundKey::new(self.prefix, pieces, |place| self.is_identity(place));
         if self.has_identity() && self.rule.on.delete {
             problems.extend(self.outside_identity(template, &key));
         }
@@ -349,11 +446,12 @@ impl Scope<'_> {
     }
 
     /// What waits until the change is visible.
-    fn settled(&self, problems: &mut Vec<BindProblem>) -> BoundSettled {
+    /// In the `wide` scope keys may need what is looked up.
+    fn settled(&self, wide: &Scope<'_>, problems: &mut Vec<BindProblem>) -> BoundSettled {
         let Settled { delete_match, bump, stream, publish } = &self.rule.settled;
         let mut settled = BoundSettled {
-            delete_match: delete_match.iter().filter_map(|template| self.matching(template, problems)).collect(),
-            bump: bump.iter().filter_map(|template| self.key(template, problems)).collect(),
+            delete_match: delete_match.iter().filter_map(|template| wide.matching(template, problems)).collect(),
+            bump: bump.iter().filter_map(|template| wide.key(template, problems)).collect(),
             publish: publish.as_ref().and_then(|channel| self.key(channel, problems)),
             stream: stream.as_ref().and_then(|stream| {
                 let key = self.key(&stream.key, problems)?;
@@ -375,6 +473,68 @@ impl Scope<'_> {
         settled
     }
 
+    /// Parts what needs the lookup from what does not.
+    fn part(
+        &self,
+        rule: u16,
+        delete: Vec<BoundKey>,
+        mut settled: BoundSettled,
+        problems: &mut Vec<BindProblem>,
+    ) -> Parted {
+        let Some(sql) = &self.rule.lookup else { return Parted { delete, settled, lookup: None } };
+        let width = self.relation.columns.len();
+        let needs = |columns: &[usize]| columns.iter().any(|place| *place >= width);
+        let (looked_up, delete) = delete.into_iter().partition(|key: &BoundKey| needs(&key.columns()));
+        let matches = std::mem::take(&mut settled.delete_match).into_iter();
+        let bumps = std::mem::take(&mut settled.bump).into_iter();
+        let mut lookup = BoundLookup {
+            rule,
+            sql: sql.clone(),
+            parameters: self.parameters(sql, problems),
+            names: self.looked_up.to_vec(),
+            row: Vec::new(),
+            in_identity: false,
+            width,
+            delete: looked_up,
+            delete_match: Vec::new(),
+            bump: Vec::new(),
+        };
+        (lookup.delete_match, settled.delete_match) = matches.partition(|matching| needs(&matching.columns()));
+        (lookup.bump, settled.bump) = bumps.partition(|key| needs(&key.columns()));
+        if self.looked_up.is_empty() {
+            problems.push(BindProblem::IdleLookup { span: sql.span.clone() });
+        }
+        let keys = lookup.delete.iter().chain(&lookup.bump).flat_map(BoundKey::columns);
+        let matches = lookup.delete_match.iter().flat_map(BoundMatch::columns);
+        let parameters = lookup.parameters.iter().map(|(place, _)| *place);
+        let mut row: Vec<usize> = keys.chain(matches).chain(parameters).filter(|place| *place < width).collect();
+        row.sort_unstable();
+        row.dedup();
+        lookup.in_identity = row.iter().all(|place| self.is_identity(*place));
+        lookup.row = row;
+        Parted { delete, settled, lookup: Some(lookup) }
+    }
+
+    /// The columns that the parameters of a query are, and their types. The old row must have them too.
+    fn parameters(&self, sql: &Spanned<Sql>, problems: &mut Vec<BindProblem>) -> Vec<(usize, u32)> {
+        let mut parameters = Vec::new();
+        for name in sql.value.parameters() {
+            let used = sql.value.uses().iter().find(|parameter| parameter.name == name);
+            let span = used.map_or(sql.span.clone(), |used| place(&sql.span, sql.value.text(), &used.range));
+            let row = Scope { looked_up: &[], ..*self };
+            match row.column(name, span.clone()) {
+                Ok(place) => {
+                    parameters.push((place, self.relation.columns[place].type_oid));
+                    if self.has_identity() && self.rule.on.delete {
+                        problems.extend(self.columns_outside_identity(span, &[place]));
+                    }
+                }
+                Err(problem) => problems.push(problem),
+            }
+        }
+        parameters
+    }
+
     /// A `delete_match`: its literals are split where a `*` stands.
     fn matching(&self, template: &Spanned<Template>, problems: &mut Vec<BindProblem>) -> Option<BoundMatch> {
         let mut parts = vec![Vec::new()];
@@ -392,13 +552,13 @@ impl Scope<'_> {
                 }
             }
         }
-        let is_identity = |place: usize| self.relation.columns[place].identity;
+        let is_identity = |place: usize| self.is_identity(place);
         let mut prefix = self.prefix;
         let bound = parts.into_iter().map(|part| BoundKey::new(std::mem::take(&mut prefix), part, is_identity));
         let bound: Vec<BoundKey> = bound.collect();
         if self.has_identity() && self.rule.on.delete {
             let columns: Vec<usize> = bound.iter().flat_map(BoundKey::columns).collect();
-            problems.extend(self.columns_outside_identity(template, &columns));
+            problems.extend(self.columns_outside_identity(template.span.clone(), &columns));
         }
         let matching = BoundMatch::new(self.prefix, bound);
         problems.extend(self.reserved(template, &matching.pattern));
@@ -418,7 +578,7 @@ impl Scope<'_> {
     /// A template that is no key.
     fn text(&self, template: &Spanned<Template>, problems: &mut Vec<BindProblem>) -> Option<BoundKey> {
         let pieces = self.pieces(template, true, problems)?;
-        Some(BoundKey::new("", pieces, |place| self.relation.columns[place].identity))
+        Some(BoundKey::new("", pieces, |place| self.is_identity(place)))
     }
 
     /// `None` if there is no expression, or a problem was added.
@@ -517,7 +677,7 @@ impl Scope<'_> {
         }
         match self.column(&placeholder.name, placeholder_span(template, placeholder)) {
             Ok(place) => {
-                let base = self.types.get(self.relation.columns[place].type_oid).base;
+                let base = self.relation.columns.get(place).map_or(TEXT, |column| self.types.get(column.type_oid).base);
                 Some(Source::Column(Column { place, base }))
             }
             Err(problem) => {
@@ -565,10 +725,10 @@ impl Scope<'_> {
     /// The placeholders whose columns an old row does not carry.
     fn outside_identity(&self, template: &Spanned<Template>, key: &BoundKey) -> Vec<BindProblem> {
         let sent = || self.relation.columns.iter().filter(|column| column.identity).map(|column| column.name.clone());
-        let needed: Vec<String> = key.columns().into_iter().map(|place| self.column_name(place)).collect();
+        let needed = self.row_columns(&key.columns());
         let placeholders = template.value.placeholders().zip(key.placeholder_columns());
         let missing = placeholders.filter_map(|(placeholder, mut columns)| {
-            columns.retain(|place| !self.relation.columns[*place].identity);
+            columns.retain(|place| !self.is_identity(*place));
             (!columns.is_empty()).then(|| BindProblem::NotInIdentity {
                 span: placeholder_span(template, placeholder),
                 columns: columns.into_iter().map(|place| self.column_name(place)).collect(),
@@ -581,18 +741,24 @@ impl Scope<'_> {
     }
 
     /// The same for a template that is bound in parts.
-    fn columns_outside_identity(&self, template: &Spanned<Template>, columns: &[usize]) -> Option<BindProblem> {
-        let missing = columns.iter().filter(|place| !self.relation.columns[**place].identity);
+    fn columns_outside_identity(&self, span: Range<usize>, columns: &[usize]) -> Option<BindProblem> {
+        let missing = columns.iter().filter(|place| !self.is_identity(**place));
         let missing: Vec<String> = missing.map(|place| self.column_name(*place)).collect();
-        let needed: Vec<String> = columns.iter().map(|place| self.column_name(*place)).collect();
+        let needed = self.row_columns(columns);
         let sent = self.relation.columns.iter().filter(|column| column.identity).map(|column| column.name.clone());
         (!missing.is_empty()).then(|| BindProblem::NotInIdentity {
-            span: template.span.clone(),
+            span,
             columns: missing,
             identity: self.relation.identity,
             sent: sent.collect(),
             remedy: self.identity_remedy(&needed),
         })
+    }
+
+    /// The names of those that are the table's own.
+    fn row_columns(&self, places: &[usize]) -> Vec<String> {
+        let own = places.iter().filter_map(|place| self.relation.columns.get(*place));
+        own.map(|column| column.name.clone()).collect()
     }
 
     /// How the table's old rows can be made to carry these columns.

@@ -53,7 +53,8 @@ pub fn check_overlaps(bound: &[(&Rule, &BoundRule)]) -> Vec<Diagnostic> {
 
 fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Written, Owned<'a>)> {
     let value = rule.write.iter().map(|write| &write.key).zip(bound.write.iter().map(|write| &write.key));
-    let generations = rule.settled.bump.iter().zip(&bound.settled.bump);
+    let looked_up = bound.lookup.iter().flat_map(|lookup| &lookup.bump);
+    let generations = rule.settled.bump.iter().zip(bound.settled.bump.iter().chain(looked_up));
     let streams = rule.settled.stream.iter().map(|stream| &stream.key);
     let entries = streams.zip(bound.settled.stream.iter().map(|stream| &stream.key));
     let all = value.map(|pair| (Written::Value, pair));
@@ -63,8 +64,9 @@ fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Wr
 }
 
 fn deleted<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = Owned<'a>> {
-    let keys = rule.delete.iter().zip(bound.delete.iter().map(|key| &key.pattern));
-    let matching = bound.settled.delete_match.iter().map(|matching| &matching.pattern);
+    let keys = bound.delete_templates(rule).into_iter().map(|(template, key)| (template, &key.pattern));
+    let looked_up = bound.lookup.iter().flat_map(|lookup| &lookup.delete_match);
+    let matching = bound.settled.delete_match.iter().chain(looked_up).map(|matching| &matching.pattern);
     let all = keys.chain(rule.settled.delete_match.iter().zip(matching));
     all.map(move |(template, pattern)| Owned { rule, template, pattern })
 }

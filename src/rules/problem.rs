@@ -106,6 +106,11 @@ pub enum BindProblem {
         /// The field.
         field: String,
     },
+    /// No template uses what is looked up.
+    IdleLookup {
+        /// The query.
+        span: Range<usize>,
+    },
     /// An expression does not fit the table.
     Expression {
         /// Where.
@@ -192,6 +197,11 @@ impl BindProblem {
                 let title = format!("rule `{name}` puts two columns into the field `{field}`");
                 Diagnostic::error(Code::SameField, title, span.clone(), "the second one")
                     .help("give each field a name of its own in `rename`")
+            }
+            Self::IdleLookup { span } => {
+                let title = format!("rule `{name}` looks up what none of its templates uses");
+                Diagnostic::error(Code::Lookup, title, span.clone(), "no template uses a column of the result")
+                    .help("name one in `delete`, `delete_match` or `bump`, or leave `lookup` out")
             }
             Self::Expression { span, error } => {
                 let title = format!("rule `{name}`: the expression {}", error.problem);

@@ -13,6 +13,7 @@ use crate::metrics::Metrics;
 use crate::model::{Change, Datum, Event, Lsn, OldTuple, Position, Relation, Xid};
 use crate::plan::{self, BoundTable, Note, Noted, RowName, Scratch, Touched, Transaction};
 use crate::rules::bind::BoundRule;
+use crate::rules::lookup::Question;
 use crate::snapshot::touches::Touches;
 use crate::snapshot::visibility::Snapshot;
 use crate::source::slot::MESSAGE_PREFIX;
@@ -245,6 +246,16 @@ impl Intake {
     /// Whether a change's own could still be collected.
     pub fn has_room(&self) -> bool {
         !self.later.is_full() && self.unsettled.len() < UNSETTLED_MAX
+    }
+
+    /// Questions about what is visible by now.
+    pub fn take_questions(&mut self) -> Vec<Question> {
+        self.later.take_questions()
+    }
+
+    /// This is what they mean.
+    pub fn looked_up(&mut self, answers: &Batch) {
+        self.later.answered(answers);
     }
 
     /// What waits for nothing any more goes into the batch.

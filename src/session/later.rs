@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use crate::batch::{Batch, Limits};
 use crate::model::{Lsn, Position, Xid};
+use crate::rules::lookup::Question;
 use crate::snapshot::visibility::Snapshot;
 
 /// What waits for the same snapshot.
@@ -19,18 +20,20 @@ struct Generation {
     unsettled: Vec<Xid>,
     /// The commit LSN of the oldest transaction.
     from: Lsn,
-    /// The newest change.
+    /// The newest change; none is at the beginning of everything.
     until: Position,
+    /// Its questions are being answered.
+    asked: bool,
 }
 
 impl Generation {
     fn new(limits: Limits, rules: usize) -> Self {
         let batch = Batch::new(limits, rules);
-        Generation { batch, unsettled: Vec::new(), from: Lsn::default(), until: Position::default() }
+        Generation { batch, unsettled: Vec::new(), from: Lsn::default(), until: Position::default(), asked: false }
     }
 
     fn is_empty(&self) -> bool {
-        self.batch.is_empty()
+        self.until == Position::default()
     }
 }
 
@@ -54,9 +57,9 @@ impl Later {
         &mut self.collecting.batch
     }
 
-    /// Something was collected that follows from this change of a transaction; `visible` if everybody sees that already.
+    /// What was collected, if anything, follows from this change of a transaction; `visible` if everybody sees that already.
     pub(super) fn collected(&mut self, xid: Xid, visible: bool, commit_lsn: Lsn, position: Position) {
-        let Generation { batch, unsettled, from, until } = &mut self.collecting;
+        let Generation { batch, unsettled, from, until, .. } = &mut self.collecting;
         if batch.is_empty() {
             return;
         }
@@ -97,16 +100,40 @@ impl Later {
         self.rest_until = Some(instant);
     }
 
-    /// What waits for nothing any more goes into the batch.
-    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) {
+    /// Questions about what everybody sees now; nothing of the same generation goes out before they are answered.
+    pub(super) fn take_questions(&mut self) -> Vec<Question> {
+        self.advance();
+        let Generation { batch, unsettled, asked, .. } = &mut self.waiting;
+        if !unsettled.is_empty() || batch.questions().is_empty() {
+            return Vec::new();
+        }
+        *asked = true;
+        batch.take_questions()
+    }
+
+    /// This is what they mean.
+    pub(super) fn answered(&mut self, answers: &Batch) {
+        self.waiting.batch.absorb(answers);
+        self.waiting.asked = false;
+    }
+
+    /// What was collected waits, once nothing else does.
+    fn advance(&mut self) {
         if self.waiting.is_empty() {
             mem::swap(&mut self.waiting, &mut self.collecting);
         }
-        let Generation { batch: due, unsettled, until, .. } = &mut self.waiting;
-        let rests = !due.sweeps().is_empty() && self.rest_until.is_some_and(|until| now < until);
-        if due.is_empty() || !unsettled.is_empty() || rests {
+    }
+
+    /// What waits for nothing any more goes into the batch.
+    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) {
+        self.advance();
+        let waiting = &mut self.waiting;
+        let unanswered = waiting.asked || !waiting.batch.questions().is_empty();
+        let rests = !waiting.batch.sweeps().is_empty() && self.rest_until.is_some_and(|until| now < until);
+        if waiting.is_empty() || !waiting.unsettled.is_empty() || unanswered || rests {
             return;
         }
+        let Generation { batch: due, until, .. } = waiting;
         batch.absorb(due);
         batch.released = Some(*until);
         due.clear();
@@ -118,6 +145,7 @@ impl Later {
 mod tests {
     use super::*;
     use crate::batch::CacheOp;
+    use crate::rules::lookup::tests::question;
 
     const LIMITS: Limits = Limits { ops: 3, bytes: 1000 };
 
@@ -166,6 +194,43 @@ mod tests {
         stand.later.settle(&"8:8:".parse().expect("a snapshot"));
         assert_eq!(stand.released(), ["b", "a"]);
         assert_eq!((stand.later.oldest(), stand.later.wants_look()), (None, false));
+    }
+
+    #[test]
+    fn nothing_goes_out_before_its_questions_are_answered() {
+        let mut stand = Stand::new();
+        stand.later.collect().ask(question(5));
+        stand.delete("a", 5, false);
+        assert!(stand.later.take_questions().is_empty(), "5 is not visible");
+        stand.later.settle(&"6:6:".parse().expect("a snapshot"));
+        assert!(stand.released().is_empty(), "not asked");
+        assert_eq!(stand.later.take_questions().len(), 1);
+        assert!(stand.later.take_questions().is_empty() && stand.released().is_empty(), "not answered");
+        stand.delete("b", 6, true);
+        assert_eq!(stand.later.oldest(), Some(Lsn(5)));
+        stand.later.answered(&Batch::new(LIMITS, 1));
+        assert_eq!(stand.released(), ["a"]);
+        assert_eq!(stand.released(), ["b"]);
+    }
+
+    #[test]
+    fn an_answer_without_keys_is_one() {
+        let mut stand = Stand::new();
+        stand.later.collect().ask(question(5));
+        stand.later.collected(Xid(5), true, Lsn(5), Position { lsn: Lsn(5), ordinal: 1 });
+        assert_eq!(stand.later.take_questions().len(), 1);
+        assert_eq!(stand.later.oldest(), Some(Lsn(5)));
+        stand.later.answered(&Batch::new(LIMITS, 1));
+        assert!(stand.released().is_empty());
+        assert_eq!((stand.batch.released, stand.later.oldest()), (Some(Position { lsn: Lsn(5), ordinal: 1 }), None));
+    }
+
+    #[test]
+    fn a_change_that_nothing_follows_from_is_not_waited_for() {
+        let mut stand = Stand::new();
+        stand.later.collected(Xid(5), false, Lsn(5), Position { lsn: Lsn(5), ordinal: 1 });
+        stand.delete("a", 9, true);
+        assert_eq!((stand.later.oldest(), stand.later.wants_look()), (Some(Lsn(9)), false));
     }
 
     #[test]

@@ -23,6 +23,8 @@ use crate::config::{Config, OnGap, Rule, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
+use crate::query::Lookups;
+use crate::query::check::check_queries;
 use crate::source::conninfo::ConnInfo;
 use crate::source::replication::{Replication, SystemIdentity, Walsender};
 use crate::source::slot::{self, SlotState};
@@ -36,7 +38,7 @@ use super::orders::Messages;
 use super::reads::Reads;
 use super::report::{self, RuleMetrics};
 use super::tables::Tables;
-use super::{CLAIM_LIMIT, Daemon, Flying, Options, STATEMENT_TIMEOUT, Session, limits, look, renewal};
+use super::{CLAIM_LIMIT, Daemon, Flying, LATER_LIMITS, Options, STATEMENT_TIMEOUT, Session, limits, look, renewal};
 
 /// Opens a session on the real cache.
 pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
@@ -260,6 +262,8 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
     let config = &daemon.config;
     let batch = || Batch::new(limits(config), config.rules.len());
     let now = Instant::now();
+    let names = daemon.rules.names.clone();
+    let lookups = Lookups::new(streamed.info.clone(), names, Arc::clone(&daemon.metrics), LATER_LIMITS);
     Session {
         config: Arc::clone(config),
         metrics: Arc::clone(&daemon.metrics),
@@ -279,6 +283,8 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         flying: Flying::Stream,
         reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone(), streamed.former),
         settling: None,
+        lookups: Some(Box::new(lookups)),
+        looking_up: None,
         looks_in_vain: 0,
         looked_visible_at: now,
         probing: None,
@@ -351,7 +357,7 @@ async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoi
     let config = &daemon.config;
     let (catalog, types) = read_catalog(config, client).await?;
     if daemon.metrics.sessions_total.get() == 0 {
-        refuse_misfits(config, &catalog, &types)?;
+        refuse_misfits(config, &catalog, &types, client).await?;
     }
     let mut tables = Tables::new(Arc::clone(config), Arc::clone(&daemon.metrics), Arc::clone(&daemon.shared));
     let mut intake = Intake::new(first, Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics));
@@ -369,8 +375,15 @@ async fn read_catalog(config: &Config, client: &tokio_postgres::Client) -> Resul
 }
 
 /// Rules that cannot be kept, with everything that is wrong with them.
-fn refuse_misfits(config: &Config, catalog: &Catalog, types: &Types) -> Result<()> {
-    let problems = catalog::check_rules(config, catalog, types).diagnostics;
+async fn refuse_misfits(
+    config: &Config,
+    catalog: &Catalog,
+    types: &Types,
+    client: &tokio_postgres::Client,
+) -> Result<()> {
+    let checked = catalog::check_rules(config, catalog, types);
+    let queries = check_queries(client, config, &checked).await?;
+    let problems = [checked.diagnostics, queries].concat();
     if problems.iter().all(|problem| problem.severity != diagnostic::Severity::Error) {
         return Ok(());
     }
@@ -382,7 +395,7 @@ fn refuse_misfits(config: &Config, catalog: &Catalog, types: &Types) -> Result<(
 pub(super) async fn rehearse(config: &Config) -> Result<()> {
     let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
     let (catalog, types) = read_catalog(config, &client).await?;
-    refuse_misfits(config, &catalog, &types)?;
+    refuse_misfits(config, &catalog, &types, &client).await?;
     inspect::try_commands(config).await
 }
 

@@ -8,6 +8,7 @@ use keepstep::config::code::CODES;
 use keepstep::config::diagnostic::{Diagnostic, render};
 use keepstep::config::{RulesFile, TableName, parse};
 use keepstep::decode::types::Types;
+use keepstep::query::check::check_queries;
 
 use crate::support::Stage;
 
@@ -33,7 +34,9 @@ async fn said(stage: &Stage, example: &str) -> (Vec<Diagnostic>, String) {
     let tables: Vec<TableName> = tables.into_iter().collect();
     let catalog = load(&client, &config.postgres.publication, &tables).await.unwrap();
     let types = Types::load(&client, &catalog.type_oids()).await.unwrap();
-    found.extend(check_rules(&config, &catalog, &types).diagnostics);
+    let checked = check_rules(&config, &catalog, &types);
+    found.extend(check_queries(&client, &config, &checked).await.unwrap());
+    found.extend(checked.diagnostics);
     let shown = render(&found, &config.file, false);
     (found, shown)
 }

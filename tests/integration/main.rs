@@ -18,6 +18,7 @@ mod holes;
 mod init;
 mod kinds;
 mod large;
+mod lookup;
 mod orders;
 mod owned;
 mod pgbench;

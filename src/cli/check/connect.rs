@@ -15,6 +15,7 @@ use crate::config::diagnostic::Severity;
 use crate::config::{Config, Rule, TableName, Value};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind};
+use crate::query::check::check_queries;
 use crate::rules::pattern::Pattern;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
@@ -132,7 +133,9 @@ async fn ask_postgres(config: &Config, answers: &mut Vec<Answer>) -> Result<Chec
     let names: Vec<TableName> = names.into_iter().collect();
     let catalog = catalog::load(&client, &config.postgres.publication, &names).await?;
     let types = Types::load(&client, &catalog.type_oids()).await?;
-    let checked = catalog::check_rules(config, &catalog, &types);
+    let mut checked = catalog::check_rules(config, &catalog, &types);
+    let queries = check_queries(&client, config, &checked).await?;
+    checked.diagnostics.extend(queries);
     let (bound, rules) = (checked.rules.iter().flatten().count(), checked.rules.len());
     answers.push(match bound == rules {
         true => Answer::ok(format!("the tables fit: {bound} of {rules} rules")),
@@ -251,7 +254,7 @@ fn claims(config: &Config, checked: &Checked, keys: &[Vec<u8>]) -> Vec<Answer> {
         let rule = &config.rules[usize::from(bound.rule)].name.value;
         let written = bound.write.iter().map(|write| (&write.key, write.is_owner()));
         // What is only deleted may be anybody's.
-        let deleted = bound.delete.iter().map(|key| (key, true));
+        let deleted = bound.deletes().map(|key| (key, true));
         for (key, is_owner) in written.chain(deleted) {
             let claimed = claimed(rule, &key.pattern, keys);
             answers.push(match is_owner {

@@ -1,0 +1,105 @@
+//! Whether Postgres takes the SQL of the rules file: each query is prepared, and its columns are compared with what the
+//! templates use.
+
+use tokio_postgres::error::{DbError, ErrorPosition};
+use tokio_postgres::{Client, Statement};
+
+use super::{limited, types};
+use crate::catalog::Checked;
+use crate::config::code::Code;
+use crate::config::diagnostic::Diagnostic;
+use crate::config::{Config, Rule};
+use crate::error::Result;
+use crate::rules::bind::names_in_keys;
+use crate::rules::lookup::BoundLookup;
+use crate::rules::template::place;
+use crate::source::query_error;
+use crate::suggest::nearest;
+
+/// Everything that is wrong with the queries of rules that fit their tables.
+///
+/// # Errors
+/// Where the connection breaks.
+pub async fn check_queries(client: &Client, config: &Config, checked: &Checked) -> Result<Vec<Diagnostic>> {
+    let mut found = Vec::new();
+    for (rule, bound) in config.rules.iter().zip(&checked.rules) {
+        if let Some(lookup) = bound.as_ref().and_then(|bound| bound.lookup.as_deref()) {
+            found.extend(check(client, rule, lookup).await?);
+        }
+    }
+    Ok(found)
+}
+
+async fn check(client: &Client, rule: &Rule, lookup: &BoundLookup) -> Result<Vec<Diagnostic>> {
+    let doing = "cannot prepare a lookup";
+    let refused_or_failed = |error: tokio_postgres::Error| match error.as_db_error() {
+        Some(refusal) => Ok(vec![refused(rule, lookup, refusal)]),
+        None => Err(query_error(doing, error)),
+    };
+    let types = types(lookup);
+    let statement = match client.prepare_typed(&lookup.sql.value.statement(), &types).await {
+        Ok(statement) => statement,
+        Err(error) => return refused_or_failed(error),
+    };
+    let problems = columns(rule, lookup, &statement);
+    if !problems.is_empty() {
+        return Ok(problems);
+    }
+    // What does more than read cannot stand inside of another query.
+    match client.prepare_typed(&limited(lookup), &types).await {
+        Ok(_) => Ok(Vec::new()),
+        Err(error) if error.as_db_error().is_some() => Ok(vec![only_reads(rule, lookup)]),
+        Err(error) => Err(query_error(doing, error)),
+    }
+}
+
+/// Postgres's own message, at its place.
+fn refused(rule: &Rule, lookup: &BoundLookup, refusal: &DbError) -> Diagnostic {
+    let sql = &lookup.sql;
+    let at = match refusal.position() {
+        Some(ErrorPosition::Original(position)) => sql.value.at_position(*position),
+        _ => 0..sql.value.text().len(),
+    };
+    let title = format!("rule `{}`: Postgres refuses the lookup: {}", rule.name.value, refusal.message());
+    let found = Diagnostic::error(Code::QueryRefused, title, place(&sql.span, sql.value.text(), &at), "");
+    refusal.hint().into_iter().fold(found, |found, hint| found.help(format!("Postgres says: {hint}")))
+}
+
+/// What the templates use and the result does not have, or has although the row has it too.
+fn columns(rule: &Rule, lookup: &BoundLookup, statement: &Statement) -> Vec<Diagnostic> {
+    let name = &rule.name.value;
+    let given = || statement.columns().iter().map(tokio_postgres::Column::name);
+    let missing = lookup.names.iter().filter(|wanted| !given().any(|given| given == wanted.value));
+    let missing = missing.map(|wanted| {
+        let title = format!(
+            "rule `{name}` uses `{}`, which neither {} nor the result of `lookup` has",
+            wanted.value, rule.table.value
+        );
+        let found = Diagnostic::error(Code::Lookup, title, wanted.span.clone(), "no such column");
+        match nearest(&wanted.value, given()) {
+            Some(near) => found.help(format!("did you mean `{near}`?")),
+            None => found.help(format!("name a column of the result so:  select … as {}", wanted.value)),
+        }
+    });
+    let twice = lookup.names.iter().filter(|wanted| given().filter(|given| *given == wanted.value).count() > 1);
+    let twice = twice.map(|wanted| {
+        let title = format!("rule `{name}` looks up two columns with the name `{}`", wanted.value);
+        Diagnostic::error(Code::Lookup, title, lookup.sql.span.clone(), "").help("give one of them another name")
+    });
+    let of_both = names_in_keys(rule).filter(|name| !lookup.names.iter().any(|wanted| wanted.value == name.value));
+    let of_both = of_both.filter(|name| given().any(|given| given == name.value)).map(|name| {
+        let title = format!(
+            "rule `{}` uses `{}`, which both the row and the result of `lookup` have",
+            rule.name.value, name.value
+        );
+        let found = Diagnostic::error(Code::Lookup, title, name.span, "which of the two?");
+        found.help("give the column of the result another name:  select … as …")
+    });
+    missing.chain(twice).chain(of_both).collect()
+}
+
+fn only_reads(rule: &Rule, lookup: &BoundLookup) -> Diagnostic {
+    let title = format!("rule `{}`: the lookup is no query that only reads", rule.name.value);
+    Diagnostic::error(Code::QueryRefused, title, lookup.sql.span.clone(), "does more than that")
+        .help("write a SELECT; what it may do is what may stand in parentheses behind FROM")
+}
