@@ -330,6 +330,7 @@ impl Entry {
 
 #[derive(Clone, Debug)]
 struct EffectEntry {
+    rule: u16,
     target: Range<usize>,
     body: Range<usize>,
     /// `None` for PUBLISH.
@@ -563,22 +564,24 @@ impl Batch {
     }
 
     /// Publishes what `render` appends on the channel that `target` appends, unless that says that there is none.
-    pub fn publish(&mut self, target: impl FnOnce(&mut Vec<u8>) -> bool, render: impl FnOnce(&mut Vec<u8>)) {
-        self.effect(None, target, render);
+    pub fn publish(&mut self, rule: u16, target: impl FnOnce(&mut Vec<u8>) -> bool, render: impl FnOnce(&mut Vec<u8>)) {
+        self.effect(rule, None, target, render);
     }
 
     /// The same for an entry of a stream: `render` appends its [`field`]s.
     pub fn append(
         &mut self,
+        rule: u16,
         maxlen: Option<u64>,
         target: impl FnOnce(&mut Vec<u8>) -> bool,
         render: impl FnOnce(&mut Vec<u8>),
     ) {
-        self.effect(Some(maxlen), target, render);
+        self.effect(rule, Some(maxlen), target, render);
     }
 
     fn effect(
         &mut self,
+        rule: u16,
         append: Option<Option<u64>>,
         target: impl FnOnce(&mut Vec<u8>) -> bool,
         render: impl FnOnce(&mut Vec<u8>),
@@ -590,7 +593,12 @@ impl Batch {
         }
         let target = start..self.bytes.len();
         render(&mut self.bytes);
-        self.effects.push(EffectEntry { body: target.end..self.bytes.len(), target, append });
+        self.effects.push(EffectEntry { rule, body: target.end..self.bytes.len(), target, append });
+    }
+
+    /// The rules that something happens for.
+    pub fn telling(&self) -> impl Iterator<Item = u16> {
+        self.effects.iter().map(|effect| effect.rule)
     }
 
     /// What happens behind the operations, in order.
@@ -634,6 +642,7 @@ impl Batch {
             let (target, body) = (&other.bytes[effect.target.clone()], &other.bytes[effect.body.clone()]);
             let copy = |out: &mut Vec<u8>| out.extend_from_slice(body);
             self.effect(
+                effect.rule,
                 effect.append,
                 |out| {
                     out.extend_from_slice(target);

@@ -390,11 +390,13 @@ impl Writer {
         }
     }
 
-    /// The rules whose keys are deleted where they should be written.
-    fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = &'b str> + 'b {
+    /// The rules whose keys are deleted where they should be written, and those whose entries and messages nobody gets, which
+    /// is a gap to whoever follows them.
+    fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = (&'b str, Debt)> + 'b {
         // With a member goes its whole key.
-        let lost = batch.ops().filter(|(_, op)| op.puts() || op.member().is_some());
-        lost.map(|(rule, _)| self.rules.names[usize::from(rule)].as_str())
+        let lost = batch.ops().filter(|(_, op)| op.puts() || op.member().is_some()).map(|(rule, _)| (rule, Debt::Warm));
+        let untold = batch.telling().map(|rule| (rule, Debt::Reconcile));
+        lost.chain(untold).map(|(rule, debt)| (self.rules.names[usize::from(rule)].as_str(), debt))
     }
 
     /// Redis takes no writes: what should be set is deleted instead.
@@ -563,7 +565,7 @@ impl Cache for Writer {
             let mut outcome = self.try_apply(batch, &checkpoint, &refused).await;
             if matches!(outcome, Err(Failure::OutOfMemory)) {
                 tracing::warn!("Redis is out of memory: keys are deleted instead of written");
-                self.owed(batch).for_each(|rule| Debt::Warm.enter(rule, &mut checkpoint.owing));
+                self.owed(batch).for_each(|(rule, debt)| debt.enter(rule, &mut checkpoint.owing));
                 (invalidated, owed) = (true, true);
                 // What has been read already may be among what is deleted.
                 checkpoint.progress = None;

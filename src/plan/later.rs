@@ -73,6 +73,7 @@ pub(super) fn change(
         if let Some(row) = rows_of(&stream.key).last() {
             let (before, after) = (images.old.map(|old| (old, images.old_is_full)), images.new);
             settled.append(
+                rule.rule,
                 stream.maxlen,
                 |out| stream.key.render(row, out) == Rendered::Done,
                 |out| {
@@ -95,7 +96,7 @@ pub(super) fn change(
                 out.extend_from_slice(&name);
                 true
             };
-            settled.publish(target, |out| told.message(row, out));
+            settled.publish(rule.rule, target, |out| told.message(row, out));
         }
     }
 }
@@ -132,6 +133,7 @@ pub fn everything(
     // A gap can hold every operation.
     if let Some(stream) = rule.settled.stream.as_ref().filter(|stream| op == GAP || stream.ops.delete) {
         settled.append(
+            rule.rule,
             stream.maxlen,
             |out| stream.key.render(&[], out) == Rendered::Done,
             |out| {
@@ -140,7 +142,7 @@ pub fn everything(
         );
     }
     if let Some(channel) = &rule.settled.publish {
-        settled.publish(|out| channel.render(&[], out) == Rendered::Done, |out| told.message(None, out));
+        settled.publish(rule.rule, |out| channel.render(&[], out) == Rendered::Done, |out| told.message(None, out));
     }
 }
 

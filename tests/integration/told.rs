@@ -338,3 +338,28 @@ async fn a_key_of_another_type_in_the_place_of_a_stream_is_replaced() {
     let told: Vec<String> = entries(&stage).await.iter().map(shown).collect();
     assert_eq!(told, ["insert 1", "delete 1"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_finds_no_memory_is_told_as_a_gap() {
+    let stage = Stage::set();
+    let rules = set(&stage).await;
+    let daemon = started(&stage, &rules).await;
+    stage.execute("insert into rows values (1, 'a')").await;
+    wait_for("the entry", async || (length(&stage).await == 1).then_some(())).await;
+    let limit = async |bytes: u64| {
+        let mut config = redis::cmd("CONFIG");
+        config.arg("SET").arg("maxmemory").arg(bytes);
+        let () = config.query_async(&mut stage.cache().await).await.unwrap();
+    };
+    limit(1).await;
+    stage.execute("insert into rows values (2, 'b')").await;
+    let deleted = async || (daemon.metric("keepstep_out_of_memory_batches_total").await? > 0.0).then_some(());
+    wait_for("a batch without memory", deleted).await;
+    limit(0).await;
+    let gap = async || entries(&stage).await.iter().any(|entry| entry["op"] == "gap").then_some(());
+    wait_for("the gap", gap).await;
+    let row = async || stage.get::<Option<String>>("row:2").await.map(|_| ());
+    wait_for("the row", row).await;
+    stage.execute("insert into rows values (3, 'c')").await;
+    wait_for("the next entry", async || (shown(entries(&stage).await.last()?) == "insert 3").then_some(())).await;
+}
