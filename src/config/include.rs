@@ -1,6 +1,7 @@
 //! `include`: files that hold more rules. Each is named by its path beside the rules file, or by a pattern for names in one
 //! folder; nothing is searched for, and what names no file is an error: rules that are gone without a word are not kept.
 
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -89,12 +90,16 @@ fn paths(main: &Path, Pattern { folder, name }: &Pattern) -> Result<Vec<PathBuf>
     let matches = matches.map_err(|error| (folder.clone(), io::Error::other(error)))?;
     // An empty path is the folder where keepstep was started.
     let listed = if folder.as_os_str().is_empty() { Path::new(".") } else { &folder };
+    let is_wanted = |name: &OsString| {
+        let name = name.to_string_lossy();
+        !name.starts_with('.') && matches.is_match(&name)
+    };
     let names = std::fs::read_dir(listed).and_then(|entries| {
         let names = entries.map(|entry| entry.map(|entry| entry.file_name()));
-        names.collect::<io::Result<Vec<_>>>()
+        // Of too many, so many that it shows, the rules file itself not counted.
+        names.filter(|name| name.as_ref().map_or(true, is_wanted)).take(FILES_MAX + 2).collect::<io::Result<Vec<_>>>()
     });
     let mut names = names.map_err(|error| (folder.clone(), error))?;
-    names.retain(|name| name.to_str().is_some_and(|name| !name.starts_with('.') && matches.is_match(name)));
     names.sort();
     Ok(names.into_iter().map(|name| folder.join(name)).collect())
 }
