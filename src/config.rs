@@ -24,6 +24,7 @@ mod interpolate;
 pub(crate) mod mask;
 mod mistake;
 pub(crate) mod quantity;
+mod query;
 pub(crate) mod rule;
 mod section;
 mod server;
@@ -80,7 +81,7 @@ pub struct Config {
     pub redis: RedisConfig,
     /// `[admin]`
     pub admin: AdminConfig,
-    /// `[rule.NAME]`, in the order of the files.
+    /// `[rule.NAME]`, in the order of the files; then what `[query.NAME]` means, as rules.
     pub rules: Vec<Rule>,
 }
 
@@ -245,6 +246,8 @@ pub struct Rule {
     pub on_given: bool,
     /// `vars`: names that templates may use as they use columns.
     pub vars: Vec<(Spanned<String>, Spanned<Template>)>,
+    /// Names in its templates are those of `vars`, or what `lookup` gives, and not columns of the table.
+    pub names_are_given: bool,
     /// `when`: the rows that count; `None` is all.
     pub when: Option<Spanned<Expression>>,
     /// `key`, `value`: a row is a key, or a member of one.

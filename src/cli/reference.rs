@@ -94,6 +94,7 @@ fn described(kind: Kind) -> String {
         Kind::Pairs => "table of strings".to_owned(),
         Kind::Expression => "expression".to_owned(),
         Kind::Section => "table, see below".to_owned(),
+        Kind::Sections => "array of tables, see below".to_owned(),
     }
 }
 
@@ -105,7 +106,8 @@ fn json_schema() -> Value {
     for table in Table::AT_TOP {
         let schema = table_schema(table);
         let named = json!({ "type": "object", "additionalProperties": schema, "minProperties": 1 });
-        properties.insert(table.key().to_owned(), if table == Table::Rule { named } else { schema });
+        properties
+            .insert(table.key().to_owned(), if matches!(table, Table::Rule | Table::Query) { named } else { schema });
     }
     json!({
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -141,6 +143,7 @@ fn field_schema(field: &Field) -> Value {
     let value = match (field.kind, field.name) {
         (Kind::Section, "stream") => table_schema(Table::Stream),
         (Kind::Section, _) => table_schema(Table::Publish),
+        (Kind::Sections, _) => json!({ "type": "array", "items": table_schema(Table::On), "minItems": 1 }),
         (kind, _) => value_schema(kind),
     };
     let constrained = value.get("pattern").is_some() || value.get("enum").is_some();
@@ -182,6 +185,7 @@ fn value_schema(kind: Kind) -> Value {
         Kind::TableName => pattern(r"\."),
         Kind::Templates | Kind::Columns | Kind::Texts => array(text),
         Kind::Section => json!({ "type": "object" }),
+        Kind::Sections => json!({ "type": "array" }),
         Kind::Pairs => json!({ "type": "object", "additionalProperties": { "type": "string" } }),
     }
 }
@@ -203,6 +207,11 @@ mod tests {
             Table::Rule => of_rule,
             Table::Top => &schema["properties"],
             Table::Stream | Table::Publish => &of_rule[table.key()]["properties"],
+            Table::Query => &schema["properties"]["query"]["additionalProperties"]["properties"],
+            Table::On => {
+                let of_query = &schema["properties"]["query"]["additionalProperties"]["properties"];
+                &of_query["on"]["items"]["properties"]
+            }
             _ => &schema["properties"][table.key()]["properties"],
         };
         for field in Table::ALL.into_iter().flat_map(Table::fields) {

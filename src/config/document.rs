@@ -10,7 +10,7 @@ use super::diagnostic::Diagnostic;
 use super::fields::{LATER_AT_TOP, Table};
 use super::section::{Reader, Section, Value, homes, in_file_order, not_yet};
 use super::{AdminConfig, Environment, PostgresConfig, RedisConfig, Rule, RulesFile, Sources, Spanned};
-use super::{include, rule, server, syntax};
+use super::{include, query, rule, server, syntax};
 use crate::suggest::nearest;
 
 /// How long a rule's name may be: it is a label of metrics.
@@ -97,7 +97,8 @@ fn read_tables<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>, included: &'a
     let redis = required(reader, root, Table::Redis).and_then(server::redis);
     let admin = section(reader, root, Table::Admin).map(server::admin).unwrap_or_default();
     let defaults = section(reader, root, Table::Defaults).map(rule::defaults).unwrap_or_default();
-    let rules = rules(reader, root, included, &defaults);
+    let mut rules = rules(reader, root, included, &defaults);
+    rules.extend(queries(reader, root));
     unknown(reader, root);
     included.iter().for_each(|root| more_than_rules(reader, root));
     Some(Document { postgres: postgres?, redis: redis?, admin, rules })
@@ -157,7 +158,8 @@ fn rules<'a>(
         readable &= table.is_some();
         entries.extend(table.into_iter().flat_map(in_file_order));
     }
-    if readable && entries.is_empty() && !is_misspelt(root, Table::Rule) {
+    let queries = root.contains_key(Table::Query.key());
+    if readable && entries.is_empty() && !queries && !is_misspelt(root, Table::Rule) {
         let none = Diagnostic::error(Code::MissingTable, "the file has no rule, so nothing would be done", 0..0, "");
         reader.report_missing_anywhere(none.help(EXAMPLE));
     }
@@ -173,29 +175,49 @@ fn rules<'a>(
             continue;
         }
         let DeValue::Table(fields) = value.get_ref() else {
-            reader.report(nameless(&name));
+            reader.report(nameless(&name, Table::Rule));
             continue;
         };
-        check_name(reader, &name);
+        check_name(reader, &name, Table::Rule);
         let section = Section::new(reader, Table::Rule, format!("rule `{}`", name.value), value.span(), fields);
         rules.extend(rule::rule(section, name, defaults));
     }
     rules
 }
 
-/// A value directly in `[rule]`.
-fn nameless(name: &Spanned<String>) -> Diagnostic {
-    let title = format!("`{}` belongs to no rule: a rule has a name", name.value);
-    let label = if Table::Rule.field(&name.value).is_some() { "a field of [rule.NAME]" } else { "" };
-    Diagnostic::error(Code::NotATable, title, name.span.clone(), label)
-        .help("write:  [rule.NAME]  with a name of your choice")
+/// Reads `[query.NAME]`, in the order of the file.
+fn queries<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>) -> Vec<Rule> {
+    let Some((key, value)) = root.get_key_value(Table::Query.key()) else { return Vec::new() };
+    let entries = as_table(reader, Table::Query, Table::Query.header(), &key.span(), value).map(in_file_order);
+    let mut rules = Vec::new();
+    for (key, value) in entries.unwrap_or_default() {
+        let name = Spanned { value: key.get_ref().to_string(), span: key.span() };
+        let DeValue::Table(fields) = value.get_ref() else {
+            reader.report(nameless(&name, Table::Query));
+            continue;
+        };
+        check_name(reader, &name, Table::Query);
+        let section = Section::new(reader, Table::Query, format!("query `{}`", name.value), value.span(), fields);
+        rules.extend(query::query(section, &name));
+    }
+    rules
 }
 
-fn check_name(reader: &mut Reader<'_>, name: &Spanned<String>) {
+/// A value directly in `[rule]` or `[query]`.
+fn nameless(name: &Spanned<String>, table: Table) -> Diagnostic {
+    let kind = table.key();
+    let title = format!("`{}` belongs to no {kind}: a {kind} has a name", name.value);
+    let is_field = table.field(&name.value).is_some();
+    let label = if is_field { format!("a field of {}", table.header()) } else { String::new() };
+    Diagnostic::error(Code::NotATable, title, name.span.clone(), label)
+        .help(format!("write:  {}  with a name of your choice", table.header()))
+}
+
+fn check_name(reader: &mut Reader<'_>, name: &Spanned<String>, table: Table) {
     let allowed = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
     let plain = !name.value.is_empty() && name.value.chars().all(allowed);
     if !plain || name.value.len() > RULE_NAME_BYTES_MAX {
-        let title = format!("`{}` cannot be the name of a rule", name.value);
+        let title = format!("`{}` cannot be the name of a {}", name.value, table.key());
         let help = format!("names are made of letters, digits, `-` and `_`, at most {RULE_NAME_BYTES_MAX}");
         reader.report(Diagnostic::error(Code::RuleName, title, name.span.clone(), "").help(help));
     }

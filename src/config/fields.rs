@@ -25,15 +25,29 @@ pub enum Table {
     Stream,
     /// `publish` of a rule
     Publish,
+    /// `[query.NAME]`
+    Query,
+    /// `on` of a query
+    On,
 }
 
 impl Table {
     /// Every table, in the order of the reference.
-    pub const ALL: [Table; 8] =
-        [Self::Top, Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule, Self::Stream, Self::Publish];
+    pub const ALL: [Table; 10] = [
+        Self::Top,
+        Self::Postgres,
+        Self::Redis,
+        Self::Admin,
+        Self::Defaults,
+        Self::Rule,
+        Self::Stream,
+        Self::Publish,
+        Self::Query,
+        Self::On,
+    ];
 
     /// Those that have a header of their own.
-    pub const AT_TOP: [Table; 5] = [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule];
+    pub const AT_TOP: [Table; 6] = [Self::Postgres, Self::Redis, Self::Admin, Self::Defaults, Self::Rule, Self::Query];
 
     /// Its key at the top of the file.
     pub fn key(self) -> &'static str {
@@ -46,6 +60,8 @@ impl Table {
             Self::Rule => "rule",
             Self::Stream => "stream",
             Self::Publish => "publish",
+            Self::Query => "query",
+            Self::On => "on",
         }
     }
 
@@ -60,6 +76,8 @@ impl Table {
             Self::Rule => "[rule.NAME]",
             Self::Stream => "[rule.NAME.stream]",
             Self::Publish => "[rule.NAME.publish]",
+            Self::Query => "[query.NAME]",
+            Self::On => "[[query.NAME.on]]",
         }
     }
 
@@ -85,6 +103,11 @@ impl Table {
                 "A message for each change, once the change is visible in Postgres: JSON with `op`, `table`, `key` and \
                  `lsn`."
             }
+            Self::Query => {
+                "A key that is made from rows of several tables. NAME is the query's name in messages; in metrics each `on` is a \
+                 rule of its own, NAME.1, NAME.2 and so on."
+            }
+            Self::On => "Which rows of one table make which keys of the query stale.",
         }
     }
 
@@ -187,6 +210,8 @@ pub enum Kind {
     Expression,
     /// A table of its own, with fields of its own.
     Section,
+    /// Several of them.
+    Sections,
 }
 
 /// What holds without a field.
@@ -923,17 +948,88 @@ pub const FIELDS: &[Field] = &[
         limits: "Needs `\"update\"` among `on`.",
         example: "[\"name\", \"price\"]",
     },
+    Field {
+        table: Table::Query,
+        name: "key",
+        kind: Kind::Template,
+        default: Fallback::Required,
+        meaning: "The key. Its placeholders are the query's parameters; filters and defaults are as in `key` of a rule.",
+        needs: &[],
+        limits: "",
+        example: "\"page:category:{category_id}\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "mode",
+        kind: Kind::Choice(&["delete"]),
+        default: Fallback::Required,
+        meaning: "What happens to a stale key: with `\"delete\"` it is deleted, and whoever needs it fills it.",
+        needs: &[],
+        limits: "",
+        example: "\"delete\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "on",
+        kind: Kind::Sections,
+        default: Fallback::Required,
+        meaning: "The tables whose rows make keys stale.",
+        needs: &[],
+        limits: "",
+        example: "[{ table = \"public.products\", params = { category_id = \"{category_id}\" } }]",
+    },
+    Field {
+        table: Table::On,
+        name: "table",
+        kind: Kind::TableName,
+        default: Fallback::Required,
+        meaning: "The table, as in a rule.",
+        needs: &[],
+        limits: "",
+        example: "\"public.sellers\"",
+    },
+    Field {
+        table: Table::On,
+        name: "params",
+        kind: Kind::Pairs,
+        default: Fallback::Absent,
+        meaning: "Parameters of the key that follow from the row, old and new: templates with its columns.",
+        needs: &[],
+        limits: "With `lookup` it may give the others.",
+        example: "{ category_id = \"{category_id}\" }",
+    },
+    Field {
+        table: Table::On,
+        name: "changed",
+        kind: Kind::Columns,
+        default: Fallback::Absent,
+        meaning: "An UPDATE counts only if one of these columns changed, or one that `params` or `lookup` use.",
+        needs: &[],
+        limits: "",
+        example: "[\"name\"]",
+    },
+    Field {
+        table: Table::On,
+        name: "lookup",
+        kind: Kind::Text,
+        default: Fallback::Absent,
+        meaning: "A query for the parameters that `params` does not give, as in a rule: its columns are named after them.",
+        needs: &[],
+        limits: "",
+        example: "\"select distinct category_id from public.products where seller_id = :id\"",
+    },
 ];
 
 /// Names that a later version reads at the top of the file, and that are refused as such until then.
-pub(super) const LATER_AT_TOP: &[&str] = &["query"];
+pub(super) const LATER_AT_TOP: &[&str] = &[];
 
 /// The same inside the tables.
 pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
         Table::Top | Table::Redis | Table::Admin | Table::Defaults => &[],
-        Table::Stream | Table::Publish => &[],
+        Table::Stream | Table::Publish | Table::On => &[],
+        Table::Query => &["sql", "shape", "keys", "min_interval", "max_keys", "every"],
         Table::Rule => &["delete_tags", "tags"],
     }
 }
@@ -942,6 +1038,7 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
 pub(super) fn later_choices(name: &str) -> &'static [&'static str] {
     match name {
         "source" => &["outbox"],
+        "mode" => &["refresh"],
         _ => &[],
     }
 }

@@ -96,6 +96,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
         on: operations,
         on_given,
         vars,
+        names_are_given: false,
         when,
         write,
         delete,
@@ -116,7 +117,7 @@ fn operations(section: &mut Section<'_, '_>, name: &'static str) -> Operations {
 }
 
 /// `schema.table`; a part that holds a dot stands in double quotes, in which `""` is one.
-fn table_name(text: &str) -> Result<TableName, Mistake> {
+pub(super) fn table_name(text: &str) -> Result<TableName, Mistake> {
     const HELP: &str = "write:  table = \"schema.table\", exactly as in the catalog";
     let mistake = |problem: &str| Mistake::whole(Code::TableName, text, problem);
     let Some(parts) = name_parts(text) else {
@@ -359,7 +360,7 @@ fn lookup(section: &mut Section<'_, '_>) -> Option<Spanned<Sql>> {
 }
 
 /// The statement that `text` is.
-fn sql(text: &str) -> Result<Sql, Mistake> {
+pub(super) fn sql(text: &str) -> Result<Sql, Mistake> {
     Sql::parse(text).map_err(|error| Mistake {
         code: Code::Sql,
         range: error.range,
@@ -517,7 +518,7 @@ fn check_fields(
 }
 
 /// A variable that no template uses was misspelt there, or is left over.
-fn check_vars(
+pub(super) fn check_vars(
     section: &mut Section<'_, '_>,
     vars: &[(Spanned<String>, Spanned<Template>)],
     write: Option<&WriteAction>,
@@ -544,7 +545,7 @@ fn check_vars(
 
 /// A hash over everything that decides which keys the rule makes and what they hold, and nothing else: not over
 /// comments, the order of fields, or the rule's name.
-fn fingerprint(rule: &Rule) -> String {
+pub(super) fn fingerprint(rule: &Rule) -> String {
     let sorted = |mut names: Vec<String>| {
         names.sort();
         names
@@ -605,6 +606,9 @@ fn fingerprint(rule: &Rule) -> String {
     });
     if let Some(lookup) = &rule.lookup {
         canonical["lookup"] = lookup.value.text().into();
+    }
+    if rule.names_are_given {
+        canonical["names_are_given"] = true.into();
     }
     let digest = Sha256::digest(canonical.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()

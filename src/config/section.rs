@@ -403,6 +403,35 @@ impl<'r, 'a> Section<'r, 'a> {
         read
     }
 
+    /// The tables of an array of them.
+    pub(super) fn subsections<T>(
+        &mut self,
+        name: &'static str,
+        table: Table,
+        mut read: impl FnMut(&mut Section<'_, 'a>) -> Option<T>,
+    ) -> Vec<T> {
+        let Some(entry) = self.entry(name) else { return Vec::new() };
+        let items = entry.value.get_ref().as_array().filter(|items| items.iter().all(|item| item.get_ref().is_table()));
+        let Some(items) = items else {
+            self.wrong_type(entry.field, entry.value);
+            return Vec::new();
+        };
+        if items.is_empty() {
+            let help = format!("for example:  {name} = {}", entry.field.example);
+            let empty = self.error(Code::Empty, format_args!("`{name}` is empty"), entry.value.span(), "").help(help);
+            self.report(empty);
+        }
+        let mut found = Vec::new();
+        for item in items {
+            let Some(entries) = item.get_ref().as_table() else { continue };
+            let title = format!("{}, `{name}`", self.title);
+            let mut section = Section::new(self.reader, table, title, item.span(), entries);
+            found.extend(read(&mut section));
+            section.finish();
+        }
+        found
+    }
+
     /// Reports every field that nobody asked for, and what the others need.
     pub(super) fn finish(mut self) {
         self.check_required();
@@ -576,6 +605,7 @@ fn wanted(kind: Kind) -> &'static str {
         Kind::Choices(_) | Kind::Texts => "an array of texts",
         Kind::Pairs => "a table of texts",
         Kind::Section => "a table",
+        Kind::Sections => "an array of tables",
     }
 }
 

@@ -259,6 +259,28 @@ fn mistakes_in_lookups() {
 }
 
 #[test]
+fn mistakes_in_queries() {
+    let on = "[[query.page.on]]\ntable = \"public.products\"\n";
+    let key = "key = \"page:{category}\"\n";
+    let files = [
+        format!("{key}mode = \"refresh\"\nsql = \"select 1\"\n{on}params = {{ category = \"{{category_id}}\" }}"),
+        format!("{key}mode = \"delete\"\n{on}"),
+        format!("{key}mode = \"delete\"\n{on}params = {{ category = \"{{category_id}}\", other = \"{{id}}\" }}"),
+        format!("{key}mode = \"delete\"\n{on}lookup = \"select $1\"\ndelete = [\"a\"]"),
+        format!("{key}mode = \"delete\""),
+        format!("{key}mode = \"delete\"\non = []"),
+        format!("{key}mode = \"delete\"\non = {{ table = \"public.products\" }}"),
+        "mode = \"delete\"\non = [\"public.products\"]".to_owned(),
+    ];
+    let shown = shown_each(files.map(|lines| format!("{SERVERS}[query.page]\n{lines}\n")));
+    let nameless = shown_each(
+        ["[query]\nkey = \"a\"\n", "[[query]]\nkey = \"a\"\n", "[query.\"a b\"]\n"]
+            .map(|text| format!("{SERVERS}{text}")),
+    );
+    insta::assert_snapshot!(format!("{shown}\n~~~\n\n{nameless}"));
+}
+
+#[test]
 fn mistakes_in_values_and_columns() {
     let key = "table = \"public.products\"\nkey = \"product:{id}\"\n";
     let lines = [
@@ -476,6 +498,7 @@ fn the_defaults_of_the_table_are_those_that_hold() {
         (Table::Postgres | Table::Redis, "url") | (Table::Rule, "table" | "key" | "value" | "columns" | "delete") => {
             Some(field.example)
         }
+        (Table::Query, _) => Some(field.example),
         _ => None,
     };
     // A jitter needs a TTL, so the default of the one excludes that of the other.

@@ -86,7 +86,8 @@ fn columns(rule: &Rule, lookup: &BoundLookup, statement: &Statement) -> Vec<Diag
         let title = format!("rule `{name}` looks up two columns with the name `{}`", wanted.value);
         Diagnostic::error(Code::Lookup, title, lookup.sql.span.clone(), "").help("give one of them another name")
     });
-    let of_both = names_in_keys(rule).filter(|name| !lookup.names.iter().any(|wanted| wanted.value == name.value));
+    let of_both = names_in_keys(rule).filter(|_| !rule.names_are_given);
+    let of_both = of_both.filter(|name| !lookup.names.iter().any(|wanted| wanted.value == name.value));
     let of_both = of_both.filter(|name| given().any(|given| given == name.value)).map(|name| {
         let title = format!(
             "rule `{}` uses `{}`, which both the row and the result of `lookup` have",

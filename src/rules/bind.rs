@@ -334,7 +334,8 @@ fn looked_up(rule: &Rule, relation: &Relation) -> Vec<Spanned<String>> {
     }
     for (template, placeholder) in naming_placeholders(rule) {
         let name = &placeholder.name;
-        let known = names.iter().any(|known| known.value == *name) || relation.column(name).is_some();
+        let is_column = relation.column(name).is_some() && !rule.names_are_given;
+        let known = is_column || names.iter().any(|known| known.value == *name);
         if !known && var(rule, name).is_none() {
             names.push(Spanned { value: name.clone(), span: placeholder_span(template, placeholder) });
         }
@@ -356,7 +357,8 @@ pub fn names_in_keys(rule: &Rule) -> impl Iterator<Item = Spanned<&str>> {
     })
 }
 
-/// Every placeholder that the template is filled from, those of its vars in their place.
+/// Every placeholder that the template is filled from, those of its vars in their place; where names are given, those of
+/// vars are columns, and no matter of what the template's own mean.
 fn placeholders<'r>(
     rule: &'r Rule,
     template: &'r Spanned<Template>,
@@ -364,6 +366,7 @@ fn placeholders<'r>(
     template.value.placeholders().flat_map(move |placeholder| {
         let inner = var(rule, &placeholder.name);
         let own = inner.is_none().then_some((template, placeholder));
+        let inner = inner.filter(|_| !rule.names_are_given);
         own.into_iter().chain(inner.into_iter().flat_map(|var| var.value.placeholders().map(move |part| (var, part))))
     })
 }
@@ -394,8 +397,9 @@ struct Scope<'a> {
 impl Scope<'_> {
     /// The place of a column; `span` is where the rule names it.
     fn column(&self, name: &str, span: Range<usize>) -> Result<usize, BindProblem> {
-        let behind = || self.looked_up.iter().position(|known| known.value == name);
-        let found = self.relation.column(name).or_else(|| Some(self.relation.columns.len() + behind()?));
+        let behind = self.looked_up.iter().position(|known| known.value == name);
+        let own = self.relation.column(name).filter(|_| behind.is_none());
+        let found = own.or_else(|| Some(self.relation.columns.len() + behind?));
         found.ok_or_else(|| {
             let hidden = self.facts.and_then(|facts| facts.hidden.iter().find(|column| column.name == name));
             let columns: Vec<String> = self.relation.columns.iter().map(|column| column.name.clone()).collect();
@@ -675,7 +679,9 @@ impl Scope<'_> {
         if let (Some((_, var)), true) = (var, with_vars) {
             return self.pieces(var, false, problems).map(|pieces| Source::Var(pieces.into()));
         }
-        match self.column(&placeholder.name, placeholder_span(template, placeholder)) {
+        // Where names are given, columns stand in vars and nothing else does.
+        let looked_up = if self.rule.names_are_given && !with_vars { &[] } else { self.looked_up };
+        match (Scope { looked_up, ..*self }).column(&placeholder.name, placeholder_span(template, placeholder)) {
             Ok(place) => {
                 let base = self.relation.columns.get(place).map_or(TEXT, |column| self.types.get(column.type_oid).base);
                 Some(Source::Column(Column { place, base }))

@@ -1,4 +1,4 @@
-//! `lookup`: keys that go because of a row, and whose names stand in other tables.
+//! `lookup` and `[query.NAME]`: keys that go because of a row, and whose names stand in other tables.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -29,6 +29,38 @@ table   = "public.departments"
 changed = ["code"]
 lookup  = "select distinct org_id from public.faculty where department_id = :id"
 delete  = ["list:{org_id}:{code}"]
+
+[rule.mark]
+table   = "public.marks"
+key     = "mark:{id}"
+value   = "json"
+columns = ["id"]
+"#;
+
+/// The same lists, as a query. Each parameter is called like a column of one of the tables.
+const QUERY: &str = r#"
+[query.lists]
+key  = "list:{org_id}:{code}"
+mode = "delete"
+[[query.lists.on]]
+table  = "public.faculty"
+params = { org_id = "{org_id}" }
+lookup = "select code from public.departments where id = :department_id"
+[[query.lists.on]]
+table   = "public.departments"
+changed = ["code"]
+params  = { code = "{code}" }
+lookup  = "select distinct org_id from public.faculty where department_id = :id"
+
+[query.people]
+key  = "people:{id|md5}"
+mode = "delete"
+[[query.people.on]]
+table  = "public.faculty"
+params = { id = "{org_id}/{id}" }
+[[query.people.on]]
+table  = "public.departments"
+lookup = "select f.org_id || '/' || f.id as id from public.faculty f where department_id = :id"
 
 [rule.mark]
 table   = "public.marks"
@@ -235,14 +267,19 @@ fn change(random: &mut u64) -> String {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_random_changes_and_kills_no_list_is_wrong() {
-    let (stage, rules) = set(RULES).await;
+    for (rules, mut random) in [(RULES, 7), (QUERY, 8)] {
+        converge(rules, &mut random).await;
+    }
+}
+
+async fn converge(rules: &str, random: &mut u64) {
+    let (stage, rules) = set(rules).await;
     let mut daemon = Daemon::start(&stage, &rules).await;
-    let mut random = 7;
     for round in 0..6 {
         fill(&stage).await;
         let sql = stage.sql().await;
         for _ in 0..15 {
-            let statements = [change(&mut random), change(&mut random)].join("; ");
+            let statements = [change(random), change(random)].join("; ");
             sql.batch_execute(&format!("begin; {statements}; commit")).await.unwrap();
         }
         if round % 2 == 1 {
@@ -252,6 +289,33 @@ async fn after_random_changes_and_kills_no_list_is_wrong() {
         in_step(&stage).await;
     }
     drop(daemon);
+}
+
+#[tokio::test]
+async fn a_query_goes_with_the_rows_of_each_of_its_tables() {
+    let (stage, rules) = set(QUERY).await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    // md5 of `1/7`, whose department is 2, and of `0/6`, whose is 1.
+    let [seventh, sixth] =
+        ["3a13fd3d1492d15e357ac8c4c4a35bf9", "417ca36ee8f865c45f307db972c7212f"].map(|md5| format!("people:{md5}"));
+    for (statement, goes) in [
+        ("update faculty set name = 'y' where id = 7", [&seventh, "list:1:d2"]),
+        ("update departments set code = 'd2b' where id = 2", [&seventh, "list:1:d2"]),
+        ("delete from faculty where id = 7", [&seventh, "list:1:d2b"]),
+        ("truncate faculty", [&sixth, "list:0:d1"]),
+    ] {
+        fill(&stage).await;
+        stage.put("list:1:d2", "x").await;
+        stage.put(&seventh, "x").await;
+        stage.put(&sixth, "x").await;
+        stage.execute(statement).await;
+        for key in goes {
+            gone(&stage, key).await;
+        }
+        assert_eq!(is_there(&stage, &sixth).await, goes[0] != sixth);
+    }
+    let metrics = daemon.get("/metrics").await.unwrap().1;
+    assert!(metrics.contains("keepstep_cache_ops_total{op=\"delete\",rule=\"lists.1\"}"), "{metrics}");
 }
 
 #[tokio::test]
