@@ -363,8 +363,10 @@ impl Target<'_> {
 
 fn apply_rule(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>, random: &mut u64) {
     let when = rule.when.as_ref();
-    let old_counts = images.old_counts(when);
-    let new_counts = images.new_counts(when);
+    let (old_counts, new_counts) = match when {
+        None => (true, Truth::True),
+        Some(_) => (images.old_counts(when), images.new_counts(when)),
+    };
     for key in &rule.delete {
         let old = images.old_for(key, None).filter(|_| old_counts);
         // Where the old row may have counted and its key is not known, it may be that of the new one.

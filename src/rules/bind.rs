@@ -64,9 +64,9 @@ pub struct BoundRule {
 }
 
 impl BoundRule {
-    /// Whether it does something once a change is visible.
+    /// Whether it does something once a change is visible, besides deleting again.
     pub fn settles(&self) -> bool {
-        !self.settled.is_empty() || self.lookup.is_some() || self.redelete && !self.delete.is_empty()
+        !self.settled.is_empty() || self.lookup.is_some()
     }
 
     /// What each of its key templates, written and deleted ones, can make.

@@ -32,6 +32,8 @@ struct Table {
     bound: Arc<BoundTable>,
     /// Some rule does something once a change is visible.
     settles: bool,
+    /// Some rule deletes again once a change is visible that was not so at first.
+    redeletes: bool,
     inserts: IntCounter,
     updates: IntCounter,
     deletes: IntCounter,
@@ -140,8 +142,10 @@ impl Intake {
         let counter = |op| self.metrics.changes_total.with_label_values(&[name.as_str(), op]);
         let [inserts, updates, deletes, truncates] = ["insert", "update", "delete", "truncate"].map(counter);
         let settles = bound.rules.iter().any(BoundRule::settles);
+        let redeletes = bound.rules.iter().any(|rule| rule.redelete && !rule.delete.is_empty());
         let bound = Arc::new(bound);
-        self.tables.insert(bound.relation.oid, Table { bound, settles, inserts, updates, deletes, truncates });
+        self.tables
+            .insert(bound.relation.oid, Table { bound, settles, redeletes, inserts, updates, deletes, truncates });
     }
 
     /// The tables as they are bound now.
@@ -337,7 +341,7 @@ impl Intake {
         if !fits(&change, table.bound.relation.columns.len()) {
             return Err(protocol("a row with more or fewer columns than its relation"));
         }
-        let settles = table.settles && position > self.released;
+        let settles = position > self.released && (table.settles || table.redeletes && !transaction.visible);
         if position <= self.good {
             if settles || is_incomplete(&change) {
                 let settled = Some(self.later.collect()).filter(|_| settles);
