@@ -284,6 +284,8 @@ pub struct Session<C> {
     cache: Option<C>,
     in_flight: Option<InFlight<C>>,
     flying: Flying,
+    /// Since when.
+    flying_since: Instant,
     reads: Reads,
     settling: Option<Settling>,
     /// At home, while it answers nothing.
@@ -508,7 +510,7 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
         let Some(mut cache) = self.cache.take() else { return false };
-        self.flying = flying;
+        (self.flying, self.flying_since) = (flying, Instant::now());
         self.in_flight = Some(Box::pin(async move {
             let outcome = cache.apply(&batch, next).await.map(Outcome::Applied);
             (cache, batch, outcome)
@@ -528,6 +530,10 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         };
         self.answered_at = Instant::now();
+        if !batch.sweeps().is_empty() {
+            // Redis is left to others for as long as going through all keys took.
+            self.intake.rest_until(self.answered_at + self.flying_since.elapsed());
+        }
         if self.flying == Flying::Stream {
             self.proven = checkpoint.applied;
         }
