@@ -702,8 +702,11 @@ impl Batch {
 
     /// The keys that go as a whole, and when that was decided; empty where there are no members.
     fn deleted_keys(&self) -> HashMap<&[u8], u32, DefaultHashBuilder> {
+        if self.members == 0 {
+            return HashMap::default();
+        }
         let wholly = |entry: &&Entry| entry.of == Of::Key && matches!(entry.decision, Decision::Gone);
-        let entries = self.entries.iter().filter(|_| self.members > 0).filter(wholly);
+        let entries = self.entries.iter().filter(wholly);
         entries.map(|entry| (entry.key(&self.bytes), entry.decided)).collect()
     }
 }

@@ -601,6 +601,7 @@ pub(super) fn fingerprint(rule: &Rule) -> String {
         "delete": sorted(rule.delete.iter().map(|key| key.value.text().to_owned()).collect()),
         "delete_match": sorted(rule.settled.delete_match.iter().map(|key| key.value.text().to_owned()).collect()),
         "bump": sorted(rule.settled.bump.iter().map(|key| key.value.text().to_owned()).collect()),
+        "lookup": rule.lookup.as_ref().map(|lookup| lookup.value.text()),
         "changed": rule.changed.as_deref().map(names),
         "when": rule.when.as_ref().map(|when| when.value.text()),
     });

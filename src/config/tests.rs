@@ -438,6 +438,10 @@ fn fingerprints_follow_what_decides_keys_and_values() {
     for rule in different {
         assert_ne!(fingerprint(&rule), fingerprint(&base), "{rule}");
     }
+    let lookup = |sql: &str| {
+        fingerprint(&format!("[rule.r]\ntable = \"public.t\"\nlookup = \"{sql}\"\ndelete = [\"a:{{b}}\"]\n"))
+    };
+    assert_ne!(lookup("select b from t where id = :id"), lookup("select c as b from t where id = :id"));
 }
 
 /// A file that gives every field of the table the value that `value` chooses for it, if any.
