@@ -11,6 +11,7 @@ const TABLES: &str = "
     create table departments (id int primary key, code text, open bool not null default true);
     create table faculty (id int primary key, org_id int not null, department_id int, name text not null default 'x');
     create table marks (id int primary key);
+    create view codes as select * from departments;
     alter table departments replica identity full;
     alter table faculty replica identity full;
     insert into departments select i, 'd' || i from generate_series(1, 6) i;
@@ -186,19 +187,21 @@ async fn truncate_and_too_many_rows_delete_whatever_there_can_be() {
 
 #[tokio::test]
 async fn a_lookup_that_fails_is_tried_again_and_then_deletes_whatever_there_can_be() {
-    let (stage, rules) = set(RULES).await;
+    // A view, because a table that is renamed is a gap for the rules about it.
+    let of_view = RULES.replace("open from public.departments", "open from public.codes");
+    let (stage, rules) = set(&of_view).await;
     let daemon = Daemon::start(&stage, &rules).await;
     stage.put("list:0:elsewhere", "x").await;
-    stage.execute("alter table departments rename to hidden").await;
+    stage.execute("alter view codes rename to hidden").await;
     stage.execute("update faculty set name = 'secret' where id = 6").await;
     wait_for("a failure", async || daemon.metric("keepstep_lookups_total").await.filter(|count| *count > 0.0)).await;
-    stage.execute("alter table hidden rename to departments").await;
+    stage.execute("alter view hidden rename to codes").await;
     wait_for("the generation", async || is_there(&stage, "gen:d1:t").await.then_some(())).await;
     assert!(is_there(&stage, "list:0:elsewhere").await, "it came right in time");
-    stage.execute("alter table departments rename to hidden").await;
+    stage.execute("alter view codes rename to hidden").await;
     stage.execute("update faculty set name = 'secret' where id = 7").await;
     gone(&stage, "list:0:elsewhere").await;
-    stage.execute("alter table hidden rename to departments").await;
+    stage.execute("alter view hidden rename to codes").await;
     stage.execute("update faculty set name = 'secret' where id = 8").await;
     wait_for("the generation", async || is_there(&stage, "gen:d3:t").await.then_some(())).await;
     assert!(!daemon.log().contains("secret"));
