@@ -318,11 +318,7 @@ impl Target<'_> {
     /// The cell of the row's key, or of its member, if it has one.
     fn cell(&mut self, key: &BoundKey, member: Option<&BoundMember>, row: &[Datum<'_>]) -> Option<Cell> {
         let mut rendered = Rendered::Done;
-        let of = match member {
-            None => Of::Key,
-            Some(BoundMember { sorted: false, .. }) => Of::Set,
-            Some(BoundMember { sorted: true, .. }) => Of::SortedSet,
-        };
+        let of = member.map_or(Of::Key, BoundMember::of);
         let cell = self.batch.cell_of(self.rule, of, |out| {
             rendered = key.render(row, out);
             let key_end = out.len();

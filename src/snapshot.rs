@@ -20,5 +20,6 @@
 pub mod audit;
 pub mod copy_text;
 pub mod reader;
+pub mod search;
 pub mod touches;
 pub mod visibility;

@@ -22,8 +22,8 @@ pub struct Scan {
 }
 
 /// A walk through the members of one key, under each prefix.
-pub struct Members<'s> {
-    connection: &'s mut Connection,
+pub struct Members {
+    connection: Connection,
     /// The keys that are still to be gone through, in reverse.
     keys: Vec<Vec<u8>>,
     sorted: bool,
@@ -53,10 +53,10 @@ impl Scan {
     }
 
     /// The members of a set, or of a sorted set.
-    pub fn members(&mut self, key: &[u8], sorted: bool) -> Members<'_> {
+    pub fn members(&self, key: &[u8], sorted: bool) -> Members {
         let bare = &key[self.prefixes[0].len()..];
         let keys = self.prefixes.iter().rev().map(|prefix| [prefix.as_bytes(), bare].concat()).collect();
-        Members { connection: &mut self.connection, keys, sorted, cursor: b"0".to_vec() }
+        Members { connection: self.connection.clone(), keys, sorted, cursor: b"0".to_vec() }
     }
 
     /// Some keys, maybe none, keepstep's own left out; `None` at the end. Whatever prefix a key has, it is given as under the
@@ -78,7 +78,7 @@ impl Scan {
     }
 }
 
-impl Members<'_> {
+impl Members {
     /// Some members, maybe none, some of them twice; `None` at the end. A key of another type has none.
     pub async fn next(&mut self) -> Result<Option<Vec<Vec<u8>>>> {
         let Some(key) = self.keys.last() else { return Ok(None) };

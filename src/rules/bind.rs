@@ -26,7 +26,7 @@ use super::lookup::BoundLookup;
 use super::pattern::Pattern;
 use super::sql::Sql;
 use super::template::{Part, Placeholder, RESERVED, Template, place};
-use crate::batch::Form;
+use crate::batch::{Form, Of};
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::{ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Settled, Spanned, Value};
 use crate::decode::types::{JsonType, Types};
@@ -200,6 +200,13 @@ impl BoundLife {
         if let BoundLife::Ttl(_, jitter) | BoundLife::OfRow(_, jitter) = self {
             *jitter = 0.0;
         }
+    }
+}
+
+impl BoundMember {
+    /// What a cell with it is.
+    pub fn of(&self) -> Of {
+        if self.sorted { Of::SortedSet } else { Of::Set }
     }
 }
 

@@ -20,7 +20,7 @@ use super::orders::{PassOrder, Purpose, REPORTS_MAX, Report, Totals};
 use super::{Session, report};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CellHasher, CellSet, Claim};
+use crate::batch::{Batch, CellHasher, Claim};
 use crate::cache::Cache;
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
@@ -32,6 +32,7 @@ use crate::model::{Lsn, Timestamp};
 use crate::plan::{self, BoundTable, Transaction, later};
 use crate::rules::bind::BoundRule;
 use crate::snapshot::reader::{self, Chunk, Closed, Found, Handle, Of, RowsJob, Setting, TableJob};
+use crate::snapshot::search::{self, SharedSearch};
 use crate::source::conninfo::ConnInfo;
 
 use choose::is_readable;
@@ -119,8 +120,8 @@ struct Pass {
     former: Vec<u16>,
     /// What no read can render was deleted.
     swept: bool,
-    /// Keys that Redis held when the pass began, and nobody has rendered or touched since.
-    unseen: CellSet,
+    /// Which of the keys that Redis holds nobody has rendered or touched since the pass began.
+    search: Option<SharedSearch>,
     began: Instant,
     rows: u64,
     share: f64,
@@ -459,19 +460,18 @@ impl<C: Cache + Send + 'static> Session<C> {
             Some(Found::Settled(Of::Table)) => self.sweep_debts(),
             Some(Found::Settled(Of::Rows)) => {}
             Some(Found::Part(answer)) => {
-                reading.pass.iter_mut().for_each(|pass| pass.unseen.clear());
                 // A reader that does not listen any more has failed, and says so.
                 let _ = answer.send(());
             }
-            Some(Found::Present(cells)) => reading.pass.iter_mut().for_each(|pass| pass.unseen.extend(&cells)),
-            Some(Found::Unseen(answer)) => {
-                self.strike_touched();
-                let unseen = self.reads.pass_mut().is_some_and(|pass| !pass.unseen.is_empty());
+            Some(Found::Orphans(answer)) => {
+                self.spare_touched();
+                let search = self.reads.pass_mut().and_then(|pass| pass.search.as_ref());
+                let orphans = search.is_some_and(|search| search::lock(search).has_orphans());
                 // A reader that does not listen any more has failed, and says so.
-                let _ = answer.send(unseen);
+                let _ = answer.send(orphans);
             }
             Some(Found::Opened(chunk)) => {
-                self.strike_touched();
+                self.spare_touched();
                 if let Some(touches) = self.intake.touches() {
                     touches.forget_seen(&chunk.snapshot);
                 }
@@ -494,10 +494,11 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// Cells that the stream has decided are no orphans.
-    fn strike_touched(&mut self) {
-        let pass = self.reads.pass_mut().filter(|pass| !pass.unseen.is_empty());
-        if let (Some(touches), Some(pass)) = (self.intake.touches(), pass) {
-            touches.cells().for_each(|cell| _ = pass.unseen.remove(&cell));
+    fn spare_touched(&mut self) {
+        let search = self.reads.pass_mut().and_then(|pass| pass.search.as_ref());
+        if let (Some(touches), Some(search)) = (self.intake.touches(), search) {
+            let mut search = search::lock(search);
+            touches.cells().for_each(|cell| search.alive(cell));
         }
     }
 

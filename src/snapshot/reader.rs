@@ -9,15 +9,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
+use futures_util::future::try_join;
 use tokio::sync::{mpsc, oneshot};
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
 use super::copy_text::Row;
+use super::search::{self, Cells, Part, SearchJob, Wanted};
 use super::visibility::{self, Snapshot};
-use crate::batch::{self, Batch, CellHasher, CellId, Limits};
+use crate::batch::{Batch, CellHasher, Limits};
 use crate::cache::checkpoint::{Origin, Page};
-use crate::cache::claims::Former;
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
 use crate::catalog::{self, sql_identifier, sql_table};
@@ -26,8 +27,7 @@ use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Datum, Relation, Xid};
 use crate::plan::{self, BoundTable, Noted};
-use crate::rules::bind::{BoundRule, bind};
-use crate::rules::pattern::Pattern;
+use crate::rules::bind::bind;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
 use crate::source::query_error;
@@ -51,11 +51,10 @@ const REWRITES_MAX: u32 = 10;
 const FOUND_MAX: usize = 2;
 /// How many jobs wait for the reader.
 const JOBS_MAX: usize = 4;
-/// How many cells are looked for at a time in a search for orphans: 16 bytes each. Where Redis holds more, the table is
-/// read once for each part of them.
-const PARTITION_CELLS_MAX: u64 = 1 << 20;
-/// How many of them go to the session in one piece, or a little more.
-const CELLS_AT_A_TIME: usize = 1000;
+/// How many cells of Redis are searched for orphans at a time. Where it holds more, the table is read once for each part of them.
+const PART_CELLS_MAX: u64 = 1 << 20;
+/// How many candidates go to the session in one piece, or a little more.
+const CANDIDATES_AT_A_TIME: usize = 1000;
 /// How long apart looks at whether a transaction is visible are: it nearly always is at the first.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(250);
@@ -99,37 +98,10 @@ pub struct TableJob {
     pub sample: f64,
     /// Where an earlier read of it ended.
     pub from: Option<Page>,
-    /// The keys that are looked for in Redis, to find those that no row renders: their rules and patterns.
-    pub owned: Vec<(u16, Pattern)>,
-    /// Keys that rules made before, and that are looked for too: no row renders them any more.
-    pub former: Vec<(u16, Former)>,
+    /// Keys that no row renders are searched for.
+    pub search: Option<SearchJob>,
     /// Transactions that committed before the slot began may be invisible still: wait for them.
     pub barrier: bool,
-}
-
-impl TableJob {
-    /// Whether keys are looked for in Redis.
-    fn searches(&self) -> bool {
-        !(self.owned.is_empty() && self.former.is_empty())
-    }
-
-    /// The rule whose key it is, or was.
-    fn owner(&self, key: &[u8]) -> Option<u16> {
-        let owned = self.owned.iter().find(|(_, pattern)| pattern.matches(key)).map(|(rule, _)| *rule);
-        let former = || self.former.iter().find(|(_, former)| former.matches(key)).map(|(rule, _)| *rule);
-        owned.or_else(former)
-    }
-
-    /// Whether the key's members are searched, and if so, whether they have scores: it is a set of one of the rules now.
-    fn members_of(&self, key: &[u8]) -> Option<bool> {
-        let (rule, _) = self.owned.iter().find(|(_, pattern)| pattern.matches(key))?;
-        member_of(self.table.rules.iter().find(|of_table| of_table.rule == *rule)?)
-    }
-}
-
-/// Whether rows are members, and if so, whether these have scores.
-fn member_of(rule: &BoundRule) -> Option<bool> {
-    Some(rule.write.as_ref()?.member.as_ref()?.sorted)
 }
 
 /// Single rows to be read again.
@@ -146,10 +118,8 @@ pub enum Found {
     Begin(oneshot::Sender<Vec<Xid>>),
     /// All that was decoded before is visible now.
     Settled(Of),
-    /// Another part of the keys is looked for: those of the part before are forgotten. Answered when it comes to it.
+    /// Another part of the keys is looked for next. Answered once all that was found before is dealt with.
     Part(oneshot::Sender<()>),
-    /// Keys of the rules that Redis holds.
-    Present(Vec<CellId>),
     /// A chunk begins; its pieces follow.
     Opened(Chunk),
     /// Rendered rows, or keys to be deleted where a row has none.
@@ -157,7 +127,7 @@ pub enum Found {
     /// The chunk ends.
     Closed(Closed),
     /// Everything was read: is there any key that nobody has rendered or touched?
-    Unseen(oneshot::Sender<bool>),
+    Orphans(oneshot::Sender<bool>),
     /// Keys that Redis holds: those among them that nobody has rendered or touched are orphans.
     Candidates(Batch),
     /// The job is done.
@@ -251,6 +221,7 @@ async fn read(
     let marker = client::connect(&setting.postgres, STATEMENT_TIMEOUT).await?;
     // With more, a marker would wait for a standby and hold back what VACUUM may remove.
     run(&marker, "SET synchronous_commit = local").await?;
+    let setting = Arc::new(setting);
     let mut reader =
         Reader { setting, client, marker, found, spares, rows, chunk: 0, waited: Duration::ZERO, row: Row::default() };
     loop {
@@ -269,7 +240,7 @@ async fn read(
 }
 
 struct Reader {
-    setting: Setting,
+    setting: Arc<Setting>,
     /// Reads.
     client: Client,
     /// Writes markers, and looks at what is visible.
@@ -376,41 +347,50 @@ impl Reader {
         if job.barrier {
             self.barrier().await?;
         }
-        if job.searches() {
-            // Rows can have gone in ways that the stream does not carry, while it still has to say that they came: their
-            // keys must be there before keys are looked for.
-            self.nothing().await?;
-        }
-        let partitions = if !job.searches() { 1 } else { self.partitions(job).await? };
-        for partition in 0..partitions {
-            let within = |cell: CellId| cell.0 % u128::from(partitions) == u128::from(partition);
-            self.part().await?;
-            self.cells(job, within, Cells::Present).await?;
-            self.settle(Of::Table).await?;
-            if let Some(table) = self.bound(job).await? {
-                self.leaves(job, &table, partition == 0).await?;
-            }
-            if self.some_unseen(job).await? {
-                self.cells(job, within, Cells::Candidates).await?;
-            }
+        match &job.search {
+            Some(search) => self.table_and_cache(job, search).await?,
+            None => self.rows_of(job, true).await?,
         }
         self.say(Found::Done(Of::Table)).await
     }
 
-    /// Waits until the session has dealt with all that was found before.
-    async fn part(&self) -> Outcome<()> {
-        let (answer, begun) = oneshot::channel();
-        self.say(Found::Part(answer)).await?;
-        begun.await.map_err(|_| Stop::Abandoned)
+    /// Postgres goes through its rows while Redis goes through its keys.
+    async fn table_and_cache(&mut self, job: &TableJob, search: &SearchJob) -> Outcome<()> {
+        // Rows can have gone in ways that the stream does not carry, while it still has to say that they came: their
+        // keys must be there before keys are looked for.
+        self.nothing().await?;
+        let cells = self.cells_in_redis(job, &search.wanted).await?;
+        for part in Part::all(cells.div_ceil(PART_CELLS_MAX)) {
+            self.dealt_with().await?;
+            search::lock(&search.known).begin(part, cells.min(PART_CELLS_MAX));
+            let held = held(Arc::clone(&self.setting), search);
+            try_join(held, self.rows_of(job, part.is_first())).await?;
+            if self.some_orphans().await? {
+                self.orphans(search).await?;
+            }
+        }
+        Ok(())
     }
 
-    async fn some_unseen(&self, job: &TableJob) -> Outcome<bool> {
-        if !job.searches() {
-            return Ok(false);
+    async fn rows_of(&mut self, job: &TableJob, rows_wanted: bool) -> Outcome<()> {
+        self.settle(Of::Table).await?;
+        match self.bound(job).await? {
+            Some(table) => self.leaves(job, &table, rows_wanted).await,
+            None => Ok(()),
         }
-        let (answer, unseen) = oneshot::channel();
-        self.say(Found::Unseen(answer)).await?;
-        unseen.await.map_err(|_| Stop::Abandoned)
+    }
+
+    /// Waits until the session has dealt with all that was found before.
+    async fn dealt_with(&self) -> Outcome<()> {
+        let (answer, dealt_with) = oneshot::channel();
+        self.say(Found::Part(answer)).await?;
+        dealt_with.await.map_err(|_| Stop::Abandoned)
+    }
+
+    async fn some_orphans(&self) -> Outcome<bool> {
+        let (answer, orphans) = oneshot::channel();
+        self.say(Found::Orphans(answer)).await?;
+        orphans.await.map_err(|_| Stop::Abandoned)
     }
 
     /// The table and its rules as the catalog has them: the stream says nothing of DDL before a row changes. `None` if
@@ -419,7 +399,7 @@ impl Reader {
         if job.table.rules.is_empty() {
             return Ok(None);
         }
-        let Setting { config, publication, redis, .. } = &self.setting;
+        let Setting { config, publication, redis, .. } = &*self.setting;
         let name = TableName::from(&job.table.relation);
         let catalog = catalog::load(&self.client, publication, std::slice::from_ref(&name)).await?;
         let types = Types::load(&self.client, &catalog.type_oids()).await?;
@@ -448,53 +428,30 @@ impl Reader {
         self.say(Found::Piece(empty)).await
     }
 
-    /// How many parts the cells are searched for in: each key is one, or, where rows are members, each row.
-    async fn partitions(&self, job: &TableJob) -> Result<u64> {
+    /// How many cells there are in Redis, about: each key is one, or, where rows are members, each row.
+    async fn cells_in_redis(&self, job: &TableJob, wanted: &Wanted) -> Result<u64> {
         let mut cells = Scan::key_count(&self.setting.redis).await?;
-        if job.table.rules.iter().any(|rule| member_of(rule).is_some()) {
+        if wanted.has_members() {
             let sql = "select coalesce(sum(greatest(c.reltuples, 0)), 0)::int8::text from pg_catalog.pg_class c
                 where c.oid = $1 or c.oid in (select relid from pg_catalog.pg_partition_tree($1))";
             let row = query_one(&self.client, sql, &[(&job.table.relation.oid, Type::OID)]).await?;
             cells += parse::<u64>(&row, 0)?;
         }
-        Ok(cells.div_ceil(PARTITION_CELLS_MAX).max(1))
+        Ok(cells)
     }
 
-    /// Goes through the cells that Redis holds and the rules own.
-    async fn cells(&mut self, job: &TableJob, wanted: impl Fn(CellId) -> bool, as_what: Cells) -> Outcome<()> {
-        if !job.searches() {
-            return Ok(());
-        }
-        let hasher = self.setting.hasher.clone();
-        let mut scan = Scan::open(&self.setting.redis).await?;
-        while let Some(keys) = scan.next().await? {
-            let mut found = self.some_cells(as_what);
-            for key in &keys {
-                let Some(owner) = job.owner(key) else { continue };
-                let Some(sorted) = job.members_of(key) else {
-                    found.add(owner, key, None, &hasher, &wanted);
-                    continue;
-                };
-                let mut members = scan.members(key, sorted);
-                while let Some(page) = members.next().await? {
-                    let of = Some(if sorted { batch::Of::SortedSet } else { batch::Of::Set });
-                    page.iter().for_each(|member| found.add(owner, key, of.zip(Some(member)), &hasher, &wanted));
-                    if found.len() >= CELLS_AT_A_TIME {
-                        let full = std::mem::replace(&mut found, self.some_cells(as_what));
-                        self.say(full.into()).await?;
-                    }
-                }
+    /// What the orphans are called.
+    async fn orphans(&mut self, search: &SearchJob) -> Outcome<()> {
+        let mut cells = Cells::open(&self.setting.redis, &search.wanted).await?;
+        let mut found = self.empty();
+        while let Some(page) = cells.next().await? {
+            page.orphans(&self.setting.hasher, &search::lock(&search.known), &mut found);
+            if found.len() >= CANDIDATES_AT_A_TIME {
+                let full = std::mem::replace(&mut found, self.empty());
+                self.say(Found::Candidates(full)).await?;
             }
-            self.say(found.into()).await?;
         }
-        Ok(())
-    }
-
-    fn some_cells(&self, as_what: Cells) -> SomeCells {
-        match as_what {
-            Cells::Present => SomeCells::Present(Vec::new()),
-            Cells::Candidates => SomeCells::Candidates(Batch::new(self.setting.limits, self.setting.rules)),
-        }
+        self.say(Found::Candidates(found)).await
     }
 
     async fn leaves(&mut self, job: &TableJob, table: &BoundTable, rows_wanted: bool) -> Outcome<()> {
@@ -706,61 +663,14 @@ impl Reader {
     }
 }
 
-/// What cells are looked for as.
-#[derive(Clone, Copy)]
-enum Cells {
-    Present,
-    Candidates,
-}
-
-/// Cells that were found.
-#[expect(clippy::large_enum_variant, reason = "there is one of it")]
-enum SomeCells {
-    Present(Vec<CellId>),
-    Candidates(Batch),
-}
-
-impl SomeCells {
-    fn len(&self) -> usize {
-        match self {
-            SomeCells::Present(cells) => cells.len(),
-            SomeCells::Candidates(batch) => batch.len(),
-        }
+/// Goes through the keys that Redis holds.
+async fn held(setting: Arc<Setting>, search: &SearchJob) -> Outcome<()> {
+    let mut cells = Cells::open(&setting.redis, &search.wanted).await?;
+    while let Some(page) = cells.next().await? {
+        let mut known = search::lock(&search.known);
+        page.ids(&setting.hasher, |cell| known.held(cell));
     }
-
-    /// A key, or a member of it, if it is wanted.
-    fn add(
-        &mut self,
-        rule: u16,
-        key: &[u8],
-        member: Option<(batch::Of, &Vec<u8>)>,
-        hasher: &CellHasher,
-        wanted: impl Fn(CellId) -> bool,
-    ) {
-        let id = hasher.cell(key, member.map(|(_, member)| member.as_slice()));
-        match self {
-            _ if !wanted(id) => {}
-            SomeCells::Present(cells) => cells.push(id),
-            SomeCells::Candidates(batch) => {
-                let of = member.map_or(batch::Of::Key, |(of, _)| of);
-                batch.cell_of(rule, of, |out| {
-                    out.extend_from_slice(key);
-                    let key_end = out.len();
-                    out.extend_from_slice(member.map(|(_, member)| member.as_slice()).unwrap_or_default());
-                    Some(key_end)
-                });
-            }
-        }
-    }
-}
-
-impl From<SomeCells> for Found {
-    fn from(cells: SomeCells) -> Self {
-        match cells {
-            SomeCells::Present(cells) => Found::Present(cells),
-            SomeCells::Candidates(batch) => Found::Candidates(batch),
-        }
-    }
+    Ok(())
 }
 
 /// How a chunk went.

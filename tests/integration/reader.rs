@@ -57,8 +57,7 @@ async fn reader_of(stage: &Stage, rows: usize) -> Handle {
         filter: None,
         sample: 1.0,
         from: None,
-        owned: Vec::new(),
-        former: Vec::new(),
+        search: None,
         barrier: false,
     };
     handle.tables.try_send(job).unwrap_or_else(|_| panic!("the reader has ended"));

@@ -8,14 +8,14 @@ use tokio::sync::mpsc;
 use super::super::Session;
 use super::super::orders::{PassOrder, Purpose, Report};
 use super::{AUDIT_EVERY, Pass, Why, only};
-use crate::batch::CellSet;
+use crate::batch::Of;
 use crate::cache::Cache;
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
 use crate::plan::BoundTable;
-use crate::rules::bind::{BoundRule, BoundWrite};
-use crate::rules::pattern::Pattern;
+use crate::rules::bind::{BoundMember, BoundRule, BoundWrite};
 use crate::snapshot::reader::TableJob;
+use crate::snapshot::search::{Owned, SearchJob, Wanted};
 
 impl<C: Cache + Send + 'static> Session<C> {
     /// The rules that say `audit`, by the largest share of each table.
@@ -66,7 +66,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let worst = owes.iter().map(|(_, debt)| *debt).max()?;
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
         let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
-        let owned: Vec<(u16, Pattern)> = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
+        let owned = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
         let former: Vec<(u16, Former)> =
             reconciled.filter_map(|rule| Some((rule.rule, self.reads.former_of(rule.rule)?.clone()))).collect();
         let searched = former.iter().map(|(rule, _)| *rule).collect();
@@ -84,22 +84,22 @@ impl<C: Cache + Send + 'static> Session<C> {
             filter: None,
             sample: 1.0,
             from,
-            owned,
-            former,
+            search: SearchJob::new(Wanted { owned, former }),
             barrier: !self.reads.barrier_passed,
         };
-        Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst)) }, job))
+        Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst), &job) }, job))
     }
 
     pub(super) fn names(&self, rules: &[u16]) -> Vec<String> {
         rules.iter().map(|rule| self.config.rules[usize::from(*rule)].name.value.clone()).collect()
     }
 
-    /// The patterns of the rule's keys that are searched for orphans.
-    fn searched(&self, rule: &BoundRule) -> Option<(u16, Pattern)> {
+    /// The rule's keys, if they are searched for orphans.
+    fn searched(&self, rule: &BoundRule) -> Option<Owned> {
         let searched = |write: &&BoundWrite| rule.on.delete && !write.keep_on_delete && write.is_owner();
         let write = rule.write.as_ref().filter(searched).filter(|_| is_readable(rule))?;
-        Some((rule.rule, write.key.pattern.clone()))
+        let of = write.member.as_ref().map_or(Of::Key, BoundMember::of);
+        Some(Owned { rule: rule.rule, pattern: write.key.pattern.clone(), of })
     }
 
     /// The next table of what somebody asked for.
@@ -129,24 +129,23 @@ impl<C: Cache + Send + 'static> Session<C> {
                 filter,
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
                 from: None,
-                owned: owned.collect(),
-                former: Vec::new(),
+                search: SearchJob::new(Wanted { owned: owned.collect(), former: Vec::new() }),
                 barrier: !self.reads.barrier_passed,
             };
             let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
-            return Some((pass(&table, rules, Why::Asked(purpose)), job));
+            return Some((pass(&table, rules, Why::Asked(purpose), &job), job));
         }
     }
 }
 
-fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
+fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why, job: &TableJob) -> Pass {
     Pass {
         table: Arc::clone(table),
         rules,
         purpose,
         former: Vec::new(),
         swept: false,
-        unseen: CellSet::default(),
+        search: job.search.as_ref().map(|search| Arc::clone(&search.known)),
         began: Instant::now(),
         rows: 0,
         share: 0.0,

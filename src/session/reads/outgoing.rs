@@ -12,6 +12,7 @@ use crate::cache::{Cache, Content, Differing, Held};
 use crate::canary::{self, Canary};
 use crate::snapshot::audit::{self, Kind, Verdict};
 use crate::snapshot::reader::Of;
+use crate::snapshot::search;
 use crate::snapshot::touches::Newer;
 
 impl<C: Cache + Send + 'static> Session<C> {
@@ -41,8 +42,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         let mut verify = false;
         if let Some(pass) = reading.pass.as_mut().filter(|_| of_table) {
             verify = matches!(pass.purpose, Why::Asked(Purpose::Verify { .. }));
-            if !pass.unseen.is_empty() {
-                batch.ops().for_each(|(_, op)| _ = pass.unseen.remove(&hasher.of(&op)));
+            if let Some(search) = &pass.search {
+                let mut search = search::lock(search);
+                batch.ops().for_each(|(_, op)| search.alive(hasher.of(&op)));
             }
         }
         if !wanted {
@@ -62,10 +64,13 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Keys that nobody has rendered or touched since the pass began: no row has them.
     fn dispatch_candidates(&mut self, mut batch: Batch) -> bool {
-        self.strike_touched();
+        self.spare_touched();
         let hasher = self.reads.hasher.clone();
         let Some(pass) = self.reads.pass_mut() else { return false };
-        batch.retain(|_, op| pass.unseen.contains(&hasher.of(op)));
+        if let Some(search) = &pass.search {
+            let search = search::lock(search);
+            batch.retain(|_, op| search.is_orphan(hasher.of(op)));
+        }
         match pass.purpose {
             Why::Asked(Purpose::Verify { .. }) => self.fly_comparison(batch, true),
             _ => self.fly_read(batch),

@@ -1,0 +1,318 @@
+//! The search for keys that no row renders: which Redis holds, and which of them a row or the stream speaks for.
+//!
+//! Redis goes through its keys while Postgres goes through its rows, so either may come to a cell first. What is left in the
+//! end, held by Redis and spoken for by nobody, are orphans.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use hashbrown::HashTable;
+
+use crate::batch::{self, Batch, CellHasher, CellId};
+use crate::cache::claims::Former;
+use crate::cache::scan::{Members, Scan};
+use crate::config::RedisConfig;
+use crate::error::Result;
+use crate::rules::pattern::Pattern;
+
+/// A part of all cells: where there are too many to be kept at a time, they are searched part by part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    number: u64,
+    of: u64,
+}
+
+impl Part {
+    /// All of so many parts, at least one.
+    pub fn all(of: u64) -> impl Iterator<Item = Part> {
+        let of = of.max(1);
+        (0..of).map(move |number| Part { number, of })
+    }
+
+    /// Whether no part comes before it.
+    pub fn is_first(self) -> bool {
+        self.number == 0
+    }
+
+    /// By the half of the id that [`Search`] does not keep.
+    fn has(self, cell: CellId) -> bool {
+        (cell.0 >> 64) as u64 % self.of == self.number
+    }
+}
+
+/// What is known of the cells of one part: 9 bytes each, and as much again while the table grows.
+///
+/// Of an id 62 bits are kept. Should two cells share them, an orphan can look alive, but nothing alive can look like an
+/// orphan.
+#[derive(Debug)]
+pub struct Search {
+    part: Part,
+    /// Ids whose lowest bits say [`HELD`] and [`ALIVE`].
+    cells: HashTable<u64>,
+    /// How many are held and not alive.
+    orphans: usize,
+}
+
+/// Redis holds it.
+const HELD: u64 = 1;
+/// A row renders it, or the stream has decided it.
+const ALIVE: u64 = 2;
+const STATE: u64 = HELD | ALIVE;
+
+/// The reader adds what Redis holds, the session what is alive.
+pub type SharedSearch = Arc<Mutex<Search>>;
+
+/// Nobody ends in the middle of a change of it.
+pub fn lock(search: &SharedSearch) -> MutexGuard<'_, Search> {
+    search.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Search {
+    /// Not begun: whatever it is told, nothing is kept.
+    fn new() -> Self {
+        Search { part: Part { number: 1, of: 1 }, cells: HashTable::new(), orphans: 0 }
+    }
+
+    /// Forgets what it knew. There are about so many `cells`.
+    pub fn begin(&mut self, part: Part, cells: u64) {
+        // With room for all from the beginning, there are never two tables.
+        let cells = HashTable::with_capacity(usize::try_from(cells).unwrap_or(0));
+        *self = Search { part, cells, orphans: 0 };
+    }
+
+    /// Redis holds it.
+    pub fn held(&mut self, cell: CellId) {
+        self.note(cell, HELD);
+    }
+
+    /// A row renders it, or the stream has decided it.
+    pub fn alive(&mut self, cell: CellId) {
+        self.note(cell, ALIVE);
+    }
+
+    /// Whether Redis holds it and nobody speaks for it.
+    pub fn is_orphan(&self, cell: CellId) -> bool {
+        let id = kept(cell);
+        let known = self.cells.find(hash(&id), |known| known & !STATE == id);
+        self.part.has(cell) && known.is_some_and(|known| known & STATE == HELD)
+    }
+
+    /// Whether there is any such cell.
+    pub fn has_orphans(&self) -> bool {
+        self.orphans > 0
+    }
+
+    fn note(&mut self, cell: CellId, state: u64) {
+        if !self.part.has(cell) {
+            return;
+        }
+        let id = kept(cell);
+        let known = self.cells.entry(hash(&id), |known| known & !STATE == id, hash).or_insert(id).into_mut();
+        let was_orphan = *known & STATE == HELD;
+        *known |= state;
+        let is_orphan = *known & STATE == HELD;
+        self.orphans = self.orphans + usize::from(is_orphan) - usize::from(was_orphan);
+    }
+}
+
+fn kept(cell: CellId) -> u64 {
+    cell.0 as u64 & !STATE
+}
+
+/// The id is a hash.
+fn hash(known: &u64) -> u64 {
+    (known & !STATE).rotate_right(STATE.count_ones())
+}
+
+/// A search: whose keys are looked for in Redis, and what is known of them.
+pub struct SearchJob {
+    /// The ones.
+    pub wanted: Wanted,
+    /// The other.
+    pub known: SharedSearch,
+}
+
+impl SearchJob {
+    /// `None` if nothing is looked for.
+    pub fn new(wanted: Wanted) -> Option<Self> {
+        let nothing = wanted.owned.is_empty() && wanted.former.is_empty();
+        (!nothing).then(|| SearchJob { wanted, known: Arc::new(Mutex::new(Search::new())) })
+    }
+}
+
+/// Whose keys are looked for.
+pub struct Wanted {
+    /// Those that a rule makes.
+    pub owned: Vec<Owned>,
+    /// Those that a rule made before: no row renders them any more.
+    pub former: Vec<(u16, Former)>,
+}
+
+/// The keys of one rule.
+pub struct Owned {
+    /// Its number.
+    pub rule: u16,
+    /// What they are called.
+    pub pattern: Pattern,
+    /// What a cell of theirs is.
+    pub of: batch::Of,
+}
+
+impl Wanted {
+    /// Whether some of them hold members.
+    pub fn has_members(&self) -> bool {
+        self.owned.iter().any(|owned| owned.of != batch::Of::Key)
+    }
+
+    /// The rule whose key it is, or was, and what its cells are.
+    fn owner(&self, key: &[u8]) -> Option<(u16, batch::Of)> {
+        let owned = self.owned.iter().find(|owned| owned.pattern.matches(key)).map(|owned| (owned.rule, owned.of));
+        let former = || self.former.iter().find(|(_, former)| former.matches(key));
+        owned.or_else(|| former().map(|(rule, _)| (*rule, batch::Of::Key)))
+    }
+}
+
+/// A walk through the cells of Redis that are wanted.
+pub struct Cells<'w> {
+    wanted: &'w Wanted,
+    scan: Scan,
+    keys: VecDeque<Vec<u8>>,
+    members: Option<(Key, Members)>,
+}
+
+/// A key of a rule.
+#[derive(Clone)]
+pub struct Key {
+    rule: u16,
+    of: batch::Of,
+    name: Vec<u8>,
+}
+
+/// Some cells.
+pub enum Page {
+    /// Each key is one.
+    Keys(Vec<Key>),
+    /// Each member of the key is one.
+    Members(Key, Vec<Vec<u8>>),
+}
+
+impl<'w> Cells<'w> {
+    /// Begins, on a connection of its own.
+    pub async fn open(config: &RedisConfig, wanted: &'w Wanted) -> Result<Self> {
+        Ok(Cells { wanted, scan: Scan::open(config).await?, keys: VecDeque::new(), members: None })
+    }
+
+    /// Some cells, some of them twice; `None` at the end.
+    pub async fn next(&mut self) -> Result<Option<Page>> {
+        loop {
+            if let Some((key, members)) = &mut self.members {
+                if let Some(page) = members.next().await? {
+                    return Ok(Some(Page::Members(key.clone(), page)));
+                }
+                self.members = None;
+            }
+            let mut keys = Vec::new();
+            while let Some(name) = self.keys.pop_front() {
+                let Some((rule, of)) = self.wanted.owner(&name) else { continue };
+                let key = Key { rule, of, name };
+                if of != batch::Of::Key {
+                    let members = self.scan.members(&key.name, of == batch::Of::SortedSet);
+                    self.members = Some((key, members));
+                    break;
+                }
+                keys.push(key);
+            }
+            if !keys.is_empty() {
+                return Ok(Some(Page::Keys(keys)));
+            }
+            if self.members.is_none() {
+                match self.scan.next().await? {
+                    Some(found) => self.keys = found.into(),
+                    None => return Ok(None),
+                }
+            }
+        }
+    }
+}
+
+impl Page {
+    /// Each with its id.
+    pub fn ids(&self, hasher: &CellHasher, mut visit: impl FnMut(CellId)) {
+        self.each(|key, member| visit(hasher.cell(&key.name, member)));
+    }
+
+    /// Those that are orphans go into the batch, to be deleted.
+    pub fn orphans(&self, hasher: &CellHasher, search: &Search, batch: &mut Batch) {
+        self.each(|key, member| {
+            if search.is_orphan(hasher.cell(&key.name, member)) {
+                batch.cell_of(key.rule, key.of, |out| {
+                    out.extend_from_slice(&key.name);
+                    let key_end = out.len();
+                    out.extend_from_slice(member.unwrap_or_default());
+                    Some(key_end)
+                });
+            }
+        });
+    }
+
+    fn each(&self, mut visit: impl FnMut(&Key, Option<&[u8]>)) {
+        match self {
+            Page::Keys(keys) => keys.iter().for_each(|key| visit(key, None)),
+            Page::Members(key, members) => members.iter().for_each(|member| visit(key, Some(member))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn cells(count: u64) -> Vec<CellId> {
+        let hasher = CellHasher::default();
+        (0..count).map(|number| hasher.cell(&number.to_ne_bytes(), None)).collect()
+    }
+
+    #[test]
+    fn what_is_held_and_not_alive_is_an_orphan_whichever_is_known_first() {
+        let mut search = Search::new();
+        search.begin(Part::all(0).next().expect("one at least"), 2);
+        let cells = cells(1000);
+        for (number, cell) in cells.iter().enumerate() {
+            match number % 4 {
+                0 => search.held(*cell),
+                1 => search.alive(*cell),
+                2 => {
+                    search.held(*cell);
+                    assert!(search.is_orphan(*cell));
+                    search.alive(*cell);
+                    search.held(*cell);
+                }
+                _ => {
+                    search.alive(*cell);
+                    search.held(*cell);
+                }
+            }
+        }
+        assert!(cells.iter().enumerate().all(|(number, cell)| search.is_orphan(*cell) == (number % 4 == 0)));
+        assert!(search.has_orphans());
+        cells.iter().step_by(4).for_each(|cell| search.alive(*cell));
+        assert!(!search.has_orphans() && !cells.iter().any(|cell| search.is_orphan(*cell)));
+    }
+
+    #[test]
+    fn each_cell_is_in_one_part_and_nothing_is_kept_of_the_others() {
+        let cells = cells(1000);
+        let mut found = 0;
+        let mut search = Search::new();
+        cells.iter().for_each(|cell| search.held(*cell));
+        assert!(!search.has_orphans(), "it has not begun");
+        for part in Part::all(3) {
+            search.begin(part, 10);
+            assert!(!search.has_orphans(), "what was before is forgotten");
+            cells.iter().for_each(|cell| search.held(*cell));
+            assert!((200..500).contains(&search.cells.len()));
+            found += cells.iter().filter(|cell| search.is_orphan(**cell)).count();
+        }
+        assert_eq!(found, cells.len());
+    }
+}
