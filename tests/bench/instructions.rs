@@ -40,6 +40,16 @@ const CASES: &[Case] = &[
         ..case("a rule of 1,000", Shape { rules: 1000, changes: 8, ..NARROW })
     },
     Case {
+        cause: Cause::Rules,
+        limit: Limit::Ceiling(2_040.0),
+        ..case("a mixed rule of 10", Shape { action: Action::Mixed, rules: 10, changes: 400, ..NARROW })
+    },
+    Case {
+        cause: Cause::Rules,
+        limit: Limit::Times(1.1, "a mixed rule of 10"),
+        ..case("a mixed rule of 100", Shape { action: Action::Mixed, rules: 100, changes: 40, ..NARROW })
+    },
+    Case {
         cause: Cause::Columns,
         limit: Limit::Ceiling(507.0),
         ..case("a column of 50", Shape { integers: 25, texts: 25, changes: 200, ..NARROW })

@@ -65,6 +65,8 @@ pub(crate) enum Action {
     Json,
     /// A key that goes.
     Delete,
+    /// The rules take turns: JSON on a condition, a hash, a member of a set, one of a sorted set, a key that goes.
+    Mixed,
 }
 
 /// Rows of 40 bytes, a thousand in a transaction.
@@ -134,9 +136,18 @@ fn rules(shape: Shape) -> String {
     let mut text = String::new();
     for table in 0..shape.tables {
         for rule in 0..shape.rules {
-            let action = match shape.action {
-                Action::Json => format!("key = \"t{table}:r{rule}:{{i0}}\"\nvalue = \"json\"\ncolumns = [\"*\"]"),
-                Action::Delete => format!("delete = [\"t{table}:r{rule}:{{i0}}\"]"),
+            let key = format!("t{table}:r{rule}:{{i0}}");
+            let json = format!("key = \"{key}\"\nvalue = \"json\"\ncolumns = [\"*\"]");
+            let delete = format!("delete = [\"{key}\"]");
+            let action = match (shape.action, rule % 5) {
+                (Action::Json, _) => json,
+                (Action::Delete, _) | (Action::Mixed, 4) => delete,
+                (Action::Mixed, 0) => format!("{json}\nwhen = \"row.i1 > 5 && row.t0 != 'x'\""),
+                (Action::Mixed, 1) => format!("key = \"{key}\"\nvalue = \"hash\"\ncolumns = [\"*\"]"),
+                (Action::Mixed, 2) => format!("key = \"{key}\"\nvalue = \"set\"\nmember = \"{{i1}}\""),
+                (Action::Mixed, _) => {
+                    format!("key = \"{key}\"\nvalue = \"zset\"\nmember = \"{{i1}}\"\nscore = \"row.i1\"")
+                }
             };
             writeln!(text, "[rule.t{table}-r{rule}]\ntable = \"public.t{table}\"\n{action}")
                 .expect("a String takes all");

@@ -26,6 +26,33 @@ const CHUNK: usize = 18;
 impl Decimal {
     /// Reads `-12.50`, `.5` or `1.5e-7`.
     pub(super) fn parse(text: &[u8]) -> Result<Self, EvalError> {
+        Self::parse_short(text).map_or_else(|| Self::parse_any(text), Ok)
+    }
+
+    /// In one pass, where the digits surely fit into 64 bits, as most do; `None` is for [`Self::parse_any`] to tell.
+    fn parse_short(text: &[u8]) -> Option<Self> {
+        let (negative, unsigned) = match text {
+            [b'-', rest @ ..] => (true, rest),
+            _ => (false, text),
+        };
+        if unsigned.len() > CHUNK {
+            return None;
+        }
+        let (mut digits, mut point) = (0_i64, None);
+        for (at, byte) in unsigned.iter().enumerate() {
+            match byte {
+                b'0'..=b'9' => digits = digits * 10 + i64::from(byte - b'0'),
+                b'.' if point.is_none() => point = Some(at),
+                _ => return None,
+            }
+        }
+        let scale = point.map_or(0, |at| unsigned.len() - at - 1);
+        let some_digits = unsigned.len() > usize::from(point.is_some());
+        let digits = i128::from(if negative { -digits } else { digits });
+        some_digits.then_some(Decimal { digits, scale: scale as u32 })
+    }
+
+    fn parse_any(text: &[u8]) -> Result<Self, EvalError> {
         const MALFORMED: EvalError = EvalError::Malformed("a number");
         let (mantissa, exponent) = match text.iter().position(|byte| matches!(byte, b'e' | b'E')) {
             Some(at) => (&text[..at], parse_exponent(&text[at + 1..]).ok_or(MALFORMED)?),
@@ -94,6 +121,9 @@ impl Decimal {
     }
 
     pub(super) fn compare(self, other: Self) -> Ordering {
+        if self.scale == other.scale {
+            return self.digits.cmp(&other.digits);
+        }
         let scale = self.scale.max(other.scale);
         match (self.at_scale(scale), other.at_scale(scale)) {
             (Some(left), Some(right)) => left.cmp(&right),
@@ -133,8 +163,19 @@ impl Decimal {
     }
 }
 
+/// Those that fit.
+const POWERS_OF_TEN: [i128; 39] = {
+    let mut powers = [1; 39];
+    let mut exponent = 1;
+    while exponent < powers.len() {
+        powers[exponent] = powers[exponent - 1] * 10;
+        exponent += 1;
+    }
+    powers
+};
+
 fn power_of_ten(exponent: u32) -> Option<i128> {
-    10_i128.checked_pow(exponent)
+    POWERS_OF_TEN.get(usize::try_from(exponent).ok()?).copied()
 }
 
 /// `+7`, `-7`, `7`
@@ -186,6 +227,21 @@ mod tests {
         }
         for text in ["999999999999999999999999999999999999999", "1e39", "1e2000000000", "1e-20000"] {
             assert_eq!(Decimal::parse(text.as_bytes()), Err(EvalError::TooManyDigits), "{text}");
+        }
+    }
+
+    #[test]
+    fn both_ways_to_read_agree() {
+        let short = ["0", "-0.10", ".5", "5.", "999999999999999999", "-12345.678900", "0000000000000000.1"];
+        for text in short {
+            assert_eq!(
+                Decimal::parse_short(text.as_bytes()),
+                Some(Decimal::parse_any(text.as_bytes()).unwrap()),
+                "{text}"
+            );
+        }
+        for text in [".", "-", "", "1.2.3", "1e5", "9999999999999999999", "x"] {
+            assert_eq!(Decimal::parse_short(text.as_bytes()), None, "{text}");
         }
     }
 
