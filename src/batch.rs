@@ -10,6 +10,7 @@ use std::ops::Range;
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 
 use crate::model::{Lsn, Position, Timestamp};
+use crate::rules::bind::Tagging;
 use crate::rules::form::KeyForm;
 use crate::rules::glob::Glob;
 use crate::rules::lookup::{Question, Questions};
@@ -188,22 +189,53 @@ pub enum Sweep {
     Owned(Pattern),
     /// All that match what a rule's `delete_match` says of a row.
     Matching(Glob),
+    /// The members of the set with this key, and the set.
+    Tag(Box<[u8]>),
+    /// Of each set that a tag's template can have made, these members.
+    Tags(Pattern, Members),
+}
+
+/// Which members of a tag go.
+#[derive(Clone, Debug)]
+pub enum Members {
+    /// All, and their keys with them.
+    All,
+    /// Those that a rule put there: keys like these, as under the main prefix.
+    Registered(Pattern),
+    /// Those whose keys are gone.
+    Stale,
 }
 
 impl Sweep {
-    /// Whether the key is one of them.
+    /// Whether the key is one of them, or one of the tags.
     pub fn matches(&self, key: &[u8]) -> bool {
         match self {
-            Sweep::Owned(pattern) => pattern.matches(key),
+            Sweep::Owned(pattern) | Sweep::Tags(pattern, _) => pattern.matches(key),
             Sweep::Matching(glob) => glob.matches(key),
+            Sweep::Tag(tag) => **tag == *key,
         }
+    }
+
+    /// Which members go, if it is about tags.
+    pub fn members(&self) -> Option<&Members> {
+        match self {
+            Sweep::Owned(_) | Sweep::Matching(_) => None,
+            Sweep::Tag(_) => Some(&Members::All),
+            Sweep::Tags(_, members) => Some(members),
+        }
+    }
+
+    /// Whether what the batch says besides of a rule's keys must not come before: it closes the batch.
+    fn is_of_rule(&self) -> bool {
+        matches!(self, Sweep::Owned(_) | Sweep::Tags(_, Members::Registered(_)))
     }
 
     /// What all of them begin with, `[redis] prefix` included.
     pub fn literal_prefix(&self) -> &[u8] {
         match self {
-            Sweep::Owned(pattern) => pattern.literal_prefix(),
+            Sweep::Owned(pattern) | Sweep::Tags(pattern, _) => pattern.literal_prefix(),
             Sweep::Matching(glob) => glob.literal_prefix(),
+            Sweep::Tag(tag) => tag,
         }
     }
 
@@ -212,6 +244,8 @@ impl Sweep {
         match self {
             Sweep::Owned(pattern) => Sweep::Owned(pattern.under(prefix)),
             Sweep::Matching(glob) => Sweep::Matching(glob.under(prefix, len)),
+            Sweep::Tag(tag) => Sweep::Tag([prefix, &tag[len..]].concat().into()),
+            Sweep::Tags(pattern, members) => Sweep::Tags(pattern.under(prefix), members.clone()),
         }
     }
 }
@@ -221,6 +255,10 @@ impl std::fmt::Display for Sweep {
         match self {
             Sweep::Owned(pattern) => pattern.fmt(f),
             Sweep::Matching(glob) => glob.fmt(f),
+            Sweep::Tag(tag) => write!(f, "keys in {}", String::from_utf8_lossy(tag)),
+            Sweep::Tags(pattern, Members::All) => write!(f, "keys in {pattern}"),
+            Sweep::Tags(pattern, Members::Registered(keys)) => write!(f, "members {keys} of {pattern}"),
+            Sweep::Tags(pattern, Members::Stale) => write!(f, "members of {pattern} that are gone"),
         }
     }
 }
@@ -264,6 +302,8 @@ pub enum Of {
     Set,
     /// A member of a sorted set.
     SortedSet,
+    /// A member of a tag, which is a set that others put members in too.
+    Tag,
 }
 
 /// Something in a batch to decide about.
@@ -277,6 +317,8 @@ pub enum Claim {
     Makes(Vec<KeyForm>),
     /// No key is left that looks like this, and that no present rule makes.
     Gone(Vec<KeyForm>),
+    /// What a delete by tag leaves of them.
+    Tags(Tagging),
 }
 
 #[derive(Clone, Debug)]
@@ -426,7 +468,7 @@ impl Batch {
             || self.effects.len() >= self.limits.ops
             || self.questions.len() >= self.limits.ops
             || self.questions.byte_len() >= self.limits.bytes
-            || self.sweeps.iter().any(|sweep| matches!(sweep, Sweep::Owned(_)))
+            || self.sweeps.iter().any(Sweep::is_of_rule)
             || self.sweeps.len() >= SWEEPS_MAX
     }
 
@@ -541,6 +583,31 @@ impl Batch {
         if !self.sweeps.iter().any(known) {
             self.sweeps.push(Sweep::Matching(glob));
         }
+    }
+
+    /// The keys of all members of a tag go, and the tag.
+    pub fn sweep_tag(&mut self, tag: Vec<u8>) {
+        if !self.sweeps.iter().any(|sweep| matches!(sweep, Sweep::Tag(known) if **known == *tag)) {
+            self.sweeps.push(Sweep::Tag(tag.into()));
+        }
+    }
+
+    /// The same for every tag like these.
+    pub fn sweep_tags(&mut self, tags: Pattern) {
+        self.sweeps.push(Sweep::Tags(tags, Members::All));
+    }
+
+    /// No key of the rule is a member of such tags, whatever the batch said of it before; closes the batch.
+    pub fn sweep_registered(&mut self, rule: u16, tags: Pattern, keys: Pattern) {
+        for entry in self.entries.iter_mut().filter(|entry| entry.rule == rule && entry.of == Of::Tag) {
+            entry.decision = Decision::Gone;
+        }
+        self.sweeps.push(Sweep::Tags(tags, Members::Registered(keys)));
+    }
+
+    /// Members of such tags whose keys are gone, go.
+    pub fn sweep_stale(&mut self, tags: Pattern) {
+        self.sweeps.push(Sweep::Tags(tags, Members::Stale));
     }
 
     /// The keys that go before the operations: these concern other rules' keys, or are deletes themselves.
@@ -698,6 +765,12 @@ impl Batch {
         };
         let entries = self.entries.iter().filter(move |entry| !superseded(entry));
         entries.map(|entry| (entry.rule, entry.op(&self.bytes)))
+    }
+
+    /// The keys that may hold something wrong where nothing can be written. Tags are not among them: others have a part in
+    /// them, and one member more does no harm.
+    pub fn keys_in_doubt(&self) -> impl Iterator<Item = &[u8]> {
+        self.entries.iter().filter(|entry| entry.of != Of::Tag).map(|entry| entry.key(&self.bytes))
     }
 
     /// The keys that go as a whole, and when that was decided; empty where there are no members.

@@ -266,11 +266,21 @@ pub struct Rule {
     pub fingerprint: String,
 }
 
+impl Rule {
+    /// Whether it gives keys tags, or deletes by them.
+    pub fn has_tags(&self) -> bool {
+        let gives = self.write.as_ref().is_some_and(|write| !write.tags.is_empty());
+        gives || !self.settled.delete_tags.is_empty()
+    }
+}
+
 /// What happens once whoever reads the tables sees a change.
 #[derive(Clone, Debug, Default)]
 pub struct Settled {
     /// `delete_match`: keys that match are stale.
     pub delete_match: Vec<Spanned<Template>>,
+    /// `delete_tags`: every key with such a tag is stale.
+    pub delete_tags: Vec<Spanned<Template>>,
     /// `bump`: these keys get a new generation.
     pub bump: Vec<Spanned<Template>>,
     /// `stream`
@@ -351,6 +361,8 @@ pub struct WriteAction {
     pub every: Option<Duration>,
     /// `audit`: the share of the rows (1.0 is all) that is compared each minute; `None` is never, the default.
     pub audit: Option<f64>,
+    /// `tags`: sets that the key is a member of.
+    pub tags: Vec<Spanned<Template>>,
 }
 
 /// What a key holds.

@@ -3,11 +3,14 @@
 //! Where the change does not carry enough for a right value, the key is deleted (I9). A key that the old image had and
 //! the new one has not is deleted too; where both have the same key, the later operation on the cell wins.
 
+use std::convert::Infallible;
+
 use crate::batch::{self, Batch, Cell, CellHasher, CellId, Form, Life, Of};
 use crate::decode::value::{self, ValueError};
 use crate::model::{Change, Datum, Lsn, OldTuple, Relation, Timestamp};
 use crate::rules::bind::{
-    BoundKey, BoundLife, BoundMember, BoundRule, BoundValue, BoundWrite, FieldSource, HashField, JsonField, Rendered,
+    BoundKey, BoundLife, BoundMember, BoundRule, BoundTag, BoundValue, BoundWrite, FieldSource, HashField, JsonField,
+    Rendered,
 };
 use crate::rules::expression::{self, BoundExpression, EvalError, Image, Operation, Truth, Unevaluated};
 
@@ -243,6 +246,9 @@ pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch,
     for rule in table.rules.iter().filter(|rule| rule.on.delete) {
         let written = rule.write.iter().filter(|write| !write.keep_on_delete).map(|write| &write.key);
         written.chain(rule.deletes()).for_each(|key| sweep(rule.rule, key, batch));
+        for (tag, write) in rule.write.iter().flat_map(|write| write.tags.iter().map(move |tag| (tag, write))) {
+            batch.sweep_registered(rule.rule, tag.key.pattern.clone(), write.key.pattern.clone());
+        }
         if let Some(settled) = &mut settled {
             later::everything(rule, "truncate", table, transaction, settled);
         }
@@ -317,8 +323,24 @@ impl Target<'_> {
 
     /// The cell of the row's key, or of its member, if it has one.
     fn cell(&mut self, key: &BoundKey, member: Option<&BoundMember>, row: &[Datum<'_>]) -> Option<Cell> {
+        let (cell, rendered) = self.rendered(key, member, row);
+        match rendered {
+            Rendered::Done => {}
+            Rendered::Null => self.note(Noted::Keyless),
+            Rendered::Unknown => self.note(Noted::Unrendered(Unrendered::UnchangedToast)),
+        }
+        cell
+    }
+
+    /// The same, and why there is none.
+    fn rendered(
+        &mut self,
+        key: &BoundKey,
+        member: Option<&BoundMember>,
+        row: &[Datum<'_>],
+    ) -> (Option<Cell>, Rendered) {
         let mut rendered = Rendered::Done;
-        let of = member.map_or(Of::Key, BoundMember::of);
+        let of = member.map_or(Of::Key, |member| member.of);
         let cell = self.batch.cell_of(self.rule, of, |out| {
             rendered = key.render(row, out);
             let key_end = out.len();
@@ -327,18 +349,12 @@ impl Target<'_> {
             }
             (rendered == Rendered::Done).then_some(key_end)
         });
-        match rendered {
-            Rendered::Done => {
-                self.touched = true;
-                if let (Some(noted), Some(cell)) = (&mut self.noted, cell) {
-                    let (key, member) = self.batch.key(cell);
-                    noted.cells.push(noted.hasher.cell(key, member));
-                }
-            }
-            Rendered::Null => self.note(Noted::Keyless),
-            Rendered::Unknown => self.note(Noted::Unrendered(Unrendered::UnchangedToast)),
+        self.touched |= cell.is_some();
+        if let (Some(noted), Some(cell)) = (&mut self.noted, cell) {
+            let (key, member) = self.batch.key(cell);
+            noted.cells.push(noted.hasher.cell(key, member));
         }
-        cell
+        (cell, rendered)
     }
 
     fn delete(&mut self, key: &BoundKey, member: Option<&BoundMember>, row: &[Datum<'_>]) {
@@ -347,9 +363,34 @@ impl Target<'_> {
         }
     }
 
+    /// The key of the row is a member of this tag. Whether it is that of what the log left out is found out by reading
+    /// the row again.
+    fn tag(&mut self, tag: &BoundTag, write: &BoundWrite, row: &[Datum<'_>]) {
+        let (cell, rendered) = self.rendered(&tag.key, Some(&tag.member), row);
+        if let Some(cell) = cell {
+            let Ok(()) = self.batch.set(cell, Form::String, Life::Forever, false, |_| Ok::<_, Infallible>(()));
+        }
+        if rendered == Rendered::Unknown {
+            self.note(Noted::Incomplete(name(write, row)));
+        }
+    }
+
+    /// It is none, as far as its tag is known: one member more does no harm.
+    fn untag(&mut self, tag: &BoundTag, row: &[Datum<'_>]) {
+        if let (Some(cell), _) = self.rendered(&tag.key, Some(&tag.member), row) {
+            self.batch.delete(cell);
+        }
+    }
+
+    /// The row's key goes, or its member, and what it is a member of.
+    fn leave(&mut self, write: &BoundWrite, row: &[Datum<'_>]) {
+        self.delete(&write.key, write.member.as_ref(), row);
+        write.tags.iter().for_each(|tag| self.untag(tag, row));
+    }
+
     /// Whether the row has a key is not known: it goes (I9).
     fn unclear(&mut self, write: &BoundWrite, row: &[Datum<'_>], why: Truth) {
-        self.delete(&write.key, write.member.as_ref(), row);
+        self.leave(write, row);
         self.note(match why {
             Truth::Failed(error) => Noted::Unrendered(Unrendered::Failed(error)),
             _ => Noted::Incomplete(name(write, row)),
@@ -377,11 +418,16 @@ fn apply_rule(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>, ra
     if let Some(old) = images.old_for(&write.key, member).filter(|_| old_counts && !leaves_key) {
         target.delete(&write.key, member, old);
     }
+    for tag in &write.tags {
+        if let Some(old) = images.old_for(&tag.key, Some(&tag.member)).filter(|_| old_counts) {
+            target.untag(tag, old);
+        }
+    }
     match (images.new, new_counts) {
         (None, _) => {}
         (Some(new), Truth::True) => put(write, new, target, random),
         // It leaves the condition, if it was in it.
-        (Some(new), Truth::False) if images.is_update && old_counts => target.delete(&write.key, member, new),
+        (Some(new), Truth::False) if images.is_update && old_counts => target.leave(write, new),
         (Some(_), Truth::False) => {}
         (Some(new), unclear) => target.unclear(write, new, unclear),
     }
@@ -403,8 +449,9 @@ fn put(write: &BoundWrite, row: &[Datum<'_>], target: &mut Target<'_>, random: &
         Some(value) => render(value, row, out),
         None => Err(Unrendered::ColumnGone),
     });
-    if let Err(why) = rendered {
-        target.unrendered(cell, write, row, why);
+    match rendered {
+        Ok(()) => write.tags.iter().for_each(|tag| target.tag(tag, write, row)),
+        Err(why) => target.unrendered(cell, write, row, why),
     }
 }
 
@@ -412,6 +459,7 @@ impl Target<'_> {
     /// There is no value: no key either.
     fn unrendered(&mut self, cell: Cell, write: &BoundWrite, row: &[Datum<'_>], why: Unrendered) {
         self.batch.delete(cell);
+        write.tags.iter().for_each(|tag| self.untag(tag, row));
         match why {
             Unrendered::UnchangedToast => self.note(Noted::Incomplete(name(write, row))),
             Unrendered::Absent => self.note(Noted::Keyless),

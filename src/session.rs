@@ -33,6 +33,8 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::model::{Lsn, Position};
 use crate::query::Lookups;
+use crate::rules::bind::BoundRule;
+use crate::rules::pattern::Pattern;
 use crate::shutdown::Shutdown;
 use crate::snapshot::visibility::{self, Snapshot};
 use crate::source::replication::{Frame, Replication};
@@ -74,6 +76,8 @@ const LOOK_PAUSE_MAX: Duration = Duration::from_millis(250);
 const LATER_LIMITS: Limits = Limits { ops: 16_384, bytes: 8 << 20 };
 /// How often slot and catalog are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
+/// How often members of tags whose keys are gone are looked for: applications add some, and keys expire.
+const FORGET_EVERY: Duration = Duration::from_secs(3600);
 /// How long an orderly end may take.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// No query of ours may take longer: the loop waits for those that bind a table.
@@ -326,6 +330,8 @@ pub struct Session<C> {
     /// The same as it was when the slot was looked at last.
     server_end: Lsn,
     looked_at: Option<Instant>,
+    /// When stale members of tags were looked for last.
+    forgot_at: Instant,
     heartbeat_sent: Instant,
     /// The server has asked to hear from us.
     reply_requested: bool,
@@ -638,9 +644,25 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
         self.look_at_visibility();
         self.look(now);
+        self.forget_stale(now);
         self.probe_if_idle(now);
         self.show();
         Ok(())
+    }
+
+    /// Members of tags that rules delete by go, now and then, where their keys have gone by themselves.
+    fn forget_stale(&mut self, now: Instant) {
+        if now.duration_since(self.forgot_at) < FORGET_EVERY || !self.intake.is_past_start() {
+            return;
+        }
+        self.forgot_at = now;
+        let rules = self.intake.tables().flat_map(|table| &table.rules);
+        let tags: Vec<Pattern> = rules.flat_map(BoundRule::delete_tags).map(|tag| tag.pattern.clone()).collect();
+        if !tags.is_empty() {
+            self.intake.say_claims(&mut self.batch);
+            tags.into_iter().for_each(|tags| self.batch.sweep_stale(tags));
+            self.stand_here();
+        }
     }
 
     /// Asks which of the transactions that were decoded are visible by now.

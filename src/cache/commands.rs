@@ -74,12 +74,12 @@ pub fn sweeps(batch: &Batch, redis: &RedisConfig) -> Vec<Vec<Sweep>> {
     prefixes.map(under).collect()
 }
 
-/// The keys of the batch's operations, under each prefix.
+/// The keys that go, under each prefix, where nothing can be written.
 pub(super) fn keys(batch: &Batch, redis: &RedisConfig) -> Vec<Vec<u8>> {
     let mut keys = Vec::with_capacity(batch.len() * redis.prefixes().count());
     for prefix in redis.prefixes() {
         let under = |key: &[u8]| [prefix.as_bytes(), &key[redis.prefix.len()..]].concat();
-        keys.extend(batch.ops().map(|(_, op)| under(op.key())));
+        keys.extend(batch.keys_in_doubt().map(under));
     }
     keys
 }

@@ -68,7 +68,7 @@ fn extras(rules: &[Rule]) -> Vec<&'static Extra> {
     let composite = |write: &&&WriteAction| matches!(&write.value, Value::Row(row) if row.form != RowForm::Json);
     let needed = [
         (has(&form(RowForm::Hash)), &HASH),
-        (has(&sorted(false)), &SET),
+        (has(&sorted(false)) || rules.iter().any(Rule::has_tags), &SET),
         (has(&sorted(true)), &SORTED_SET),
         (has(&form(RowForm::Rejson)), &JSON),
         (values.iter().filter(composite).any(|write| matches!(write.life, Life::Ttl(..) | Life::Until(_))), &EXPIRE),

@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use crate::batch::Batch;
+use crate::batch::{Batch, Members};
 use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -23,8 +23,12 @@ impl<W: Write + Send> Recorder<W> {
     }
 
     fn write(&mut self, batch: &Batch) -> std::io::Result<()> {
-        for pattern in commands::sweeps(batch, &self.redis).concat() {
-            writeln!(self.out, "SCAN 0 MATCH {pattern} → UNLINK what matches")?;
+        for sweep in commands::sweeps(batch, &self.redis).concat() {
+            match sweep.members() {
+                None => writeln!(self.out, "SCAN 0 MATCH {sweep} → UNLINK what matches")?,
+                Some(Members::All) => writeln!(self.out, "SSCAN → UNLINK {sweep}")?,
+                Some(_) => writeln!(self.out, "SSCAN → SREM {sweep}")?,
+            }
         }
         for command in commands::encode(batch, &self.redis, |_| true) {
             writeln!(self.out, "{}", commands::show(&command))?;

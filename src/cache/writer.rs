@@ -16,11 +16,12 @@ use std::sync::Arc;
 use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
-use crate::batch::{Batch, Claim, Sweep};
+use crate::batch::{Batch, Claim, Members, Sweep};
 use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
+use crate::rules::bind::Tagging;
 use crate::rules::pattern::Pattern;
 use crate::rules::template::RESERVED;
 
@@ -33,8 +34,10 @@ use super::{Applied, Cache, Differing, claims, commands};
 mod compare;
 
 use instance::Instance;
+use tags::Leaving;
 
 mod instance;
+mod tags;
 
 /// What one SCAN call looks at, and so what one sweep step may delete.
 const SWEEP_STEP_KEYS: u32 = 1000;
@@ -42,15 +45,17 @@ const SWEEP_STEP_KEYS: u32 = 1000;
 /// What must work where `maxmemory` is reached too: deletes first (a script that begins with a write may go on), then
 /// fences and checkpoint, and only while these are what was seen last.
 ///
-/// KEYS: checkpoint, fences, deletes. ARGV: the checkpoint before, fence and checkpoint after, the number of fences, and
-/// each of them before.
+/// KEYS: checkpoint, fences, deletes, and last a set, if it loses members. ARGV: the checkpoint before, fence and checkpoint
+/// after, the number of fences, each of them before, and the members that the set loses.
 const GUARDED: &str = "\
 local fences = tonumber(ARGV[4])
 if (redis.call('GET', KEYS[1]) or '') ~= ARGV[1] then return 0 end
 for i = 1, fences do
   if (redis.call('GET', KEYS[i + 1]) or '') ~= ARGV[i + 4] then return 0 end
 end
-for i = fences + 2, #KEYS do redis.call('UNLINK', KEYS[i]) end
+local deletes = #ARGV > fences + 4 and #KEYS - 1 or #KEYS
+for i = fences + 2, deletes do redis.call('UNLINK', KEYS[i]) end
+for i = fences + 5, #ARGV do redis.call('SREM', KEYS[#KEYS], ARGV[i]) end
 for i = 1, fences do redis.call('SET', KEYS[i + 1], ARGV[2]) end
 if ARGV[3] ~= '' then redis.call('SET', KEYS[1], ARGV[3]) end
 return 1";
@@ -78,6 +83,8 @@ pub struct Writer {
     stored: Option<Checkpoint>,
     /// What each prefix can hold, the main one first.
     records: Vec<Record>,
+    /// What a delete by tag leaves of each rule's.
+    tagging: BTreeMap<u16, Tagging>,
     /// What the catalog says of the tables, for the next batch.
     catalog: Option<Signatures>,
     /// The server process that was found behind the last connection.
@@ -117,6 +124,7 @@ impl Writer {
             connection: None,
             stored: None,
             records: Vec::new(),
+            tagging: BTreeMap::new(),
             catalog: None,
             instance: None,
         })
@@ -203,14 +211,18 @@ impl Writer {
 
     /// Takes over what the batch says of its rules' keys.
     fn note_claims(&mut self, batch: &Batch) {
-        for (rule, claim) in batch.claims() {
-            let rule = &self.rules.names[usize::from(*rule)];
+        for (number, claim) in batch.claims() {
+            let rule = &self.rules.names[usize::from(*number)];
             for record in &mut self.records {
                 let changed = match claim {
                     Claim::Makes(forms) => record.claims.makes(rule, forms),
                     Claim::Gone(forms) => record.claims.gone(rule, forms),
+                    Claim::Tags(_) => false,
                 };
                 record.written &= !changed;
+            }
+            if let Claim::Tags(tagging) = claim {
+                self.tagging.insert(*number, tagging.clone());
             }
         }
     }
@@ -226,8 +238,8 @@ impl Writer {
             Some(connection) => connection,
             None => self.resume(Some(checkpoint)).await?,
         };
-        self.sweep_all(&mut connection, batch, checkpoint).await?;
         self.note_claims(batch);
+        self.sweep_all(&mut connection, batch, checkpoint).await?;
         // Redis holds this batch's checkpoint already: its answer was lost, or one of its commands failed. What the rules owe
         // may have become more since.
         let same =
@@ -268,7 +280,7 @@ impl Writer {
     async fn set_fences(&mut self, connection: &mut Connection, found: &[String]) -> Result<(), Failure> {
         self.connections += 1;
         self.fence = format!("{}/{}", self.daemon, self.connections);
-        self.guarded_from(connection, found, NONE, self.stored.as_ref()).await
+        self.guarded_from(connection, found, NONE, None, self.stored.as_ref()).await
     }
 
     /// Deletes these keys, stores the checkpoint, and goes on watching: behind the fences as this daemon set them.
@@ -278,8 +290,12 @@ impl Writer {
         delete: &[impl AsRef<[u8]>],
         checkpoint: Option<&Checkpoint>,
     ) -> Result<(), Failure> {
-        let own = vec![self.fence.clone(); self.fence_keys.len()];
-        self.guarded_from(connection, &own, delete, checkpoint).await
+        self.guarded_from(connection, &self.own_fences(), delete, None, checkpoint).await
+    }
+
+    /// The fences as this daemon set them.
+    fn own_fences(&self) -> Vec<String> {
+        vec![self.fence.clone(); self.fence_keys.len()]
     }
 
     /// Runs [`GUARDED`], then watches again and compares with what should stand there.
@@ -288,17 +304,21 @@ impl Writer {
         connection: &mut Connection,
         fences_before: &[String],
         delete: &[impl AsRef<[u8]>],
+        leaving: Option<Leaving<'_>>,
         checkpoint: Option<&Checkpoint>,
     ) -> Result<(), Failure> {
         let encoded = |checkpoint: Option<&Checkpoint>| checkpoint.map(Checkpoint::encode).unwrap_or_default();
         let mut script = redis::cmd("EVAL");
         let fences = self.fence_keys.len();
-        script.arg(GUARDED).arg(2 + fences + delete.len()).arg(&self.checkpoint_key).arg(&self.fence_keys);
+        let keys = 2 + fences + delete.len() + usize::from(leaving.is_some());
+        script.arg(GUARDED).arg(keys).arg(&self.checkpoint_key).arg(&self.fence_keys);
         // A key that nobody has, so that the script begins with a delete even where there is nothing to delete.
         script.arg(format!("{}{RESERVED}none", self.config.prefix));
         delete.iter().for_each(|key| _ = script.arg(key.as_ref()));
+        leaving.iter().for_each(|leaving| _ = script.arg(leaving.set));
         script.arg(encoded(self.stored.as_ref())).arg(&self.fence).arg(encoded(checkpoint));
         script.arg(fences).arg(fences_before);
+        leaving.iter().for_each(|leaving| _ = script.arg(leaving.members));
         let mut all = vec![redis::cmd("UNWATCH"), script];
         all.extend(self.watch_commands());
         let replies = connection.send(all).await?;
@@ -362,21 +382,32 @@ impl Writer {
         let intent = self.intent(next);
         self.guarded(connection, NONE, intent.as_ref()).await?;
         self.stored = intent;
-        for sweeps in commands::sweeps(batch, &self.config) {
-            self.sweep(connection, &sweeps).await?;
+        for (prefix, sweeps) in self.config.prefixes().zip(commands::sweeps(batch, &self.config)) {
+            self.sweep(connection, prefix, &sweeps).await?;
         }
         Ok(())
     }
 
     /// Deletes every key that matches one of these, step by step, each step behind the fence.
-    async fn sweep(&self, connection: &mut Connection, sweeps: &[Sweep]) -> Result<(), Failure> {
-        let prefix = common_prefix(sweeps.iter().map(Sweep::literal_prefix)).unwrap_or_default();
-        let glob = Pattern::beginning_with(prefix).scan_glob();
+    async fn sweep(&self, connection: &mut Connection, prefix: &str, sweeps: &[Sweep]) -> Result<(), Failure> {
+        let (known, searched): (Vec<&Sweep>, Vec<&Sweep>) =
+            sweeps.iter().partition(|sweep| matches!(sweep, Sweep::Tag(_)));
+        for tag in known {
+            self.sweep_tag(connection, prefix, tag.literal_prefix(), &Members::All).await?;
+        }
+        let Some(common) = common_prefix(searched.iter().map(|sweep| sweep.literal_prefix())) else { return Ok(()) };
+        let glob = Pattern::beginning_with(common).scan_glob();
         let (mut cursor, mut deleted) = (0, 0_u64);
         loop {
             let (next, keys) = scan(connection, cursor, &glob).await?;
-            let owned: Vec<&[u8]> =
-                keys.iter().filter(|key| sweeps.iter().any(|sweep| sweep.matches(key))).map(Vec::as_slice).collect();
+            let goes = |key: &&Vec<u8>| searched.iter().any(|sweep| sweep.members().is_none() && sweep.matches(key));
+            let owned: Vec<&[u8]> = keys.iter().filter(goes).map(Vec::as_slice).collect();
+            for sweep in &searched {
+                let Some(members) = sweep.members() else { continue };
+                for tag in keys.iter().filter(|key| sweep.matches(key)) {
+                    self.sweep_tag(connection, prefix, tag, members).await?;
+                }
+            }
             if !owned.is_empty() {
                 // By the script: inside MULTI a Redis that is out of memory refuses deletes too.
                 self.guarded(connection, &owned, self.stored.as_ref()).await?;
@@ -405,6 +436,7 @@ impl Writer {
             Some(connection) => connection,
             None => self.resume(Some(checkpoint)).await?,
         };
+        self.note_claims(batch);
         self.sweep_all(&mut connection, batch, checkpoint).await?;
         let keys = commands::keys(batch, &self.config);
         self.guarded(&mut connection, &keys, Some(checkpoint)).await?;

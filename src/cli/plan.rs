@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 use serde_json::value::RawValue;
 
-use crate::batch::{Batch, Limits};
+use crate::batch::{Batch, Limits, Members, Sweep};
 use crate::cache::commands;
 use crate::config::{Config, Rule, TableName};
 use crate::decode::types::Types;
@@ -180,7 +180,12 @@ fn asked(rule: &Rule, ask: &Question) -> String {
 /// Everything that the batch becomes, in order.
 fn shown(batch: &Batch, config: &Config) -> Vec<String> {
     let sweeps = commands::sweeps(batch, &config.redis).concat();
-    let mut shown: Vec<String> = sweeps.iter().map(|pattern| format!("SCAN and UNLINK {pattern}")).collect();
+    let sweep = |sweep: &Sweep| match sweep.members() {
+        None => format!("SCAN and UNLINK {sweep}"),
+        Some(Members::All) => format!("SSCAN and UNLINK {sweep}"),
+        Some(_) => format!("SSCAN and SREM {sweep}"),
+    };
+    let mut shown: Vec<String> = sweeps.iter().map(sweep).collect();
     shown.extend(commands::encode(batch, &config.redis, |_| true).iter().map(commands::show));
     shown
 }

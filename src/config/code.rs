@@ -127,7 +127,7 @@ codes! {
 
     13 MissingPartner: "a field needs another one",
     "Some fields mean something only together: `key` with `value` and `columns`, everything about a written key with \
-     `key`, `jitter` with a `ttl`, `client_cert` with `client_key`.",
+     `key`, `jitter` with a `ttl`, `tags` with `write = \"present\"`, `client_cert` with `client_key`.",
     "[rule.product]\ntable = \"public.products\"\nkey   = \"product:{id}\"\n"
     => "[rule.product]\ntable   = \"public.products\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n";
 

@@ -91,8 +91,8 @@ impl Table {
             Self::Defaults => "What every rule with a `key` takes that does not say otherwise.",
             Self::Rule => {
                 "What a row change of one table does: write a key (`key`, `value`, `columns`), make keys stale \
-                 (`delete`, `delete_match`, `bump`), tell others (`stream`, `publish`), or several of these. NAME is the \
-                 rule's name in metrics and messages."
+                 (`delete`, `delete_tags`, `delete_match`, `bump`), tell others (`stream`, `publish`), or several of \
+                 these. NAME is the rule's name in metrics and messages."
             }
             Self::Stream => {
                 "An entry of a Redis stream for each change, once the change is visible in Postgres: `op`, `table`, `key`, \
@@ -822,6 +822,18 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Rule,
+        name: "tags",
+        kind: Kind::Templates,
+        default: Fallback::Absent,
+        meaning: "Tags of the key: it is a member of the set `tag:…`, its name without the prefix, as long as its row counts, \
+                  whether it is cached or not. Applications add keys of their own in the same way. A column that is NULL is \
+                  no tag.",
+        needs: &["key"],
+        limits: "Needs `write = \"present\"`: a key that must be there cannot go with a tag.",
+        example: "[\"category:{category_id}\"]",
+    },
+    Field {
+        table: Table::Rule,
         name: "delete",
         kind: Kind::Templates,
         default: Fallback::Absent,
@@ -841,6 +853,17 @@ pub const FIELDS: &[Field] = &[
         needs: &["delete"],
         limits: "",
         example: "\"off\"",
+    },
+    Field {
+        table: Table::Rule,
+        name: "delete_tags",
+        kind: Kind::Templates,
+        default: Fallback::Absent,
+        meaning: "Tags that a change makes stale: once it is visible, every key that is a member of the set `tag:…` is deleted, \
+                  and the set too, but for members that a rule's `tags` put there. Keys that a rule must hold stay.",
+        needs: &[],
+        limits: "",
+        example: "[\"category:{category_id}\"]",
     },
     Field {
         table: Table::Rule,
@@ -874,8 +897,8 @@ pub const FIELDS: &[Field] = &[
                   runs once the change is visible. With more than 1000 rows, or if it fails for ten seconds, everything that \
                   those templates can have made goes.",
         needs: &[],
-        limits: "Needs `delete`, `delete_match` or `bump`; not together with `key`. What changes in the tables that it reads \
-                 is a matter of other rules.",
+        limits: "Needs `delete`, `delete_tags`, `delete_match` or `bump`; not together with `key`. What changes in the \
+                 tables that it reads is a matter of other rules.",
         example: "\"select code as dept from public.departments where id = :department_id\"",
     },
     Field {
@@ -1027,10 +1050,9 @@ pub(super) const LATER_AT_TOP: &[&str] = &[];
 pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
-        Table::Top | Table::Redis | Table::Admin | Table::Defaults => &[],
+        Table::Top | Table::Redis | Table::Admin | Table::Defaults | Table::Rule => &[],
         Table::Stream | Table::Publish | Table::On => &[],
         Table::Query => &["sql", "shape", "keys", "min_interval", "max_keys", "every"],
-        Table::Rule => &["delete_tags", "tags"],
     }
 }
 

@@ -77,8 +77,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
     let when = section.parsed("when", expression);
     let key = section.parsed("key", |text| template(text, Template::parse));
     let write = write_action(&mut section, key, defaults);
-    let delete =
-        section.list("delete", |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value);
+    let delete = templates(&mut section, "delete");
     let settled = settled(&mut section);
     let lookup = lookup(&mut section);
     let redelete = section.choice("redelete").is_none_or(|choice| choice.value == "settled");
@@ -181,13 +180,14 @@ fn write_action(
     let owns = section.flag("owns").unwrap_or(false);
     let until = section.parsed("expire_at", expression);
     let keep = section.flag("keep_ttl").unwrap_or(false);
+    let tags = templates(section, "tags");
     let own = Defaults::read(section);
     section.given("key")?;
     let is_member = matches!(value, Some(Value::Member { .. }));
     if is_member {
         refuse(
             section,
-            &["ttl", "jitter", "every", "expire_at", "keep_ttl", "write", "on_delete"],
+            &["ttl", "jitter", "every", "expire_at", "keep_ttl", "write", "on_delete", "tags"],
             "a set or sorted set",
         );
     }
@@ -201,6 +201,9 @@ fn write_action(
         check_needs_ttl(section, &own, defaults);
     }
     let settings = own.or(defaults);
+    if !is_member && settings.present_only != Some(true) {
+        check_tags(section);
+    }
     if settings.warm == Some(false) {
         refuse(section, &["every"], "a rule with `warm = false`");
     }
@@ -227,7 +230,22 @@ fn write_action(
         every: every.filter(|_| warm && matches!(life, Life::Ttl(..))),
         life,
         audit: settings.audit.flatten(),
+        tags,
     })
+}
+
+/// A key that must be there as long as its row is cannot go with a tag.
+fn check_tags(section: &mut Section<'_, '_>) {
+    let Some(span) = section.given("tags") else { return };
+    let title = "`tags` needs `write = \"present\"`";
+    let label = "what deletes by tag would delete a key that must be there";
+    let problem = section.error(Code::MissingPartner, title, span, label);
+    let problem = problem.help("if it is a cache that the application fills, add:  write = \"present\"");
+    section.report(problem.help("else leave `tags` out: the key follows its row by itself"));
+}
+
+fn templates(section: &mut Section<'_, '_>, name: &'static str) -> Vec<Spanned<Template>> {
+    section.list(name, |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value)
 }
 
 /// What the key holds. Each kind of value has fields of its own.
@@ -319,14 +337,12 @@ fn columns(section: &mut Section<'_, '_>) -> Option<Spanned<ColumnSelection>> {
 }
 
 /// What a rule can do; it does at least one of these.
-pub(crate) const ACTIONS: &[&str] = &["key", "delete", "delete_match", "bump", "stream", "publish"];
+pub(crate) const ACTIONS: &[&str] = &["key", "delete", "delete_tags", "delete_match", "bump", "stream", "publish"];
 
 /// What waits until a change is visible.
 fn settled(section: &mut Section<'_, '_>) -> Settled {
-    let templates = |section: &mut Section<'_, '_>, name| {
-        section.list(name, |text| template(text, Template::parse)).map_or_else(Vec::new, |list| list.value)
-    };
     Settled {
+        delete_tags: templates(section, "delete_tags"),
         delete_match: templates(section, "delete_match"),
         bump: templates(section, "bump"),
         stream: section.subsection("stream", Table::Stream, |stream| {
@@ -341,7 +357,7 @@ fn settled(section: &mut Section<'_, '_>) -> Settled {
 }
 
 /// What a rule with `lookup` can do; it does at least one of these.
-const WITH_LOOKUP: &[&str] = &["delete", "delete_match", "bump"];
+const WITH_LOOKUP: &[&str] = &["delete", "delete_tags", "delete_match", "bump"];
 
 /// `lookup`, which names keys that go. A written key must be known from its row alone.
 fn lookup(section: &mut Section<'_, '_>) -> Option<Spanned<Sql>> {
@@ -352,7 +368,7 @@ fn lookup(section: &mut Section<'_, '_>) -> Option<Spanned<Sql>> {
         let problem = section.error(Code::Excluded, title, span, "a key is written from its row alone");
         section.report(problem.help("let a rule of its own delete the keys that need it"));
     } else if WITH_LOOKUP.iter().all(|name| section.given(name).is_none()) {
-        let title = "`lookup` needs `delete`, `delete_match` or `bump`";
+        let title = "`lookup` needs `delete`, `delete_tags`, `delete_match` or `bump`";
         let problem = section.error(Code::MissingPartner, title, span, "nothing uses what it finds");
         section.report(problem.help("add:  delete = [\"list:{name}\"], where `name` is a column of the result"));
     }
@@ -531,9 +547,11 @@ pub(super) fn check_vars(
         Value::Row(_) => None,
     });
     let of_keys = write.map(|write| &write.key.value).into_iter().chain(delete.iter().map(|key| &key.value));
-    let Settled { delete_match, bump, stream, publish } = settled;
+    let of_keys = of_keys.chain(write.iter().flat_map(|write| &write.tags).map(|tag| &tag.value));
+    let Settled { delete_match, delete_tags, bump, stream, publish } = settled;
     let of_stream = stream.as_ref().map(|stream| &stream.key);
-    let later = delete_match.iter().chain(bump).chain(of_stream).chain(publish).map(|template| &template.value);
+    let stale = delete_match.iter().chain(delete_tags).chain(bump);
+    let later = stale.chain(of_stream).chain(publish).map(|template| &template.value);
     let templates = of_keys.chain(of_value).chain(later).chain(vars.iter().map(|(_, var)| &var.value));
     let used: HashSet<&str> = templates.flat_map(Template::placeholders).map(|part| part.name.as_str()).collect();
     for (name, _) in vars.iter().filter(|(name, _)| !used.contains(name.value.as_str())) {
@@ -551,6 +569,8 @@ pub(super) fn fingerprint(rule: &Rule) -> String {
         names
     };
     let names = |names: &[Spanned<String>]| sorted(names.iter().map(|name| name.value.clone()).collect());
+    let texts =
+        |templates: &[Spanned<Template>]| sorted(templates.iter().map(|key| key.value.text().to_owned()).collect());
     let write = rule.write.as_ref().map(|write| {
         let mut canonical = serde_json::json!({
             "key": write.key.value.text(),
@@ -590,6 +610,9 @@ pub(super) fn fingerprint(rule: &Rule) -> String {
             Life::Keep => canonical["keep_ttl"] = true.into(),
             Life::Forever | Life::Ttl(Lifetime::Constant(_), _) => {}
         }
+        if !write.tags.is_empty() {
+            canonical["tags"] = texts(&write.tags).into();
+        }
         canonical
     });
     let mut canonical = serde_json::json!({
@@ -598,13 +621,16 @@ pub(super) fn fingerprint(rule: &Rule) -> String {
         "on": [rule.on.insert, rule.on.update, rule.on.delete],
         "vars": sorted_pairs(rule.vars.iter().map(|(name, var)| (name.value.as_str(), var.value.text()))),
         "write": write,
-        "delete": sorted(rule.delete.iter().map(|key| key.value.text().to_owned()).collect()),
-        "delete_match": sorted(rule.settled.delete_match.iter().map(|key| key.value.text().to_owned()).collect()),
-        "bump": sorted(rule.settled.bump.iter().map(|key| key.value.text().to_owned()).collect()),
+        "delete": texts(&rule.delete),
+        "delete_match": texts(&rule.settled.delete_match),
+        "bump": texts(&rule.settled.bump),
         "lookup": rule.lookup.as_ref().map(|lookup| lookup.value.text()),
         "changed": rule.changed.as_deref().map(names),
         "when": rule.when.as_ref().map(|when| when.value.text()),
     });
+    if !rule.settled.delete_tags.is_empty() {
+        canonical["delete_tags"] = texts(&rule.settled.delete_tags).into();
+    }
     if let Some(lookup) = &rule.lookup {
         canonical["lookup"] = lookup.value.text().into();
     }

@@ -259,6 +259,16 @@ fn mistakes_in_lookups() {
 }
 
 #[test]
+fn mistakes_in_tags() {
+    let shown = rules([
+        "table = \"public.faculty\"\nkey = \"a:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\ntags = [\"a\"]",
+        "table = \"public.faculty\"\nkey = \"a\"\nvalue = \"set\"\nmember = \"{id}\"\ntags = [\"a\"]",
+        "table = \"public.faculty\"\ntags = [\"a\"]\ndelete_tags = [\"{id}\", \"a\", \"a\"]",
+    ]);
+    insta::assert_snapshot!(shown);
+}
+
+#[test]
 fn mistakes_in_queries() {
     let on = "[[query.page.on]]\ntable = \"public.products\"\n";
     let key = "key = \"page:{category}\"\n";

@@ -1,4 +1,4 @@
-//! What a change does once whoever reads the tables sees it: `redelete`, `delete_match`, `bump`, `stream`, `publish`.
+//! What a change does once whoever reads the tables sees it: `redelete`, `delete_tags`, `delete_match`, `bump`, `stream`, `publish`.
 //!
 //! It is planned with the change, into a batch of its own that waits until the change's transaction is visible.
 
@@ -48,6 +48,9 @@ pub(super) fn change(
                 Err(_) => settled.sweep(rule.rule, matching.pattern.clone()),
             }
         }
+    }
+    for tag in &rule.settled.delete_tags {
+        rows_of(tag).for_each(|row| delete_tag(tag, row, settled));
     }
     if let Some(lookup) = &rule.lookup {
         let old = old.filter(|_| images.old_is_full || lookup.in_identity);
@@ -115,6 +118,7 @@ pub fn everything(
     for matching in &rule.settled.delete_match {
         settled.sweep(rule.rule, matching.pattern.clone());
     }
+    rule.settled.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
     let point = (transaction.epoch, transaction.commit_lsn);
     let generation = match op {
         // Where the stream stands at a gap is where the next transaction may commit, or where it stood at the gap before.
@@ -150,6 +154,7 @@ pub fn everything(
 pub fn looked_up(ask: &Question, found: &[Option<&str>], settled: &mut Batch) {
     let (lookup, row) = (&ask.lookup, ask.row(found));
     lookup.delete.iter().for_each(|key| delete(lookup.rule, key, &row, settled));
+    lookup.delete_tags.iter().for_each(|tag| delete_tag(tag, &row, settled));
     let globs = lookup.delete_match.iter().filter_map(|matching| matching.render(&row).ok());
     globs.for_each(|glob| settled.sweep_matching(glob));
     lookup.bump.iter().for_each(|key| bump(lookup.rule, key, &row, &generation(ask.generation), settled));
@@ -159,6 +164,17 @@ pub fn looked_up(ask: &Question, found: &[Option<&str>], settled: &mut Batch) {
 /// is no earlier one.
 pub fn everything_looked_up(lookup: &BoundLookup, settled: &mut Batch) {
     lookup.patterns().for_each(|pattern| settled.sweep(lookup.rule, pattern.clone()));
+    lookup.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
+}
+
+/// Where it is not known which tag it is, all of them go (I9).
+fn delete_tag(tag: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) {
+    let mut name = Vec::new();
+    match tag.render(row, &mut name) {
+        Rendered::Done => settled.sweep_tag(name),
+        Rendered::Null => {}
+        Rendered::Unknown => settled.sweep_tags(tag.pattern.clone()),
+    }
 }
 
 fn delete(rule: u16, key: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) {

@@ -25,7 +25,7 @@ use super::key::{Column, Lost};
 use super::lookup::BoundLookup;
 use super::pattern::Pattern;
 use super::sql::Sql;
-use super::template::{Part, Placeholder, RESERVED, Template, place};
+use super::template::{Part, Placeholder, RESERVED, TAG, Template, place};
 use crate::batch::{Form, Of};
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::{ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Settled, Spanned, Value};
@@ -69,10 +69,26 @@ impl BoundRule {
         !self.settled.is_empty() || self.lookup.is_some()
     }
 
-    /// What each of its key templates, written and deleted ones, can make.
+    /// What each of its key templates, written and deleted ones and those of tags, can make.
     pub fn forms(&self) -> Vec<KeyForm> {
-        let written = self.write.iter().map(|write| &write.key);
-        written.chain(self.deletes()).map(|key| key.form.clone()).collect()
+        let written = self.write.iter().flat_map(|write| std::iter::once(&write.key).chain(write.tag_keys()));
+        written.chain(self.deletes()).chain(self.delete_tags()).map(|key| key.form.clone()).collect()
+    }
+
+    /// What whoever deletes by tag must know of the rule.
+    pub fn tagging(&self) -> Tagging {
+        let of_write = |write: &&BoundWrite| !write.present_only;
+        let written = self.write.iter().filter(of_write).map(|write| &write.key).chain(self.settled.keys());
+        let tagged = self.write.iter().flat_map(|write| write.tags.iter().map(move |tag| (tag, write)));
+        Tagging {
+            kept: written.map(|key| key.pattern.clone()).collect(),
+            registered: tagged.map(|(tag, write)| (tag.key.pattern.clone(), write.key.pattern.clone())).collect(),
+        }
+    }
+
+    /// The tags that a change makes stale, whether they have to be looked up or not.
+    pub fn delete_tags(&self) -> impl Iterator<Item = &BoundKey> {
+        self.settled.delete_tags.iter().chain(self.lookup.iter().flat_map(|lookup| &lookup.delete_tags))
     }
 
     /// The templates of the keys that a change makes stale, each with its key; `rule` is the one that was bound.
@@ -101,6 +117,8 @@ impl BoundRule {
 pub struct BoundSettled {
     /// Keys that match go.
     pub delete_match: Vec<BoundMatch>,
+    /// Tags that go with their keys.
+    pub delete_tags: Vec<BoundKey>,
     /// Keys that get a new generation.
     pub bump: Vec<BoundKey>,
     /// An entry is added to a stream.
@@ -116,7 +134,7 @@ pub struct BoundSettled {
 impl BoundSettled {
     /// Whether there is anything to do.
     pub fn is_empty(&self) -> bool {
-        self.delete_match.is_empty() && self.keys().next().is_none()
+        self.delete_match.is_empty() && self.delete_tags.is_empty() && self.keys().next().is_none()
     }
 
     /// What it writes to: generations, the stream, the channel.
@@ -153,6 +171,8 @@ pub struct BoundWrite {
     pub keep_on_delete: bool,
     /// The rule's `owns`.
     pub owns: bool,
+    /// Sets that the key is a member of as long as the row counts.
+    pub tags: Vec<BoundTag>,
 }
 
 /// A member of a set.
@@ -160,8 +180,26 @@ pub struct BoundWrite {
 pub struct BoundMember {
     /// It, as a key without a prefix.
     pub text: BoundKey,
-    /// Whether it has a score.
-    pub sorted: bool,
+    /// What it is a member of.
+    pub of: Of,
+}
+
+/// A tag of a written key.
+#[derive(Clone, Debug)]
+pub struct BoundTag {
+    /// The key of the set.
+    pub key: BoundKey,
+    /// The written key, without the prefix.
+    pub member: BoundMember,
+}
+
+/// What whoever deletes by tag must know of a rule.
+#[derive(Clone, Debug, Default)]
+pub struct Tagging {
+    /// Keys that stay, whatever tag somebody gave them.
+    pub kept: Vec<Pattern>,
+    /// Tags, and the keys that stay their members: their rows say so.
+    pub registered: Vec<(Pattern, Pattern)>,
 }
 
 /// What is written.
@@ -203,18 +241,16 @@ impl BoundLife {
     }
 }
 
-impl BoundMember {
-    /// What a cell with it is.
-    pub fn of(&self) -> Of {
-        if self.sorted { Of::SortedSet } else { Of::Set }
-    }
-}
-
 impl BoundWrite {
     /// What names the cell, and the row: the key, and the member.
     pub fn named_by(&self) -> impl Iterator<Item = &BoundKey> {
         let text = if let Some(BoundValue::Text(text)) = &self.value { Some(text) } else { None };
         std::iter::once(&self.key).chain(self.member.as_ref().map(|member| &member.text)).chain(text)
+    }
+
+    /// The keys of its tags.
+    pub fn tag_keys(&self) -> impl Iterator<Item = &BoundKey> {
+        self.tags.iter().map(|tag| &tag.key)
     }
 
     /// Whether every key that the template can have made is the rule's own, so that one without a row may be searched for
@@ -290,6 +326,8 @@ pub fn bind(
     scope.check_identity(&mut problems);
     let key = rule.write.as_ref().and_then(|write| scope.key(&write.key, &mut problems));
     let member = rule.write.as_ref().and_then(|write| scope.member(&write.value, &mut problems));
+    let tags = rule.write.iter().flat_map(|write| write.tags.iter().map(move |tag| (write, tag)));
+    let tags = tags.filter_map(|(write, tag)| scope.written_tag(&write.key, tag, &mut problems)).collect();
     let delete: Vec<_> = rule.delete.iter().filter_map(|template| wide.key(template, &mut problems)).collect();
     if let (Some(write), Some(key)) = (&rule.write, &key) {
         problems.extend(scope.shared_key(&write.key, key, member.as_ref()));
@@ -303,13 +341,15 @@ pub fn bind(
         present_only: write.present_only,
         keep_on_delete: write.keep_on_delete,
         owns: write.owns,
+        tags,
     });
     let settled = scope.settled(&wide, &mut problems);
     let Parted { delete, settled, lookup } = wide.part(rule_index, delete, settled, &mut problems);
     let changed = rule.changed.as_ref().and_then(|names| {
         let mut places = scope.places(names, &mut lossy)?;
-        let written = write.iter().flat_map(BoundWrite::named_by);
-        places.extend(written.chain(&delete).chain(settled.keys()).flat_map(BoundKey::columns));
+        let written = write.iter().flat_map(|write| write.named_by().chain(write.tag_keys()));
+        let keys = written.chain(&delete).chain(settled.keys()).chain(&settled.delete_tags);
+        places.extend(keys.flat_map(BoundKey::columns));
         places.extend(settled.delete_match.iter().flat_map(BoundMatch::columns));
         places.extend(lookup.iter().flat_map(|lookup| lookup.row.iter().copied()));
         places.extend(when.iter().flat_map(|when| when.columns()));
@@ -352,7 +392,8 @@ fn looked_up(rule: &Rule, relation: &Relation) -> Vec<Spanned<String>> {
 
 /// Every placeholder of the templates that name stale keys.
 fn naming_placeholders(rule: &Rule) -> impl Iterator<Item = (&Spanned<Template>, &Placeholder)> {
-    let templates = rule.delete.iter().chain(&rule.settled.delete_match).chain(&rule.settled.bump);
+    let Settled { delete_match, delete_tags, bump, .. } = &rule.settled;
+    let templates = rule.delete.iter().chain(delete_match).chain(delete_tags).chain(bump);
     templates.flat_map(|template| placeholders(rule, template))
 }
 
@@ -449,6 +490,32 @@ impl Scope<'_> {
         Some(key)
     }
 
+    /// A tag's set.
+    fn tag(&self, template: &Spanned<Template>, problems: &mut Vec<BindProblem>) -> Option<BoundKey> {
+        let mut pieces = self.pieces(template, true, problems)?;
+        match pieces.first_mut() {
+            Some(Piece::Literal(first)) => *first = format!("{TAG}{first}").into(),
+            _ => pieces.insert(0, Piece::Literal(TAG.into())),
+        }
+        let key = BoundKey::new(self.prefix, pieces, |place| self.is_identity(place));
+        if self.has_identity() && self.rule.on.delete {
+            problems.extend(self.outside_identity(template, &key));
+        }
+        Some(key)
+    }
+
+    /// A tag of the written key, which stands in it without the prefix of `[redis]`: that way what is written under several
+    /// prefixes is the same, and no member can name a key outside.
+    fn written_tag(
+        &self,
+        key: &Spanned<Template>,
+        tag: &Spanned<Template>,
+        problems: &mut Vec<BindProblem>,
+    ) -> Option<BoundTag> {
+        let text = self.text(key, &mut Vec::new());
+        Some(BoundTag { key: self.tag(tag, problems)?, member: BoundMember { text: text?, of: Of::Tag } })
+    }
+
     /// A key that could be one of keepstep's own.
     fn reserved(&self, template: &Spanned<Template>, pattern: &Pattern) -> Option<BindProblem> {
         let reserved = Pattern::beginning_with(format!("{}{RESERVED}", self.prefix).as_bytes());
@@ -459,9 +526,10 @@ impl Scope<'_> {
     /// What waits until the change is visible.
     /// In the `wide` scope keys may need what is looked up.
     fn settled(&self, wide: &Scope<'_>, problems: &mut Vec<BindProblem>) -> BoundSettled {
-        let Settled { delete_match, bump, stream, publish } = &self.rule.settled;
+        let Settled { delete_match, delete_tags, bump, stream, publish } = &self.rule.settled;
         let mut settled = BoundSettled {
             delete_match: delete_match.iter().filter_map(|template| wide.matching(template, problems)).collect(),
+            delete_tags: delete_tags.iter().filter_map(|template| wide.tag(template, problems)).collect(),
             bump: bump.iter().filter_map(|template| wide.key(template, problems)).collect(),
             publish: publish.as_ref().and_then(|channel| self.key(channel, problems)),
             stream: stream.as_ref().and_then(|stream| {
@@ -497,6 +565,7 @@ impl Scope<'_> {
         let needs = |columns: &[usize]| columns.iter().any(|place| *place >= width);
         let (looked_up, delete) = delete.into_iter().partition(|key: &BoundKey| needs(&key.columns()));
         let matches = std::mem::take(&mut settled.delete_match).into_iter();
+        let tags = std::mem::take(&mut settled.delete_tags).into_iter();
         let bumps = std::mem::take(&mut settled.bump).into_iter();
         let mut lookup = BoundLookup {
             rule,
@@ -508,14 +577,16 @@ impl Scope<'_> {
             width,
             delete: looked_up,
             delete_match: Vec::new(),
+            delete_tags: Vec::new(),
             bump: Vec::new(),
         };
+        (lookup.delete_tags, settled.delete_tags) = tags.partition(|key| needs(&key.columns()));
         (lookup.delete_match, settled.delete_match) = matches.partition(|matching| needs(&matching.columns()));
         (lookup.bump, settled.bump) = bumps.partition(|key| needs(&key.columns()));
         if self.looked_up.is_empty() {
             problems.push(BindProblem::IdleLookup { span: sql.span.clone() });
         }
-        let keys = lookup.delete.iter().chain(&lookup.bump).flat_map(BoundKey::columns);
+        let keys = lookup.delete.iter().chain(&lookup.delete_tags).chain(&lookup.bump).flat_map(BoundKey::columns);
         let matches = lookup.delete_match.iter().flat_map(BoundMatch::columns);
         let parameters = lookup.parameters.iter().map(|(place, _)| *place);
         let mut row: Vec<usize> = keys.chain(matches).chain(parameters).filter(|place| *place < width).collect();
@@ -583,7 +654,7 @@ impl Scope<'_> {
         if self.has_identity() && self.rule.on.delete {
             problems.extend(self.outside_identity(member, &text));
         }
-        Some(BoundMember { text, sorted: score.is_some() })
+        Some(BoundMember { text, of: if score.is_some() { Of::SortedSet } else { Of::Set } })
     }
 
     /// A template that is no key.

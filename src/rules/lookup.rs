@@ -37,6 +37,8 @@ pub struct BoundLookup {
     pub delete: Vec<BoundKey>,
     /// Keys that match go.
     pub delete_match: Vec<BoundMatch>,
+    /// Tags that go with their keys.
+    pub delete_tags: Vec<BoundKey>,
     /// Keys that get a new generation.
     pub bump: Vec<BoundKey>,
 }
@@ -52,7 +54,7 @@ impl BoundLookup {
         self.row.iter().map(value).collect()
     }
 
-    /// Everything that its templates can have made.
+    /// Everything that its templates can have made, tags apart.
     pub fn patterns(&self) -> impl Iterator<Item = &Pattern> {
         let keys = self.delete.iter().chain(&self.bump).map(|key| &key.pattern);
         keys.chain(self.delete_match.iter().map(|matching| &matching.pattern))
@@ -166,6 +168,7 @@ pub(crate) mod tests {
             width: 4,
             delete: Vec::new(),
             delete_match: Vec::new(),
+            delete_tags: Vec::new(),
             bump: Vec::new(),
         })
     }

@@ -2,7 +2,7 @@
 //!
 //! The keys of a template are compared as languages (see [`crate::rules::pattern`]), so nothing depends on the rows
 //! that happen to be there. Two rules that only delete may share keys freely, as may two that write the same generation
-//! or to the same stream.
+//! or to the same stream, or that put members into the same tag: a tag that is deleted keeps those.
 
 use super::bind::BoundRule;
 use super::pattern::Pattern;
@@ -27,6 +27,8 @@ enum Written {
     Generation,
     /// `stream`
     Entries,
+    /// `tags`
+    Members,
 }
 
 /// The keys that two of the rules would fight for; each pair of templates is reported once.
@@ -41,8 +43,8 @@ pub fn check_overlaps(bound: &[(&Rule, &BoundRule)]) -> Vec<Diagnostic> {
             }
         }
     }
-    for deleting in bound.iter().flat_map(|(rule, bound)| deleted(rule, bound)) {
-        for (_, writing) in &written {
+    for (is_tag, deleting) in bound.iter().flat_map(|(rule, bound)| deleted(rule, bound)) {
+        for (_, writing) in written.iter().filter(|(what, _)| !is_tag || *what != Written::Members) {
             if let Some(key) = writing.pattern.common_key(deleting.pattern) {
                 found.push(writes_and_deletes(writing, &deleting, &key));
             }
@@ -57,18 +59,24 @@ fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Wr
     let generations = rule.settled.bump.iter().zip(bound.settled.bump.iter().chain(looked_up));
     let streams = rule.settled.stream.iter().map(|stream| &stream.key);
     let entries = streams.zip(bound.settled.stream.iter().map(|stream| &stream.key));
+    let tags = rule.write.iter().flat_map(|write| &write.tags);
+    let tags = tags.zip(bound.write.iter().flat_map(|write| write.tag_keys()));
     let all = value.map(|pair| (Written::Value, pair));
+    let all = all.chain(tags.map(|pair| (Written::Members, pair)));
     let all = all.chain(generations.map(|pair| (Written::Generation, pair)));
     let all = all.chain(entries.map(|pair| (Written::Entries, pair)));
     all.map(move |(what, (template, key))| (what, Owned { rule, template, pattern: &key.pattern }))
 }
 
-fn deleted<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = Owned<'a>> {
+/// Templates of keys, and of tags, that go.
+fn deleted<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (bool, Owned<'a>)> {
     let keys = bound.delete_templates(rule).into_iter().map(|(template, key)| (template, &key.pattern));
     let looked_up = bound.lookup.iter().flat_map(|lookup| &lookup.delete_match);
     let matching = bound.settled.delete_match.iter().chain(looked_up).map(|matching| &matching.pattern);
     let all = keys.chain(rule.settled.delete_match.iter().zip(matching));
-    all.map(move |(template, pattern)| Owned { rule, template, pattern })
+    let tags = rule.settled.delete_tags.iter().zip(bound.delete_tags().map(|tag| &tag.pattern));
+    let all = all.map(|pair| (false, pair)).chain(tags.map(|pair| (true, pair)));
+    all.map(move |(is_tag, (template, pattern))| (is_tag, Owned { rule, template, pattern }))
 }
 
 fn both_write(first: &Owned<'_>, second: &Owned<'_>, key: &[u8]) -> Diagnostic {

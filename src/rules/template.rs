@@ -16,6 +16,9 @@ use crate::suggest::nearest;
 /// keepstep's own keys begin with it, behind the prefix of `[redis]`.
 pub const RESERVED: &str = "keepstep:";
 
+/// The sets that are tags begin with it, behind the prefix of `[redis]`.
+pub const TAG: &str = "tag:";
+
 /// A parsed template.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Template {

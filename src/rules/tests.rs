@@ -369,6 +369,15 @@ fn old_rows_that_are_not_logged() {
 }
 
 #[test]
+fn tags_of_rows_that_are_not_logged() {
+    let tagged = "write = \"present\"\ntags = [\"cat:{category_id}\", \"id:{id}\"]\n";
+    insta::assert_snapshot!(shown(
+        &products(),
+        &[&(json_rule("p:{id}") + tagged), "delete_tags = [\"cat:{category_id}\", \"colour:{colour}\"]"]
+    ));
+}
+
+#[test]
 fn partitions_that_log_less() {
     let leaf = |name: &str, identity, columns: &[&str]| Leaf {
         name: TableName { schema: "public".to_owned(), name: name.to_owned() },
@@ -451,6 +460,13 @@ fn keys_that_rules_fight_for() {
         report(&[write("product", "product:{id}") + "bump = [\"product:{id}\"]\nstream = { key = \"product:1\" }\n"]),
     ];
     insta::assert_snapshot!(reports.join("\n"));
+    let tagged = "write = \"present\"\ntags = [\"{category_id}\"]\n".replace("[\"", "[\"cat:");
+    let reports = [
+        report(&[write("product", "product:{id}") + &tagged, delete("all", "tag:cat:{id}")]),
+        report(&[write("product", "product:{id}") + &tagged, write("set", "tag:{sku}")]),
+        report(&[write("set", "tag:cat:{id}"), of("stale", "delete_tags = [\"cat:{id}\"]")]),
+    ];
+    insta::assert_snapshot!("tags_that_rules_fight_for", reports.join("\n"));
     let apart = [
         write("by-id", "product:{id}"),
         write("cart", "product:{id}:cart"),
@@ -459,6 +475,9 @@ fn keys_that_rules_fight_for() {
         delete("b", "list:{sku}:{name}"),
         of("matching", "delete_match = [\"list:*\", \"page:*:{id}\"]"),
         of("told", "bump = [\"gen:{id}\"]\nstream = { key = \"events\" }"),
+        write("tagged", "tagged:{id}") + &tagged,
+        write("tagged-too", "tagged-too:{id}") + &tagged,
+        of("stale", "delete_tags = [\"cat:{id}\"]"),
         of("told-too", "bump = [\"gen:{id}\"]\nstream = { key = \"events\" }"),
     ];
     assert_eq!(report(&apart), "");

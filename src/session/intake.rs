@@ -137,7 +137,10 @@ impl Intake {
 
     /// From now on the table has this shape and these rules.
     pub fn bind(&mut self, bound: BoundTable) {
-        self.claims.extend(bound.rules.iter().map(|rule| (rule.rule, Claim::Makes(rule.forms()))));
+        for rule in &bound.rules {
+            self.claims
+                .extend([Claim::Makes(rule.forms()), Claim::Tags(rule.tagging())].map(|claim| (rule.rule, claim)));
+        }
         let name = format!("{}.{}", bound.relation.schema, bound.relation.name);
         let counter = |op| self.metrics.changes_total.with_label_values(&[name.as_str(), op]);
         let [inserts, updates, deletes, truncates] = ["insert", "update", "delete", "truncate"].map(counter);

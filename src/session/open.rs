@@ -306,6 +306,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         flushed_at_start: streamed.flushed,
         server_end: streamed.flushed,
         looked_at: None,
+        forgot_at: Instant::now(),
         heartbeat_sent: now,
         reply_requested: false,
         checkpoint_due: false,

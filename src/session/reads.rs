@@ -511,6 +511,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         let pass = &*pass;
+        // Nothing may have come of the stream yet, and what a rule must hold is in no danger of a tag.
+        self.intake.say_claims(&mut self.batch);
         let gap = Transaction {
             commit_lsn: self.reached.lsn,
             commit_time: Timestamp::from_unix_us(report::now_us()),

@@ -428,14 +428,15 @@ impl Reader {
         self.say(Found::Piece(empty)).await
     }
 
-    /// How many cells there are in Redis, about: each key is one, or, where rows are members, each row.
+    /// How many cells there are in Redis, about: each key is one, and, where rows are members, each row.
     async fn cells_in_redis(&self, job: &TableJob, wanted: &Wanted) -> Result<u64> {
         let mut cells = Scan::key_count(&self.setting.redis).await?;
-        if wanted.has_members() {
+        let of_a_row = wanted.members_of_a_row();
+        if of_a_row > 0 {
             let sql = "select coalesce(sum(greatest(c.reltuples, 0)), 0)::int8::text from pg_catalog.pg_class c
                 where c.oid = $1 or c.oid in (select relid from pg_catalog.pg_partition_tree($1))";
             let row = query_one(&self.client, sql, &[(&job.table.relation.oid, Type::OID)]).await?;
-            cells += parse::<u64>(&row, 0)?;
+            cells += of_a_row * parse::<u64>(&row, 0)?;
         }
         Ok(cells)
     }

@@ -135,16 +135,18 @@ pub struct SearchJob {
 impl SearchJob {
     /// `None` if nothing is looked for.
     pub fn new(wanted: Wanted) -> Option<Self> {
-        let nothing = wanted.owned.is_empty() && wanted.former.is_empty();
+        let nothing = wanted.owned.is_empty() && wanted.tags.is_empty() && wanted.former.is_empty();
         (!nothing).then(|| SearchJob { wanted, known: Arc::new(Mutex::new(Search::new())) })
     }
 }
 
-/// Whose keys are looked for.
+/// Whose cells are looked for.
 pub struct Wanted {
-    /// Those that a rule makes.
+    /// Those of keys that a rule makes.
     pub owned: Vec<Owned>,
-    /// Those that a rule made before: no row renders them any more.
+    /// Those that a rule puts into tags.
+    pub tags: Vec<Tagged>,
+    /// Keys that a rule made before: no row renders them any more.
     pub former: Vec<(u16, Former)>,
 }
 
@@ -158,17 +160,51 @@ pub struct Owned {
     pub of: batch::Of,
 }
 
+/// What one rule puts into tags.
+pub struct Tagged {
+    /// Its number.
+    pub rule: u16,
+    /// What the tags are called.
+    pub tags: Pattern,
+    /// What the members are called.
+    pub members: Pattern,
+}
+
+/// A key with members, and the rule that has put all of them there; `None` is a tag, which several fill.
+struct Set {
+    key: Vec<u8>,
+    of: batch::Of,
+    rule: Option<u16>,
+}
+
 impl Wanted {
-    /// Whether some of them hold members.
-    pub fn has_members(&self) -> bool {
-        self.owned.iter().any(|owned| owned.of != batch::Of::Key)
+    /// How many cells a row is besides its key, about.
+    pub fn members_of_a_row(&self) -> u64 {
+        let sets = self.owned.iter().filter(|owned| owned.of != batch::Of::Key).count();
+        (sets + self.tags.len()) as u64
     }
 
-    /// The rule whose key it is, or was, and what its cells are.
-    fn owner(&self, key: &[u8]) -> Option<(u16, batch::Of)> {
-        let owned = self.owned.iter().find(|owned| owned.pattern.matches(key)).map(|owned| (owned.rule, owned.of));
-        let former = || self.former.iter().find(|(_, former)| former.matches(key));
-        owned.or_else(|| former().map(|(rule, _)| (*rule, batch::Of::Key)))
+    /// The set that this key is, if it is one.
+    fn set(&self, key: &[u8]) -> Option<Set> {
+        let set = |of, rule| Some(Set { key: key.to_vec(), of, rule });
+        if self.tags.iter().any(|tagged| tagged.tags.matches(key)) {
+            return set(batch::Of::Tag, None);
+        }
+        let owned = self.owned.iter().find(|owned| owned.pattern.matches(key))?;
+        if owned.of == batch::Of::Key { None } else { set(owned.of, Some(owned.rule)) }
+    }
+
+    /// The rule whose key it is, or was.
+    fn owner(&self, key: &[u8]) -> Option<u16> {
+        let owned = self.owned.iter().find(|owned| owned.pattern.matches(key)).map(|owned| owned.rule);
+        let former = || self.former.iter().find(|(_, former)| former.matches(key)).map(|(rule, _)| *rule);
+        owned.or_else(former)
+    }
+
+    /// The rule that has put the member into the set.
+    fn owner_of_member(&self, set: &Set, member: &[u8]) -> Option<u16> {
+        let tagger = || self.tags.iter().find(|tagged| tagged.tags.matches(&set.key) && tagged.members.matches(member));
+        set.rule.or_else(|| Some(tagger()?.rule))
     }
 }
 
@@ -177,23 +213,22 @@ pub struct Cells<'w> {
     wanted: &'w Wanted,
     scan: Scan,
     keys: VecDeque<Vec<u8>>,
-    members: Option<(Key, Members)>,
+    members: Option<(Set, Members)>,
 }
 
-/// A key of a rule.
-#[derive(Clone)]
-pub struct Key {
-    rule: u16,
-    of: batch::Of,
-    name: Vec<u8>,
-}
-
-/// Some cells.
+/// Some cells, each with its rule.
 pub enum Page {
     /// Each key is one.
-    Keys(Vec<Key>),
+    Keys(Vec<(u16, Vec<u8>)>),
     /// Each member of the key is one.
-    Members(Key, Vec<Vec<u8>>),
+    Members {
+        /// The key.
+        key: Vec<u8>,
+        /// What kind of member.
+        of: batch::Of,
+        /// The members.
+        members: Vec<(u16, Vec<u8>)>,
+    },
 }
 
 impl<'w> Cells<'w> {
@@ -205,22 +240,22 @@ impl<'w> Cells<'w> {
     /// Some cells, some of them twice; `None` at the end.
     pub async fn next(&mut self) -> Result<Option<Page>> {
         loop {
-            if let Some((key, members)) = &mut self.members {
+            if let Some((set, members)) = &mut self.members {
                 if let Some(page) = members.next().await? {
-                    return Ok(Some(Page::Members(key.clone(), page)));
+                    let wanted = |member: Vec<u8>| Some((self.wanted.owner_of_member(set, &member)?, member));
+                    let members = page.into_iter().filter_map(wanted).collect();
+                    return Ok(Some(Page::Members { key: set.key.clone(), of: set.of, members }));
                 }
                 self.members = None;
             }
             let mut keys = Vec::new();
-            while let Some(name) = self.keys.pop_front() {
-                let Some((rule, of)) = self.wanted.owner(&name) else { continue };
-                let key = Key { rule, of, name };
-                if of != batch::Of::Key {
-                    let members = self.scan.members(&key.name, of == batch::Of::SortedSet);
-                    self.members = Some((key, members));
+            while let Some(key) = self.keys.pop_front() {
+                if let Some(set) = self.wanted.set(&key) {
+                    let members = self.scan.members(&key, set.of == batch::Of::SortedSet);
+                    self.members = Some((set, members));
                     break;
                 }
-                keys.push(key);
+                keys.extend(self.wanted.owner(&key).map(|rule| (rule, key)));
             }
             if !keys.is_empty() {
                 return Ok(Some(Page::Keys(keys)));
@@ -236,17 +271,17 @@ impl<'w> Cells<'w> {
 }
 
 impl Page {
-    /// Each with its id.
+    /// The id of each.
     pub fn ids(&self, hasher: &CellHasher, mut visit: impl FnMut(CellId)) {
-        self.each(|key, member| visit(hasher.cell(&key.name, member)));
+        self.each(|_, _, key, member| visit(hasher.cell(key, member)));
     }
 
     /// Those that are orphans go into the batch, to be deleted.
     pub fn orphans(&self, hasher: &CellHasher, search: &Search, batch: &mut Batch) {
-        self.each(|key, member| {
-            if search.is_orphan(hasher.cell(&key.name, member)) {
-                batch.cell_of(key.rule, key.of, |out| {
-                    out.extend_from_slice(&key.name);
+        self.each(|rule, of, key, member| {
+            if search.is_orphan(hasher.cell(key, member)) {
+                batch.cell_of(rule, of, |out| {
+                    out.extend_from_slice(key);
                     let key_end = out.len();
                     out.extend_from_slice(member.unwrap_or_default());
                     Some(key_end)
@@ -255,10 +290,12 @@ impl Page {
         });
     }
 
-    fn each(&self, mut visit: impl FnMut(&Key, Option<&[u8]>)) {
+    fn each(&self, mut visit: impl FnMut(u16, batch::Of, &[u8], Option<&[u8]>)) {
         match self {
-            Page::Keys(keys) => keys.iter().for_each(|key| visit(key, None)),
-            Page::Members(key, members) => members.iter().for_each(|member| visit(key, Some(member))),
+            Page::Keys(keys) => keys.iter().for_each(|(rule, key)| visit(*rule, batch::Of::Key, key, None)),
+            Page::Members { key, of, members } => {
+                members.iter().for_each(|(rule, member)| visit(*rule, *of, key, Some(member)));
+            }
         }
     }
 }

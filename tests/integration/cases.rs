@@ -307,4 +307,4 @@ macro_rules! cases {
     )*};
 }
 
-cases!(rows conditions lives members stale later);
+cases!(rows conditions lives members stale later tags);

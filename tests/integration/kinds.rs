@@ -58,6 +58,15 @@ value     = "json"
 columns   = ["id", "name"]
 expire_at = "row.ends"
 
+[rule.card]
+table   = "public.players"
+when    = "row.active"
+key     = "card:{id}"
+value   = "json"
+columns = ["id", "name"]
+write   = "present"
+tags    = ["team:{team}", "active"]
+
 [rule.until-hash]
 table     = "public.players"
 key       = "uh:{id}"
@@ -80,6 +89,10 @@ const ORACLE: &str = "
                where active and rank is not null group by team
         union all select 'best', json_agg(id::text order by id::text collate \"C\"), null from players where rank > 50
                having count(*) > 0
+        union all select 'tag:team:' || team, json_agg('card:' || id order by ('card:' || id) collate \"C\"), null from players
+               where active and team is not null group by team
+        union all select 'tag:active', json_agg('card:' || id order by ('card:' || id) collate \"C\"), null from players
+               where active having count(*) > 0
         union all select 's:' || id, to_json(name || ' of ' || coalesce(team::text, 'nobody')), null from players
                where name is not null
         union all select 'until:' || players.id, to_json(row_to_json(shown)::text), extract(epoch from ends) * 1000
@@ -276,6 +289,8 @@ async fn spoil(stage: &Stage) -> BTreeSet<&'static str> {
     let () = cache.sadd(key("team:1"), "999").await.unwrap();
     let () = cache.srem(key("team:2"), "2").await.unwrap();
     let () = cache.sadd(key("team:777"), "7").await.unwrap();
+    let () = cache.sadd(key("tag:team:1"), "card:999").await.unwrap();
+    let () = cache.srem(key("tag:team:2"), "card:2").await.unwrap();
     let () = cache.zadd(key("top:1"), "p1", 5000).await.unwrap();
     let () = cache.zadd(key("top:2"), "p999", 1).await.unwrap();
     let () = cache.zrem(key("top:3"), "p3").await.unwrap();
@@ -287,9 +302,10 @@ async fn spoil(stage: &Stage) -> BTreeSet<&'static str> {
     let () = cache.set(key("s:1"), "other").await.unwrap();
     let () = cache.expire(key("until:1"), 5000).await.unwrap();
     let () = cache.expire(key("uh:1"), 5000).await.unwrap();
+    let tags = ["tag:team:1 card:999", "tag:team:2 card:2"];
     let members = ["team:1 999", "team:2 2", "team:777 7", "top:1 p1", "top:2 p999", "top:3 p3"];
     let keys = ["h:1", "h:2", "h:3", "h:4", "h:9999", "s:1", "until:1", "uh:1"];
-    members.into_iter().chain(keys).collect()
+    members.into_iter().chain(tags).chain(keys).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -328,7 +344,7 @@ async fn a_reconcile_mends_faults_in_every_kind() {
 async fn keys_of_another_type_are_replaced_and_complete() {
     let (stage, _daemon, _) = warm().await;
     let mut cache = stage.cache().await;
-    for key in ["team:1", "top:1", "h:1", "best"] {
+    for key in ["team:1", "top:1", "h:1", "best", "tag:team:1"] {
         let () = cache.del(format!("{}{key}", Stage::PREFIX)).await.unwrap();
         stage.put(key, "an application's").await;
     }

@@ -29,6 +29,7 @@ mod redis_side;
 mod source;
 mod source_tls;
 mod steps;
+mod tags;
 mod tidy;
 mod told;
 mod tutorial;

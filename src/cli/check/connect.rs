@@ -217,13 +217,16 @@ async fn ask_redis(config: &Config, checked: Option<&Checked>, answers: &mut Vec
     if !facts.is_primary {
         answers.push(Answer::failed("it is a replica", "name the primary in `[redis] url`"));
     }
-    let is_member = |rule: &Rule| rule.write.as_ref().is_some_and(|write| matches!(write.value, Value::Member { .. }));
-    let has_members = config.rules.iter().any(is_member);
+    let has_members = |rule: &Rule| {
+        let write = rule.write.as_ref();
+        rule.has_tags() || write.is_some_and(|write| matches!(write.value, Value::Member { .. }))
+    };
+    let has_members = config.rules.iter().any(has_members);
     answers.push(match (facts.maxmemory, facts.eviction.as_str()) {
         (0, _) => Answer::ok("no memory limit (maxmemory 0)"),
         (_, policy) if policy.starts_with("allkeys") && has_members => Answer::failed(
             format!("maxmemory-policy {policy} may evict a set, which would come back with some of its members only"),
-            "CONFIG SET maxmemory-policy volatile-lru, or leave out the rules with `set` and `zset` values",
+            "CONFIG SET maxmemory-policy volatile-lru, or leave out the rules with `set` and `zset` values, and tags",
         ),
         (_, policy) if policy.starts_with("allkeys") => Answer::warning(
             format!(

@@ -13,9 +13,9 @@ use crate::cache::Cache;
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
 use crate::plan::BoundTable;
-use crate::rules::bind::{BoundMember, BoundRule, BoundWrite};
+use crate::rules::bind::{BoundRule, BoundTag, BoundWrite};
 use crate::snapshot::reader::TableJob;
-use crate::snapshot::search::{Owned, SearchJob, Wanted};
+use crate::snapshot::search::{Owned, SearchJob, Tagged, Wanted};
 
 impl<C: Cache + Send + 'static> Session<C> {
     /// The rules that say `audit`, by the largest share of each table.
@@ -67,6 +67,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
         let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
         let owned = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
+        let tags = reconciled.clone().flat_map(|rule| self.searched_tags(rule)).collect();
         let former: Vec<(u16, Former)> =
             reconciled.filter_map(|rule| Some((rule.rule, self.reads.former_of(rule.rule)?.clone()))).collect();
         let searched = former.iter().map(|(rule, _)| *rule).collect();
@@ -84,7 +85,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             filter: None,
             sample: 1.0,
             from,
-            search: SearchJob::new(Wanted { owned, former }),
+            search: SearchJob::new(Wanted { owned, tags, former }),
             barrier: !self.reads.barrier_passed,
         };
         Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst), &job) }, job))
@@ -98,8 +99,19 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn searched(&self, rule: &BoundRule) -> Option<Owned> {
         let searched = |write: &&BoundWrite| rule.on.delete && !write.keep_on_delete && write.is_owner();
         let write = rule.write.as_ref().filter(searched).filter(|_| is_readable(rule))?;
-        let of = write.member.as_ref().map_or(Of::Key, BoundMember::of);
+        let of = write.member.as_ref().map_or(Of::Key, |member| member.of);
         Some(Owned { rule: rule.rule, pattern: write.key.pattern.clone(), of })
+    }
+
+    /// What the rule's rows put into tags, if that is searched for members without a row.
+    fn searched_tags(&self, rule: &BoundRule) -> Vec<Tagged> {
+        let write = rule.write.as_ref().filter(|write| rule.on.delete && write.is_owner() && is_readable(rule));
+        let tags = write.iter().flat_map(|write| write.tags.iter().map(move |tag| (tag, write)));
+        let tagged = |(tag, write): (&BoundTag, &&BoundWrite)| {
+            let (tags, members) = (tag.key.pattern.clone(), write.key.pattern.under(b""));
+            Tagged { rule: rule.rule, tags, members }
+        };
+        tags.map(tagged).collect()
     }
 
     /// The next table of what somebody asked for.
@@ -122,6 +134,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
             let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
             let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
+            let all = table.rules.iter().filter(wanted).filter(|_| complete);
+            let tags = all.flat_map(|rule| self.searched_tags(rule));
             let job = TableJob {
                 table: only(&table, |rule| wanted(&rule)),
                 // Compared with the longest that a key may live.
@@ -129,7 +143,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 filter,
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
                 from: None,
-                search: SearchJob::new(Wanted { owned: owned.collect(), former: Vec::new() }),
+                search: SearchJob::new(Wanted { owned: owned.collect(), tags: tags.collect(), former: Vec::new() }),
                 barrier: !self.reads.barrier_passed,
             };
             let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
