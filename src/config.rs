@@ -267,6 +267,12 @@ pub struct Rule {
 }
 
 impl Rule {
+    /// Whether the key of a row may be missing: it is filled when it is asked for, not because the row is there.
+    pub fn may_miss(&self) -> bool {
+        let write = self.write.as_ref().filter(|write| !matches!(write.value, Value::Member { .. }));
+        write.is_some_and(|write| !write.warm || write.present_only)
+    }
+
     /// Whether it gives keys tags, or deletes by them.
     pub fn has_tags(&self) -> bool {
         let gives = self.write.as_ref().is_some_and(|write| !write.tags.is_empty());

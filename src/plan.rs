@@ -10,14 +10,14 @@ use crate::decode::value::{self, ValueError};
 use crate::model::{Change, Datum, Lsn, OldTuple, Relation, Timestamp};
 use crate::rules::bind::{
     BoundKey, BoundLife, BoundMember, BoundRule, BoundTag, BoundValue, BoundWrite, FieldSource, HashField, JsonField,
-    Rendered,
+    Rendered, TEXT_BYTES_MAX,
 };
 use crate::rules::expression::{self, BoundExpression, EvalError, Image, Operation, Truth, Unevaluated};
 
 pub mod later;
 
 /// The largest value that is written. Redis refuses bulk strings over 512 MB, and the byte budget must hold.
-pub const VALUE_BYTES_MAX: usize = 64 << 20;
+pub const VALUE_BYTES_MAX: usize = TEXT_BYTES_MAX;
 
 /// A row whose TTL is this long has none: a million years. Redis counts no further than 2⁶³ ms from 1970.
 const LIFE_MS_ENDLESS: u64 = 1_000_000 * 365 * 86_400_000;
@@ -49,6 +49,8 @@ pub enum Noted {
     Unrendered(Unrendered),
     /// The log does not carry a TOASTed value that did not change: the key was deleted, until the row is read again.
     Incomplete(RowName),
+    /// Which key it is, the log does not say: all that the template can have made were deleted.
+    Swept,
 }
 
 /// The columns of a key and its member, by their places, and their values: they name one row. `None` is NULL.
@@ -210,16 +212,24 @@ pub fn change(
         is_update: matches!(change, Change::Update { .. }),
     };
     for rule in &table.rules {
-        if counts(rule, &change, &images, &table.relation, scratch.touched.is_some()) {
-            let noted = scratch.touched.as_mut();
-            let mut target = Target { rule: rule.rule, batch: &mut *batch, notes: &mut *notes, noted, touched: false };
-            apply_rule(rule, &images, &mut target, &mut scratch.random);
-            if let Some(settled) = &mut settled {
-                later::change(rule, &change, &images, table, transaction, settled);
-            }
-            if target.touched {
-                batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
-            }
+        let counts = counts(rule, &change, &images, &table.relation);
+        let moves = scratch.touched.is_some() && may_move(rule, &change);
+        if !(counts || moves) {
+            continue;
+        }
+        let noted = scratch.touched.as_mut();
+        let mut target = Target { rule: rule.rule, batch: &mut *batch, notes: &mut *notes, noted, touched: false };
+        if counts {
+            delete_stale(rule, &images, &mut target);
+        }
+        if let Some(write) = &rule.write {
+            follow(rule, write, &images, &mut target, &mut scratch.random);
+        }
+        if let (true, Some(settled)) = (counts, &mut settled) {
+            later::change(rule, &change, &images, table, transaction, settled);
+        }
+        if target.touched {
+            batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
         }
     }
     scratch.new = recycled(new);
@@ -279,15 +289,20 @@ fn complete<'r>(new: &mut [Datum<'r>], old: &[Datum<'r>]) {
     }
 }
 
-/// Whether the rule obeys this change. While tables are read each change of a written row counts: it can have moved the
-/// row from a chunk still to come into one that was read.
-fn counts(rule: &BoundRule, change: &Change<'_>, images: &Images<'_>, relation: &Relation, reading: bool) -> bool {
+/// Whether the change can have moved a written row from a chunk still to come into one that was read: while tables are read,
+/// what the rule writes follows each of them.
+fn may_move(rule: &BoundRule, change: &Change<'_>) -> bool {
+    matches!(change, Change::Update { .. }) && rule.on.update && rule.write.is_some()
+}
+
+/// Whether the rule obeys this change.
+fn counts(rule: &BoundRule, change: &Change<'_>, images: &Images<'_>, relation: &Relation) -> bool {
     match change {
         Change::Insert { .. } => rule.on.insert,
         Change::Delete { .. } => rule.on.delete,
         Change::Update { .. } => {
             let changed = |columns: &Vec<usize>| columns.iter().any(|column| has_changed(*column, images, relation));
-            rule.on.update && (reading && rule.write.is_some() || rule.changed.as_ref().is_none_or(changed))
+            rule.on.update && rule.changed.as_ref().is_none_or(changed)
         }
     }
 }
@@ -327,7 +342,12 @@ impl Target<'_> {
         match rendered {
             Rendered::Done => {}
             Rendered::Null => self.note(Noted::Keyless),
-            Rendered::Unknown => self.note(Noted::Unrendered(Unrendered::UnchangedToast)),
+            Rendered::TooLarge => self.note(Noted::Unrendered(Unrendered::TooLarge)),
+            // Which key it is, the log has left out: all of them (I9).
+            Rendered::Unknown => {
+                sweep(self.rule, key, self.batch);
+                self.note(Noted::Swept);
+            }
         }
         cell
     }
@@ -398,12 +418,20 @@ impl Target<'_> {
     }
 }
 
-fn apply_rule(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>, random: &mut u64) {
-    let when = rule.when.as_ref();
-    let (old_counts, new_counts) = match when {
+/// Which images count: the old one, and the new one.
+fn truths(rule: &BoundRule, images: &Images<'_>) -> (bool, Truth) {
+    match rule.when.as_ref() {
         None => (true, Truth::True),
-        Some(_) => (images.old_counts(when), images.new_counts(when)),
-    };
+        when => (images.old_counts(when), images.new_counts(when)),
+    }
+}
+
+/// The keys that the rule deletes because of a row.
+fn delete_stale(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>) {
+    if rule.delete.is_empty() {
+        return;
+    }
+    let (old_counts, new_counts) = truths(rule, images);
     for key in &rule.delete {
         let old = images.old_for(key, None).filter(|_| old_counts);
         // Where the old row may have counted and its key is not known, it may be that of the new one.
@@ -412,7 +440,11 @@ fn apply_rule(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>, ra
             target.delete(key, None, row);
         }
     }
-    let Some(write) = &rule.write else { return };
+}
+
+/// The key that the rule writes follows its row.
+fn follow(rule: &BoundRule, write: &BoundWrite, images: &Images<'_>, target: &mut Target<'_>, random: &mut u64) {
+    let (old_counts, new_counts) = truths(rule, images);
     let member = write.member.as_ref();
     let leaves_key = images.new.is_none() && write.keep_on_delete;
     if let Some(old) = images.old_for(&write.key, member).filter(|_| old_counts && !leaves_key) {
@@ -514,6 +546,7 @@ fn render(value: &BoundValue, row: &[Datum<'_>], out: &mut Vec<u8>) -> Result<()
         BoundValue::Text(text) => match text.render(row, out) {
             Rendered::Done => Ok(()),
             Rendered::Null => Err(Unrendered::Absent),
+            Rendered::TooLarge => Err(Unrendered::TooLarge),
             Rendered::Unknown => Err(Unrendered::UnchangedToast),
         },
         BoundValue::Score(score) => {
@@ -619,6 +652,12 @@ pub(crate) mod tests {
     use crate::model::{Column, ReplicaIdentity, Tuple};
     use crate::rules::bind::bind;
 
+    const LIMITS: Limits = Limits { ops: 100, bytes: 10_000 };
+
+    fn transaction() -> Transaction {
+        Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0), ordinal: 1, epoch: 7, visible: false }
+    }
+
     /// One rule, named `row`, on `public.rows` with these text columns; all in the replica identity.
     pub(crate) fn bound(rule: &str, columns: &[&str]) -> BoundTable {
         bound_with(rule, columns, columns)
@@ -687,11 +726,9 @@ pub(crate) mod tests {
             (old, Some(new)) => Change::Update { old, new: tuple(new) },
             (None, None) => unreachable!("a change has an image"),
         };
-        let mut batch = Batch::new(Limits { ops: 100, bytes: 10_000 }, 1);
+        let mut batch = Batch::new(LIMITS, 1);
         let mut notes = Vec::new();
-        let transaction =
-            Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0), ordinal: 1, epoch: 7, visible: false };
-        super::change(table, change, transaction, &mut Scratch::default(), &mut batch, None, &mut notes);
+        super::change(table, change, transaction(), &mut Scratch::default(), &mut batch, None, &mut notes);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let ops = batch.ops().map(|(_, op)| match op {
             CacheOp::Set { key, value, .. } => format!("{}={}", text(key), text(value)),
@@ -704,6 +741,7 @@ pub(crate) mod tests {
         let notes = notes.iter().map(|note| match &note.what {
             Noted::Keyless => "keyless".to_owned(),
             Noted::Unrendered(why) => why.label().to_owned(),
+            Noted::Swept => format!("swept:{}", batch.sweeps().len()),
             Noted::Incomplete(name) => {
                 let values = name.iter().map(|(place, value)| (place, value.as_deref().map(text)));
                 format!("read-again:{:?}", values.collect::<Vec<_>>())
@@ -734,7 +772,9 @@ pub(crate) mod tests {
             &["id", "v"],
             &["v"],
         );
-        check(&named, None, Some("~ 1"), "update unchanged_toast");
+        check(&named, None, Some("~ 1"), "update swept:1");
+        let stale = bound_with("delete = [\"r:{id}\"]\non = [\"insert\", \"update\"]", &["id", "v"], &["v"]);
+        check(&stale, None, Some("~ 1"), "update swept:1");
         let full = bound(rule, &["id", "v"]);
         check(&full, Some("1 long"), Some("1 ~"), r#"p:r:1={"id":"1","v":"long"}"#);
         check(&full, Some("1 long"), Some("2 ~"), r#"-p:r:1 p:r:2={"id":"2","v":"long"}"#);
@@ -773,6 +813,31 @@ pub(crate) mod tests {
         check(&narrow, None, Some("1 a x"), "update -p:list:a");
         check(&narrow, None, Some("1 a ~"), "update ");
         check(&narrow, None, Some("1 a x"), "-p:list:a");
+    }
+
+    #[test]
+    fn while_tables_are_read_only_what_is_written_follows_each_change() {
+        let rule = "key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"v\"]\ndelete = [\"list:{c}\"]\npublish = { channel = \"ch\" }\nchanged = [\"v\"]";
+        let table = bound(rule, &["id", "c", "v"]);
+        let row = text_tuple(&[Some("1"), Some("a"), Some("x")]);
+        let tuple = Tuple { columns: 3, bytes: &row };
+        let touched = Touched { hasher: CellHasher::default(), cells: Vec::new() };
+        for (touched, written) in [(None, 0), (Some(touched), 1)] {
+            let (mut batch, mut settled) = (Batch::new(LIMITS, 1), Batch::new(LIMITS, 1));
+            let mut scratch = Scratch { touched, ..Scratch::default() };
+            let change = Change::Update { old: Some(OldTuple::Full(tuple)), new: tuple };
+            super::change(&table, change, transaction(), &mut scratch, &mut batch, Some(&mut settled), &mut Vec::new());
+            assert_eq!((batch.len(), settled.is_empty()), (written, true));
+        }
+    }
+
+    #[test]
+    fn what_a_template_makes_of_a_large_value_is_too_large() {
+        let table = bound("key = \"r:{id}\"\nvalue = \"string\"\ntemplate = \"{v}\"", &["id", "v"]);
+        let large = "x".repeat(VALUE_BYTES_MAX + 1);
+        check(&table, None, Some(&format!("1 {large}")), "-p:r:1 too_large");
+        let table = bound("key = \"r:{v}\"\nvalue = \"string\"\ntemplate = \"{id}\"", &["id", "v"]);
+        check(&table, None, Some(&format!("1 {large}")), "too_large");
     }
 
     #[test]

@@ -129,6 +129,8 @@ impl Checkpoint {
 pub struct RuleSet {
     /// Their names, in the order of the rules' numbers.
     pub names: Vec<String>,
+    /// Whether keys of rows may be missing, in the same order.
+    pub may_miss: Vec<bool>,
     /// A hash over each, by name.
     pub fingerprints: BTreeMap<String, String>,
     /// A hash over all of them (hex).
@@ -145,7 +147,8 @@ impl RuleSet {
             hash.update(format!("{name}\0{fingerprint}\0"));
         }
         let names = rules.iter().map(|rule| rule.name.value.clone()).collect();
-        RuleSet { names, fingerprints, digest: hex(hash) }
+        let may_miss = rules.iter().map(Rule::may_miss).collect();
+        RuleSet { names, may_miss, fingerprints, digest: hex(hash) }
     }
 
     /// The digest, and whether keys are written under the same prefixes too: what a checkpoint remembers.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
-use crate::batch::{Batch, Claim, Members, Sweep};
+use crate::batch::{Batch, CacheOp, Claim, Members, Sweep};
 use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
 use crate::error::{Error, ErrorKind, Result};
@@ -425,7 +425,9 @@ impl Writer {
     /// is a gap to whoever follows them.
     fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = (&'b str, Debt)> + 'b {
         // With a member goes its whole key.
-        let lost = batch.ops().filter(|(_, op)| op.puts() || op.member().is_some()).map(|(rule, _)| (rule, Debt::Warm));
+        let must_be = |rule: u16, op: &CacheOp<'_>| op.puts() && !self.rules.may_miss[usize::from(rule)];
+        let lost = batch.ops().filter(move |(rule, op)| must_be(*rule, op) || op.member().is_some());
+        let lost = lost.map(|(rule, _)| (rule, Debt::Warm));
         let untold = batch.telling().map(|rule| (rule, Debt::Reconcile));
         lost.chain(untold).map(|(rule, debt)| (self.rules.names[usize::from(rule)].as_str(), debt))
     }

@@ -163,6 +163,9 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
             Noted::Incomplete(_) => format!(
                 "rule `{rule}`: an unchanged TOASTed value is not in the log, so the key is deleted until the row is read again"
             ),
+            Noted::Swept => format!(
+                "rule `{rule}`: an unchanged TOASTed value of the key is not in the log, so every key that can be it is deleted"
+            ),
         }
     });
     Ok(Planned { commands: shown(&batch, config), notes: notes.chain(asked).collect() })

@@ -4,14 +4,14 @@
 
 use std::sync::Arc;
 
-use crate::batch::{self, Batch, Form, Life};
+use crate::batch::{self, Batch, Cell, Form, Life};
 use crate::config::TableName;
 use crate::decode::value;
 use crate::model::{Change, Datum, Lsn};
 use crate::rules::bind::{BoundKey, BoundRule, BoundSettled, BoundStream, FieldSource, Rendered};
 use crate::rules::lookup::{BoundLookup, Question};
 
-use super::{BoundTable, Images, Transaction, sweep};
+use super::{BoundTable, Images, Transaction, VALUE_BYTES_MAX, sweep};
 
 /// What is told where changes were missed.
 pub const GAP: &str = "gap";
@@ -43,7 +43,7 @@ pub(super) fn change(
             match glob {
                 Ok(glob) => settled.sweep_matching(glob),
                 // No such keys.
-                Err(Rendered::Null) => {}
+                Err(Rendered::Null | Rendered::TooLarge) => {}
                 // Which ones it would be is not known: all of them (I9).
                 Err(_) => settled.sweep(rule.rule, matching.pattern.clone()),
             }
@@ -172,14 +172,29 @@ fn delete_tag(tag: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) {
     let mut name = Vec::new();
     match tag.render(row, &mut name) {
         Rendered::Done => settled.sweep_tag(name),
-        Rendered::Null => {}
+        Rendered::Null | Rendered::TooLarge => {}
         Rendered::Unknown => settled.sweep_tags(tag.pattern.clone()),
     }
 }
 
 fn delete(rule: u16, key: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) {
-    let cell = settled.cell(rule, |out| key.render(row, out) == Rendered::Done);
-    cell.into_iter().for_each(|cell| settled.delete(cell));
+    if let Some(cell) = cell(rule, key, row, settled) {
+        settled.delete(cell);
+    }
+}
+
+/// The row's key. Where the log has left out which one it is, all of them go (I9): a generation that is missing is no
+/// earlier one.
+fn cell(rule: u16, key: &BoundKey, row: &[Datum<'_>], settled: &mut Batch) -> Option<Cell> {
+    let mut rendered = Rendered::Done;
+    let cell = settled.cell(rule, |out| {
+        rendered = key.render(row, out);
+        rendered == Rendered::Done
+    });
+    if rendered == Rendered::Unknown {
+        sweep(rule, key, settled);
+    }
+    cell
 }
 
 /// `epoch-LSN`: it never comes twice, whatever is lost.
@@ -188,7 +203,7 @@ fn generation((epoch, commit_lsn): (u64, Lsn)) -> String {
 }
 
 fn bump(rule: u16, key: &BoundKey, row: &[Datum<'_>], generation: &str, settled: &mut Batch) {
-    let Some(cell) = settled.cell(rule, |out| key.render(row, out) == Rendered::Done) else { return };
+    let Some(cell) = cell(rule, key, row, settled) else { return };
     let written = settled.set(cell, Form::String, Life::Forever, false, |out| {
         out.extend_from_slice(generation.as_bytes());
         Ok::<_, std::convert::Infallible>(())
@@ -238,8 +253,9 @@ impl Told<'_> {
         out.extend_from_slice(format!(",\"lsn\":\"{}\"}}", self.transaction.commit_lsn).as_bytes());
     }
 
-    /// Some columns of a row as a JSON object; those that the log does not carry are left out.
+    /// Some columns of a row as a JSON object; those that the log does not carry, or that are too large, are left out.
     fn object(&self, row: &[Datum<'_>], wanted: impl Fn(usize) -> bool, out: &mut Vec<u8>) {
+        let start = out.len();
         out.push(b'{');
         let first = out.len();
         for field in &self.of.row {
@@ -248,6 +264,7 @@ impl Told<'_> {
             // The lead of each begins with a comma, which the first one has not.
             out.extend_from_slice(if before == first { &field.lead[1..] } else { &field.lead });
             let written = match row.get(*place).filter(|_| wanted(*place)) {
+                Some(Datum::Text(text)) if out.len() - start + text.len() > VALUE_BYTES_MAX => false,
                 Some(Datum::Text(text)) => value::write_json(out, json, text).is_ok(),
                 Some(Datum::Null) => {
                     out.extend_from_slice(b"null");

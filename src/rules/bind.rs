@@ -33,7 +33,7 @@ use crate::decode::types::{JsonType, Types};
 use crate::model::Relation;
 use crate::suggest::nearest;
 
-pub use super::key::{BoundKey, Rendered};
+pub use super::key::{BoundKey, Rendered, TEXT_BYTES_MAX};
 pub use super::problem::{BindProblem, IdentityRemedy, Sharing};
 
 /// The OID of `text`, from Postgres's `pg_type.dat`: what is looked up counts as that.

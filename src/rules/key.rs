@@ -37,7 +37,13 @@ pub enum Rendered {
     Null,
     /// A value that the change did not carry (unchanged TOAST): the key is not known.
     Unknown,
+    /// It is longer than [`TEXT_BYTES_MAX`].
+    TooLarge,
 }
+
+/// How long what a template gives may be. Redis refuses what is longer than `proto-max-bulk-len`, 512 MB by default, by
+/// closing the connection.
+pub const TEXT_BYTES_MAX: usize = 64 << 20;
 
 impl BoundKey {
     /// `prefix`, then the pieces; `is_identity` says of a column's place whether it is in the replica identity.
@@ -60,7 +66,10 @@ impl BoundKey {
     pub fn render(&self, row: &[Datum<'_>], out: &mut Vec<u8>) -> Rendered {
         let start = out.len();
         out.extend_from_slice(&self.prefix);
-        let rendered = render(&self.pieces, row, out);
+        let rendered = match render(&self.pieces, row, out) {
+            Rendered::Done if out.len() - start > TEXT_BYTES_MAX => Rendered::TooLarge,
+            rendered => rendered,
+        };
         if rendered != Rendered::Done {
             out.truncate(start);
         }

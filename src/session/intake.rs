@@ -128,7 +128,7 @@ impl Intake {
             rereads: VecDeque::new(),
             overcharged: HashSet::new(),
             redo: Batch::new(REDO_LIMITS, rules.names.len()),
-            past_good: checkpoint.low >= checkpoint.good.lsn,
+            past_good: Position::end(checkpoint.low) >= checkpoint.good,
             claims: Vec::new(),
             rules,
             metrics,
@@ -208,7 +208,7 @@ impl Intake {
         if self.open.is_none() && Position::end(wal_end) > self.at {
             self.reached(Position::end(wal_end), wal_end, batch);
         }
-        self.past_good |= self.open.is_none() && wal_end >= self.good.lsn;
+        self.past_good |= self.open.is_none() && Position::end(wal_end) >= self.good;
     }
 
     /// Whether everything that comes now is new to the cache, so that what tables say can be merged with it.
@@ -456,6 +456,11 @@ impl Intake {
                         self.overcharged.insert(note.rule);
                     }
                 }
+                Noted::Swept => {
+                    let why = plan::Unrendered::UnchangedToast.label();
+                    self.metrics.unrendered_total.with_label_values(&[rule, why]).inc();
+                    self.overcharged.insert(note.rule);
+                }
                 Noted::Unrendered(why) => {
                     self.metrics.unrendered_total.with_label_values(&[rule, why.label()]).inc();
                     if self.warned.insert((note.rule, why.label())) {
@@ -502,7 +507,11 @@ mod tests {
     impl Stream {
         /// Goes on from a checkpoint; batches are full at two cells.
         fn from(good: Position, applied: Position) -> Self {
-            let checkpoint = Checkpoint { good, applied, ..checkpoint(100) };
+            Self::of(checkpoint(100), good, applied)
+        }
+
+        fn of(checkpoint: Checkpoint, good: Position, applied: Position) -> Self {
+            let checkpoint = Checkpoint { good, applied, ..checkpoint };
             let rules = RuleSet { names: vec!["row".into()], ..RuleSet::new(&[]) };
             let mut intake = Intake::new(&checkpoint, Arc::new(rules), Arc::new(Metrics::new()));
             intake.bind(bound(RULE, &["id", "version"]));
@@ -577,6 +586,25 @@ mod tests {
         let (ops, ready) = stream.state();
         assert!(ready, "the stream is past what was applied");
         assert_eq!(ops, [r#"{"id":"1","version":"3"}"#, r#"{"id":"2","version":"1"}"#]);
+    }
+
+    #[test]
+    fn what_is_skipped_of_a_transaction_is_no_start_for_reading() {
+        let mut stream = Stream::of(Checkpoint { low: Lsn(200), ..checkpoint(100) }, at(200, 3), at(200, 3));
+        assert!(!stream.intake.is_past_start());
+        stream.intake.idle(Lsn(200), &mut stream.batch);
+        assert!(!stream.intake.is_past_start());
+        stream.begin(200);
+        (1..4).for_each(|version| stream.insert("1", &version.to_string()));
+        assert!(!stream.intake.is_past_start());
+        stream.commit(200);
+        assert!(stream.intake.is_past_start());
+        let stream = Stream::of(
+            Checkpoint { low: Lsn(200), ..checkpoint(100) },
+            Position::end(Lsn(200)),
+            Position::end(Lsn(200)),
+        );
+        assert!(stream.intake.is_past_start());
     }
 
     #[test]

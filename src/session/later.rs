@@ -103,12 +103,15 @@ impl Later {
     /// Questions about what everybody sees now; nothing of the same generation goes out before they are answered.
     pub(super) fn take_questions(&mut self) -> Vec<Question> {
         self.advance();
-        let Generation { batch, unsettled, asked, .. } = &mut self.waiting;
+        let Generation { batch, unsettled, asked, until, .. } = &mut self.waiting;
         if !unsettled.is_empty() || batch.questions().is_empty() {
             return Vec::new();
         }
         *asked = true;
-        batch.take_questions()
+        let mut questions = batch.take_questions();
+        // Their answers go behind everything else that waits, so they are as new as the newest of it.
+        questions.iter_mut().for_each(|question| question.generation.1 = until.lsn);
+        questions
     }
 
     /// This is what they mean.
@@ -211,6 +214,16 @@ mod tests {
         stand.later.answered(&Batch::new(LIMITS, 1));
         assert_eq!(stand.released(), ["a"]);
         assert_eq!(stand.released(), ["b"]);
+    }
+
+    #[test]
+    fn an_answer_is_as_new_as_all_that_goes_with_it() {
+        let mut stand = Stand::new();
+        stand.later.collect().ask(question(5));
+        stand.delete("a", 5, true);
+        stand.delete("b", 8, true);
+        let questions = stand.later.take_questions();
+        assert_eq!(questions.iter().map(|question| question.generation.1).collect::<Vec<_>>(), [Lsn(8)]);
     }
 
     #[test]

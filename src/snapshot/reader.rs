@@ -90,6 +90,8 @@ pub struct TableJob {
     /// The rules whose values are rendered, none if nothing is to be read, and the table as the stream has it. It is read
     /// as the catalog has it.
     pub table: BoundTable,
+    /// Keys are written too that may be missing.
+    pub fills: bool,
     /// Values are rendered for the longest TTL that they may have.
     pub longest_ttl: bool,
     /// Only rows that meet this condition.
@@ -412,8 +414,11 @@ impl Reader {
                 let misfit = format!("rule `{}` does not fit table {name} as it is now", rule.name.value);
                 Error::new(ErrorKind::PostgresAway, misfit)
             })?;
-            if let (true, Some(write)) = (job.longest_ttl, &mut bound.write) {
-                write.life.without_jitter();
+            if let Some(write) = &mut bound.write {
+                write.present_only |= !job.fills && rule.may_miss();
+                if job.longest_ttl {
+                    write.life.without_jitter();
+                }
             }
             rules.push(bound);
         }

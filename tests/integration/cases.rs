@@ -172,6 +172,7 @@ fn become_of(config: &Config, table: &BoundTable, changes: &str) -> String {
         match what {
             Noted::Keyless => shown += " !keyless",
             Noted::Unrendered(why) => write!(shown, " !{}", why.label()).unwrap(),
+            Noted::Swept => shown += " !swept",
             Noted::Incomplete(name) => {
                 let named = name.iter().map(|(place, value)| {
                     let value = value.as_deref().map_or("-".into(), String::from_utf8_lossy);

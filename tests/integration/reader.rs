@@ -58,6 +58,7 @@ async fn reader_of(stage: &Stage, rows: usize) -> Handle {
         sample: 1.0,
         from: None,
         search: None,
+        fills: true,
         barrier: false,
     };
     handle.tables.try_send(job).unwrap_or_else(|_| panic!("the reader has ended"));

@@ -81,6 +81,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
         let job = TableJob {
             table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
+            fills: false,
             longest_ttl: false,
             filter: None,
             sample: 1.0,
@@ -138,6 +139,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             let tags = all.flat_map(|rule| self.searched_tags(rule));
             let job = TableJob {
                 table: only(&table, |rule| wanted(&rule)),
+                fills: true,
                 // Compared with the longest that a key may live.
                 longest_ttl: matches!(purpose, Purpose::Verify { .. }),
                 filter,
