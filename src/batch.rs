@@ -462,14 +462,19 @@ impl Batch {
 
     /// Whether it must go out before anything more is taken in.
     pub fn is_full(&self) -> bool {
+        self.is_large() || self.sweeps.iter().any(Sweep::is_of_rule)
+    }
+
+    /// Whether it holds as much as it may.
+    pub fn is_large(&self) -> bool {
+        let each = |sweep: &&Sweep| matches!(sweep, Sweep::Matching(_) | Sweep::Tag(_));
         self.entries.len() >= self.limits.ops
             || self.bytes.len() >= self.limits.bytes
             || self.commits.len() >= COMMITS_MAX
             || self.effects.len() >= self.limits.ops
             || self.questions.len() >= self.limits.ops
             || self.questions.byte_len() >= self.limits.bytes
-            || self.sweeps.iter().any(Sweep::is_of_rule)
-            || self.sweeps.len() >= SWEEPS_MAX
+            || self.sweeps.iter().filter(each).count() >= SWEEPS_MAX
     }
 
     /// How many cells it decides.

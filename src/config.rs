@@ -254,8 +254,8 @@ pub struct Rule {
     pub write: Option<WriteAction>,
     /// `delete`: a row change makes these keys stale.
     pub delete: Vec<Spanned<Template>>,
-    /// `redelete`: they are deleted again once the change is visible. Default true.
-    pub redelete: bool,
+    /// `redelete`: what is stale is deleted again.
+    pub redelete: Redelete,
     /// What waits until the change is visible.
     pub settled: Settled,
     /// `lookup`: what templates need of other tables.
@@ -264,6 +264,17 @@ pub struct Rule {
     pub changed: Option<Vec<Spanned<String>>>,
     /// A hash over everything that decides which keys and values the rule makes (hex).
     pub fingerprint: String,
+}
+
+/// `redelete`: whoever fills a deleted key can still have read the old row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Redelete {
+    /// It is deleted once.
+    Off,
+    /// Keys that were deleted before the change was visible are deleted again once it is. The default.
+    Settled,
+    /// So are they, and everything that is stale once more so long after that.
+    After(Duration),
 }
 
 impl Rule {

@@ -4,6 +4,7 @@
 //! the new one has not is deleted too; where both have the same key, the later operation on the cell wins.
 
 use std::convert::Infallible;
+use std::time::Duration;
 
 use crate::batch::{self, Batch, Cell, CellHasher, CellId, Form, Life, Of};
 use crate::decode::value::{self, ValueError};
@@ -195,6 +196,44 @@ pub fn change(
     mut settled: Option<&mut Batch>,
     notes: &mut Vec<Note>,
 ) {
+    with_images(change, scratch, |images, scratch| {
+        for rule in &table.rules {
+            let counts = counts(rule, &change, images, &table.relation);
+            let moves = scratch.touched.is_some() && may_move(rule, &change);
+            if !(counts || moves) {
+                continue;
+            }
+            let noted = scratch.touched.as_mut();
+            let mut target = Target { rule: rule.rule, batch: &mut *batch, notes: &mut *notes, noted, touched: false };
+            if counts {
+                delete_stale(rule, images, &mut target);
+            }
+            if let Some(write) = &rule.write {
+                follow(rule, write, images, &mut target, &mut scratch.random);
+            }
+            if let (true, Some(settled)) = (counts, &mut settled) {
+                later::change(rule, &change, images, table, transaction, settled);
+            }
+            if target.touched {
+                batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
+            }
+        }
+    });
+}
+
+/// Adds what one row change makes stale, of the rules that delete that once more so long after it is visible.
+pub fn again(table: &BoundTable, change: Change<'_>, delay: Duration, scratch: &mut Scratch, batch: &mut Batch) {
+    with_images(change, scratch, |images, _| {
+        for rule in table.rules.iter().filter(|rule| rule.again_after() == Some(delay)) {
+            if counts(rule, &change, images, &table.relation) {
+                later::again(rule, images, batch);
+            }
+        }
+    });
+}
+
+/// Reads the change into buffers that are kept.
+fn with_images(change: Change<'_>, scratch: &mut Scratch, then: impl FnOnce(&Images<'_>, &mut Scratch)) {
     let mut new = recycled(std::mem::take(&mut scratch.new));
     let mut old = recycled(std::mem::take(&mut scratch.old));
     let (new_tuple, old_tuple) = change.images();
@@ -211,27 +250,7 @@ pub fn change(
         old_is_full: matches!(old_tuple, Some(OldTuple::Full(_))),
         is_update: matches!(change, Change::Update { .. }),
     };
-    for rule in &table.rules {
-        let counts = counts(rule, &change, &images, &table.relation);
-        let moves = scratch.touched.is_some() && may_move(rule, &change);
-        if !(counts || moves) {
-            continue;
-        }
-        let noted = scratch.touched.as_mut();
-        let mut target = Target { rule: rule.rule, batch: &mut *batch, notes: &mut *notes, noted, touched: false };
-        if counts {
-            delete_stale(rule, &images, &mut target);
-        }
-        if let Some(write) = &rule.write {
-            follow(rule, write, &images, &mut target, &mut scratch.random);
-        }
-        if let (true, Some(settled)) = (counts, &mut settled) {
-            later::change(rule, &change, &images, table, transaction, settled);
-        }
-        if target.touched {
-            batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
-        }
-    }
+    then(&images, scratch);
     scratch.new = recycled(new);
     scratch.old = recycled(old);
 }

@@ -611,8 +611,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// the longer that takes.
     fn release(&mut self) {
         self.look_up();
-        self.intake.release(&mut self.batch);
-        if self.batch.released.is_some() {
+        if self.intake.release(&mut self.batch) {
             self.stand_here();
         }
         if self.settling.is_none() && self.intake.wants_look() {

@@ -80,6 +80,10 @@ fn described(kind: Kind) -> String {
             let off = if off { ", or `\"off\"`" } else { "" };
             format!("duration from {} to {}{off}", duration_written(min), duration_written(max))
         }
+        Kind::ChoiceOrDuration { choices, min, max } => {
+            let (min, max) = (duration_written(min), duration_written(max));
+            format!("one of {}, or a duration from {min} to {max}", quoted(choices))
+        }
         Kind::Size { min, max } => format!("size from {} to {}", size_written(min), size_written(max)),
         Kind::Share => "percentage from 0% to below 100%".to_owned(),
         Kind::RowsPerSecond => "rows per second, as `\"5000/s\"`, or `\"off\"`".to_owned(),
@@ -176,6 +180,10 @@ fn value_schema(kind: Kind) -> Value {
         Kind::Choices(choices) => array(json!({ "type": "string", "enum": choices })),
         Kind::Duration { off: true, .. } => pattern(r"^off$|^0$|^\s*[0-9].*[a-zA-Z]\s*$"),
         Kind::Duration { off: false, .. } => pattern(r"^0$|^\s*[0-9].*[a-zA-Z]\s*$"),
+        Kind::ChoiceOrDuration { choices, .. } => {
+            let words: String = choices.iter().map(|choice| format!("^{choice}$|")).collect();
+            pattern(&format!(r"{words}^\s*[0-9].*[a-zA-Z]\s*$"))
+        }
         Kind::Size { .. } => pattern(r"^[0-9]+\s*[kKmMgGtT]?[iI]?[bB]\s*$"),
         Kind::Share => pattern(r"^[0-9.]+%$"),
         Kind::RowsPerSecond => pattern(r"^off$|^[0-9]+/s$"),

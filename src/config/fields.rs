@@ -170,6 +170,15 @@ pub enum Kind {
         /// Whether `"off"` is allowed.
         off: bool,
     },
+    /// One of these strings, or one such as `"30s"` between two durations.
+    ChoiceOrDuration {
+        /// The strings.
+        choices: &'static [&'static str],
+        /// The least.
+        min: Duration,
+        /// The most.
+        max: Duration,
+    },
     /// A string such as `"8GiB"` between two numbers of bytes.
     Size {
         /// The least.
@@ -846,13 +855,15 @@ pub const FIELDS: &[Field] = &[
     Field {
         table: Table::Rule,
         name: "redelete",
-        kind: Kind::Choice(&["settled", "off"]),
+        kind: Kind::ChoiceOrDuration { choices: &["settled", "off"], min: SECOND, max: Duration::from_secs(60) },
         default: Fallback::Value("\"settled\""),
         meaning: "Whoever fills a deleted key at once can still read the old row. With `\"settled\"` the keys of `delete` are \
-                  deleted again once everybody sees the change; mostly it is visible the first time.",
-        needs: &["delete"],
-        limits: "",
-        example: "\"off\"",
+                  deleted again once everybody sees the change; mostly it is visible the first time. With a duration, so are \
+                  they, and so long after that everything that `delete`, `delete_tags` and `delete_match` name once more: for \
+                  those that take a while to fill. Until then Postgres keeps the change's log.",
+        needs: &[],
+        limits: "Needs `delete`, `delete_tags` or `delete_match`. No duration together with `lookup`.",
+        example: "\"30s\"",
     },
     Field {
         table: Table::Rule,

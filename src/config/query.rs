@@ -9,7 +9,7 @@ use super::code::Code;
 use super::fields::Table;
 use super::rule::{check_vars, fingerprint, sql, table_name};
 use super::section::{Section, template};
-use super::{Operations, Rule, Settled, Spanned, TableName};
+use super::{Operations, Redelete, Rule, Settled, Spanned, TableName};
 use crate::rules::sql::Sql;
 use crate::rules::template::Template;
 
@@ -79,7 +79,7 @@ impl Dependency {
             when: None,
             write: None,
             delete: vec![key.clone()],
-            redelete: true,
+            redelete: Redelete::Settled,
             settled: Settled::default(),
             lookup: self.lookup,
             changed: self.changed,

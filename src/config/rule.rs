@@ -10,10 +10,10 @@ use super::diagnostic::Diagnostic;
 use super::fields::Table;
 use super::mistake::Mistake;
 use super::quantity;
-use super::section::{Section, expression, template};
+use super::section::{Either, Section, expression, template};
 use super::{
-    ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Settled, Spanned, StreamAction, TableName,
-    Value, WriteAction,
+    ColumnSelection, Life, Lifetime, Operations, Redelete, RowForm, RowValue, Rule, Settled, Spanned, StreamAction,
+    TableName, Value, WriteAction,
 };
 use crate::rules::expression::Expression;
 use crate::rules::sql::Sql;
@@ -80,7 +80,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
     let delete = templates(&mut section, "delete");
     let settled = settled(&mut section);
     let lookup = lookup(&mut section);
-    let redelete = section.choice("redelete").is_none_or(|choice| choice.value == "settled");
+    let redelete = redelete(&mut section);
     let changed = section.columns("changed").map(|columns| columns.value);
     check_purpose(&mut section);
     check_changed(&mut section, operations);
@@ -107,6 +107,27 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
     };
     rule.fingerprint = fingerprint(&rule);
     Some(rule)
+}
+
+/// `redelete`, beside what deletes. What a query names is another thing later, so that is not asked again.
+fn redelete(section: &mut Section<'_, '_>) -> Redelete {
+    let redelete = section.choice_or_duration("redelete").map_or(Redelete::Settled, |choice| match choice.value {
+        Either::Duration(after) => Redelete::After(after),
+        Either::Choice("off") => Redelete::Off,
+        Either::Choice(_) => Redelete::Settled,
+    });
+    let Some(span) = section.given("redelete") else { return redelete };
+    if STALE.iter().all(|name| section.given(name).is_none()) {
+        let title = "`redelete` needs `delete`, `delete_tags` or `delete_match`";
+        let problem = section.error(Code::MissingPartner, title, span, "nothing is deleted");
+        section.report(problem.help("leave `redelete` out"));
+    } else if matches!(redelete, Redelete::After(_)) && section.given("lookup").is_some() {
+        let title = "a rule with `lookup` takes no duration in `redelete`";
+        let problem = section.error(Code::Excluded, title, span, "what it finds may be something else by then");
+        section
+            .report(problem.help("write:  redelete = \"settled\"; what is looked up goes once the change is visible"));
+    }
+    redelete
 }
 
 fn operations(section: &mut Section<'_, '_>, name: &'static str) -> Operations {
@@ -355,6 +376,9 @@ fn settled(section: &mut Section<'_, '_>) -> Settled {
         }),
     }
 }
+
+/// What `redelete` is about; it is beside at least one of these.
+const STALE: &[&str] = &["delete", "delete_tags", "delete_match"];
 
 /// What a rule with `lookup` can do; it does at least one of these.
 const WITH_LOOKUP: &[&str] = &["delete", "delete_tags", "delete_match", "bump"];

@@ -141,7 +141,9 @@ impl<'r, 'a> Section<'r, 'a> {
         let source = self.reader.sources.text(&value.span());
         let title = format_args!("`{}` must be {}", field.name, wanted(field.kind)).to_string();
         let label = match (field.kind, value.get_ref()) {
-            (Kind::Duration { .. } | Kind::Size { .. }, DeValue::Integer(_)) => "a number of what?".to_owned(),
+            (Kind::Duration { .. } | Kind::ChoiceOrDuration { .. } | Kind::Size { .. }, DeValue::Integer(_)) => {
+                "a number of what?".to_owned()
+            }
             (_, value) => format!("this is {}", type_name(value)),
         };
         let help = match rewritten(field.kind, value.get_ref(), source) {
@@ -265,6 +267,21 @@ impl<'r, 'a> Section<'r, 'a> {
     pub(super) fn choice(&mut self, name: &'static str) -> Option<Spanned<&'static str>> {
         let Some(Kind::Choice(choices)) = self.table.field(name).map(|field| field.kind) else { return None };
         self.parsed(name, |text| chosen(name, text, choices))
+    }
+
+    /// One of these names, or a duration.
+    pub(super) fn choice_or_duration(&mut self, name: &'static str) -> Option<Spanned<Either>> {
+        let Some(Kind::ChoiceOrDuration { choices, min, max }) = self.table.field(name).map(|field| field.kind) else {
+            return None;
+        };
+        self.parsed(name, |text| match text.starts_with(|first: char| first.is_ascii_digit()) {
+            true => bounded(text, Kind::Duration { min, max, off: false })
+                .map(|duration| Either::Duration(duration.unwrap_or(min))),
+            false => chosen(name, text, choices).map(Either::Choice).map_err(|mistake| {
+                let (min, max) = (duration_written(min), duration_written(max));
+                mistake.help(format!("or a duration from {min} to {max}"))
+            }),
+        })
     }
 
     /// Several of the names that the field's kind lists.
@@ -509,6 +526,12 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 }
 
+/// See [`Section::choice_or_duration`].
+pub(super) enum Either {
+    Choice(&'static str),
+    Duration(Duration),
+}
+
 /// A duration within the field's bounds; `None` is `"off"`.
 fn bounded(text: &str, kind: Kind) -> Result<Option<Duration>, Mistake> {
     let Kind::Duration { min, max, off } = kind else { return Ok(None) };
@@ -592,6 +615,7 @@ fn wanted(kind: Kind) -> &'static str {
     match kind {
         Kind::Text | Kind::Url | Kind::Path | Kind::Address | Kind::Choice(_) => "a text in quotes",
         Kind::TableName => "a table's name in quotes",
+        Kind::ChoiceOrDuration { .. } => "a word, or a duration with its unit, in quotes",
         Kind::Duration { .. } => "a duration with its unit, in quotes",
         Kind::Size { .. } => "a size with its unit, in quotes",
         Kind::Share => "a percentage in quotes",
@@ -628,7 +652,9 @@ fn rewritten(kind: Kind, value: &DeValue<'_>, source: &str) -> Option<String> {
             Kind::Duration { off: true, .. } | Kind::Address | Kind::RowsPerSecond | Kind::SharePerMinute,
             DeValue::Boolean(false),
         ) => Some("\"off\"".to_owned()),
-        (Kind::Duration { .. }, DeValue::Integer(integer)) => integer.as_str().parse().ok().map(seconds_written),
+        (Kind::Duration { .. } | Kind::ChoiceOrDuration { .. }, DeValue::Integer(integer)) => {
+            integer.as_str().parse().ok().map(seconds_written)
+        }
         (Kind::Size { .. }, DeValue::Integer(integer)) => {
             integer.as_str().parse().ok().map(|bytes| format!("\"{}\"", size_written(bytes)))
         }

@@ -259,6 +259,18 @@ fn mistakes_in_lookups() {
 }
 
 #[test]
+fn mistakes_in_what_is_deleted_again() {
+    let shown = rules([
+        "table = \"public.a\"\nredelete = \"2m\"\ndelete = [\"a\"]",
+        "table = \"public.a\"\nredelete = 30\ndelete = [\"a\"]",
+        "table = \"public.a\"\nredelete = \"later\"\ndelete = [\"a\"]",
+        "table = \"public.a\"\nredelete = \"30s\"\nbump = [\"a\"]",
+        "table = \"public.a\"\nredelete = \"30s\"\nlookup = \"select 1 as b\"\ndelete = [\"a:{b}\"]",
+    ]);
+    insta::assert_snapshot!(shown);
+}
+
+#[test]
 fn mistakes_in_tags() {
     let shown = rules([
         "table = \"public.faculty\"\nkey = \"a:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\ntags = [\"a\"]",

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use crate::batch::{self, Batch, Cell, Form, Life};
-use crate::config::TableName;
+use crate::config::{Redelete, TableName};
 use crate::decode::value;
 use crate::model::{Change, Datum, Lsn};
 use crate::rules::bind::{BoundKey, BoundRule, BoundSettled, BoundStream, FieldSource, Rendered};
@@ -31,27 +31,12 @@ pub(super) fn change(
     }
     let point = (transaction.epoch, transaction.commit_lsn);
     let rows_of = |key: &BoundKey| [old.filter(|_| images.old_is_full || key.in_identity), new].into_iter().flatten();
-    if rule.redelete && !transaction.visible {
+    if rule.redelete != Redelete::Off && !transaction.visible {
         for key in &rule.delete {
             rows_of(key).for_each(|row| delete(rule.rule, key, row, settled));
         }
     }
-    for matching in &rule.settled.delete_match {
-        let old = old.filter(|_| images.old_is_full || matching.in_identity());
-        let globs = [old, new].into_iter().flatten().map(|row| matching.render(row));
-        for glob in globs {
-            match glob {
-                Ok(glob) => settled.sweep_matching(glob),
-                // No such keys.
-                Err(Rendered::Null | Rendered::TooLarge) => {}
-                // Which ones it would be is not known: all of them (I9).
-                Err(_) => settled.sweep(rule.rule, matching.pattern.clone()),
-            }
-        }
-    }
-    for tag in &rule.settled.delete_tags {
-        rows_of(tag).for_each(|row| delete_tag(tag, row, settled));
-    }
+    stale_sets(rule, images, (old, new), settled);
     if let Some(lookup) = &rule.lookup {
         let old = old.filter(|_| images.old_is_full || lookup.in_identity);
         for row in [old, new].into_iter().flatten() {
@@ -104,6 +89,55 @@ pub(super) fn change(
     }
 }
 
+/// Adds what one rule deletes once more, a while after the change is visible.
+pub(super) fn again(rule: &BoundRule, images: &Images<'_>, batch: &mut Batch) {
+    let (old, new) = images.counting(rule.when.as_ref());
+    for key in &rule.delete {
+        let old = old.filter(|_| images.old_is_full || key.in_identity);
+        [old, new].into_iter().flatten().for_each(|row| delete(rule.rule, key, row, batch));
+    }
+    stale_sets(rule, images, (old, new), batch);
+}
+
+/// The same where it may be anything that the rule can name.
+pub fn everything_again(rule: &BoundRule, batch: &mut Batch) {
+    rule.delete.iter().for_each(|key| sweep(rule.rule, key, batch));
+    every_stale_set(rule, batch);
+}
+
+/// Keys that match, and tags, of the old row and the new one.
+fn stale_sets(
+    rule: &BoundRule,
+    images: &Images<'_>,
+    (old, new): (Option<&[Datum<'_>]>, Option<&[Datum<'_>]>),
+    settled: &mut Batch,
+) {
+    for matching in &rule.settled.delete_match {
+        let old = old.filter(|_| images.old_is_full || matching.in_identity());
+        let globs = [old, new].into_iter().flatten().map(|row| matching.render(row));
+        for glob in globs {
+            match glob {
+                Ok(glob) => settled.sweep_matching(glob),
+                // No such keys.
+                Err(Rendered::Null | Rendered::TooLarge) => {}
+                // Which ones it would be is not known: all of them (I9).
+                Err(_) => settled.sweep(rule.rule, matching.pattern.clone()),
+            }
+        }
+    }
+    for tag in &rule.settled.delete_tags {
+        let old = old.filter(|_| images.old_is_full || tag.in_identity);
+        [old, new].into_iter().flatten().for_each(|row| delete_tag(tag, row, settled));
+    }
+}
+
+fn every_stale_set(rule: &BoundRule, settled: &mut Batch) {
+    for matching in &rule.settled.delete_match {
+        settled.sweep(rule.rule, matching.pattern.clone());
+    }
+    rule.settled.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
+}
+
 /// Adds what one rule does when all rows may have changed: by TRUNCATE, or unseen, in a gap.
 pub fn everything(
     rule: &BoundRule,
@@ -112,13 +146,10 @@ pub fn everything(
     transaction: Transaction,
     settled: &mut Batch,
 ) {
-    if rule.redelete && !transaction.visible {
+    if rule.redelete != Redelete::Off && !transaction.visible {
         rule.delete.iter().for_each(|key| sweep(rule.rule, key, settled));
     }
-    for matching in &rule.settled.delete_match {
-        settled.sweep(rule.rule, matching.pattern.clone());
-    }
-    rule.settled.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
+    every_stale_set(rule, settled);
     let point = (transaction.epoch, transaction.commit_lsn);
     let generation = match op {
         // Where the stream stands at a gap is where the next transaction may commit, or where it stood at the gap before.

@@ -28,7 +28,9 @@ use super::sql::Sql;
 use super::template::{Part, Placeholder, RESERVED, TAG, Template, place};
 use crate::batch::{Form, Of};
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
-use crate::config::{ColumnSelection, Life, Lifetime, Operations, RowForm, RowValue, Rule, Settled, Spanned, Value};
+use crate::config::{
+    ColumnSelection, Life, Lifetime, Operations, Redelete, RowForm, RowValue, Rule, Settled, Spanned, Value,
+};
 use crate::decode::types::{JsonType, Types};
 use crate::model::Relation;
 use crate::suggest::nearest;
@@ -52,8 +54,8 @@ pub struct BoundRule {
     pub write: Option<BoundWrite>,
     /// The keys that a change makes stale.
     pub delete: Vec<BoundKey>,
-    /// Keys that are deleted again once the change is visible.
-    pub redelete: bool,
+    /// Whether what is deleted is deleted again.
+    pub redelete: Redelete,
     /// What happens once the change is visible.
     pub settled: BoundSettled,
     /// Keys that are not known before something was looked up; then it is not in `delete` or `settled`.
@@ -89,6 +91,14 @@ impl BoundRule {
     /// The tags that a change makes stale, whether they have to be looked up or not.
     pub fn delete_tags(&self) -> impl Iterator<Item = &BoundKey> {
         self.settled.delete_tags.iter().chain(self.lookup.iter().flat_map(|lookup| &lookup.delete_tags))
+    }
+
+    /// How long after a change is visible everything that it made stale is deleted once more.
+    pub fn again_after(&self) -> Option<Duration> {
+        match self.redelete {
+            Redelete::After(delay) => Some(delay),
+            Redelete::Off | Redelete::Settled => None,
+        }
     }
 
     /// The templates of the keys that a change makes stale, each with its key; `rule` is the one that was bound.

@@ -1,13 +1,14 @@
 //! Events in, batch out; pure: it knows where the stream stands, what is already in the cache, and when a batch may go.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use prometheus::IntCounter;
 
 use crate::batch::{Batch, CellHasher, Claim, Limits};
 use crate::cache::checkpoint::{Checkpoint, RuleSet};
+use crate::config::Redelete;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::model::{Change, Datum, Event, Lsn, OldTuple, Position, Relation, Xid};
@@ -18,7 +19,7 @@ use crate::snapshot::touches::Touches;
 use crate::snapshot::visibility::Snapshot;
 use crate::source::slot::MESSAGE_PREFIX;
 
-use super::later::Later;
+use super::later::{Again, Later};
 
 /// How many rows may wait to be read again. Beyond it their rules owe a warm instead.
 const REREADS_MAX: usize = 10_000;
@@ -34,6 +35,8 @@ struct Table {
     settles: bool,
     /// Some rule deletes again once a change is visible that was not so at first.
     redeletes: bool,
+    /// So long after that rules delete once more.
+    repeats: Box<[Duration]>,
     inserts: IntCounter,
     updates: IntCounter,
     deletes: IntCounter,
@@ -86,6 +89,8 @@ pub struct Intake {
     unsettled: VecDeque<(Xid, Lsn)>,
     /// What waits for transactions to be visible.
     later: Later,
+    /// What waits for longer.
+    again: Again,
     /// Up to here that has gone out.
     released: Position,
     /// The last look at what is visible.
@@ -114,6 +119,7 @@ impl Intake {
             epoch: checkpoint.epoch,
             released: checkpoint.released,
             later: Later::new(settled_limits, rules.names.len()),
+            again: Again::new(rules.names.len()),
             seen: None,
             tables: HashMap::new(),
             open: None,
@@ -145,10 +151,13 @@ impl Intake {
         let counter = |op| self.metrics.changes_total.with_label_values(&[name.as_str(), op]);
         let [inserts, updates, deletes, truncates] = ["insert", "update", "delete", "truncate"].map(counter);
         let settles = bound.rules.iter().any(BoundRule::settles);
-        let redeletes = bound.rules.iter().any(|rule| rule.redelete && !rule.delete.is_empty());
+        let redeletes = |rule: &BoundRule| rule.redelete != Redelete::Off && !rule.delete.is_empty();
+        let redeletes = bound.rules.iter().any(redeletes);
+        let repeats: BTreeSet<Duration> = bound.rules.iter().filter_map(BoundRule::again_after).collect();
+        let repeats = repeats.into_iter().collect();
         let bound = Arc::new(bound);
-        self.tables
-            .insert(bound.relation.oid, Table { bound, settles, redeletes, inserts, updates, deletes, truncates });
+        let table = Table { bound, settles, redeletes, repeats, inserts, updates, deletes, truncates };
+        self.tables.insert(table.bound.relation.oid, table);
     }
 
     /// The tables as they are bound now.
@@ -220,7 +229,7 @@ impl Intake {
     pub fn oldest_pending(&self) -> Option<Lsn> {
         let unsettled = self.unsettled.front().map(|(_, commit_lsn)| *commit_lsn);
         let reread = self.rereads.front().map(|reread| reread.commit_lsn);
-        unsettled.into_iter().chain(reread).chain(self.later.oldest()).min()
+        unsettled.into_iter().chain(reread).chain(self.later.oldest()).chain(self.again.oldest()).min()
     }
 
     /// The transactions that are not known to be visible.
@@ -237,12 +246,13 @@ impl Intake {
     pub fn settle(&mut self, snapshot: Snapshot) {
         self.unsettled.retain(|(xid, _)| !snapshot.sees(*xid));
         self.later.settle(&snapshot);
+        self.again.settle(&snapshot);
         self.seen = Some(snapshot);
     }
 
     /// Whether something waits until it is visible.
     pub fn has_later(&self) -> bool {
-        self.later.oldest().is_some()
+        self.later.oldest().is_some() || self.again.oldest().is_some()
     }
 
     /// Whether something waits for a look at what is visible.
@@ -265,9 +275,12 @@ impl Intake {
         self.later.answered(answers);
     }
 
-    /// What waits for nothing any more goes into the batch.
-    pub fn release(&mut self, batch: &mut Batch) {
-        self.later.release(batch, Instant::now());
+    /// What waits for nothing any more goes into the batch; whether that was anything.
+    pub fn release(&mut self, batch: &mut Batch) -> bool {
+        let now = Instant::now();
+        let released = self.later.release(batch, now);
+        batch.released = released.or(batch.released);
+        self.again.release(batch, now) || released.is_some()
     }
 
     /// All keys were just gone through: that is not done again before then.
@@ -344,6 +357,11 @@ impl Intake {
         if !fits(&change, table.bound.relation.columns.len()) {
             return Err(protocol("a row with more or fewer columns than its relation"));
         }
+        if !table.repeats.is_empty() {
+            let all = self.tables.values().flat_map(|table| &table.bound.rules);
+            self.again.change(&table.bound, &table.repeats, change, &mut self.scratch, all);
+            self.again.collected(xid, transaction.visible, transaction.commit_lsn, position);
+        }
         let settles = position > self.released && (table.settles || table.redeletes && !transaction.visible);
         if position <= self.good {
             if settles || is_incomplete(&change) {
@@ -388,6 +406,11 @@ impl Intake {
     fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
         let (position, transaction, xid) = self.next_position()?;
         let settles = position > self.released;
+        let tables = relations.iter().filter_map(|relation| self.tables.get(relation));
+        for table in tables.filter(|table| !table.repeats.is_empty()) {
+            self.again.everything(&table.repeats, table.bound.rules.iter().filter(|rule| rule.on.delete));
+            self.again.collected(xid, transaction.visible, transaction.commit_lsn, position);
+        }
         if position <= self.good && !settles {
             return Ok(());
         }

@@ -5,16 +5,21 @@
 //! the next is collected. So each goes out once and in order, however many a second there are, and a key that a thousand
 //! transactions make stale is deleted once more and not a thousand times.
 
+use std::collections::BTreeMap;
 use std::mem;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::batch::{Batch, Limits};
-use crate::model::{Lsn, Position, Xid};
+use crate::model::{Change, Lsn, Position, Xid};
+use crate::plan::{self, BoundTable, Scratch};
+use crate::rules::bind::BoundRule;
 use crate::rules::lookup::Question;
 use crate::snapshot::visibility::Snapshot;
 
 /// What waits for the same snapshot.
 struct Generation {
+    /// When the last of its transactions that were not visible became so, or nothing more was collected; not before.
+    visible_at: Instant,
     batch: Batch,
     /// Transactions that are not known to be visible.
     unsettled: Vec<Xid>,
@@ -29,7 +34,9 @@ struct Generation {
 impl Generation {
     fn new(limits: Limits, rules: usize) -> Self {
         let batch = Batch::new(limits, rules);
-        Generation { batch, unsettled: Vec::new(), from: Lsn::default(), until: Position::default(), asked: false }
+        let visible_at = Instant::now();
+        let (unsettled, from, until) = (Vec::new(), Lsn::default(), Position::default());
+        Generation { visible_at, batch, unsettled, from, until, asked: false }
     }
 
     fn is_empty(&self) -> bool {
@@ -43,13 +50,20 @@ pub(super) struct Later {
     waiting: Generation,
     /// Going through all keys is left until then.
     rest_until: Option<Instant>,
+    /// So long after it is visible it goes out.
+    delay: Duration,
 }
 
 impl Later {
     /// Nothing waits.
     pub(super) fn new(limits: Limits, rules: usize) -> Self {
+        Self::after(Duration::ZERO, limits, rules)
+    }
+
+    /// The same; what is collected waits so much longer.
+    fn after(delay: Duration, limits: Limits, rules: usize) -> Self {
         let generation = || Generation::new(limits, rules);
-        Later { collecting: generation(), waiting: generation(), rest_until: None }
+        Later { collecting: generation(), waiting: generation(), rest_until: None, delay }
     }
 
     /// Where a change's own goes.
@@ -59,7 +73,7 @@ impl Later {
 
     /// What was collected, if anything, follows from this change of a transaction; `visible` if everybody sees that already.
     pub(super) fn collected(&mut self, xid: Xid, visible: bool, commit_lsn: Lsn, position: Position) {
-        let Generation { batch, unsettled, from, until, .. } = &mut self.collecting;
+        let Generation { batch, unsettled, from, until, visible_at, .. } = &mut self.collecting;
         if batch.is_empty() {
             return;
         }
@@ -67,6 +81,9 @@ impl Later {
             *from = commit_lsn;
         }
         *until = position;
+        if !self.delay.is_zero() {
+            *visible_at = Instant::now();
+        }
         if !visible && unsettled.last() != Some(&xid) {
             unsettled.push(xid);
         }
@@ -91,7 +108,11 @@ impl Later {
     /// A snapshot of the primary sees these.
     pub(super) fn settle(&mut self, snapshot: &Snapshot) {
         for generation in [&mut self.waiting, &mut self.collecting] {
+            let before = generation.unsettled.len();
             generation.unsettled.retain(|xid| !snapshot.sees(*xid));
+            if generation.unsettled.len() < before {
+                generation.visible_at = Instant::now();
+            }
         }
     }
 
@@ -127,20 +148,94 @@ impl Later {
         }
     }
 
-    /// What waits for nothing any more goes into the batch.
-    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) {
+    /// What waits for nothing any more goes into the batch; gives up to where that was all.
+    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) -> Option<Position> {
         self.advance();
         let waiting = &mut self.waiting;
         let unanswered = waiting.asked || !waiting.batch.questions().is_empty();
         let rests = !waiting.batch.sweeps().is_empty() && self.rest_until.is_some_and(|until| now < until);
-        if waiting.is_empty() || !waiting.unsettled.is_empty() || unanswered || rests {
-            return;
+        let early = !self.delay.is_zero() && now < waiting.visible_at + self.delay;
+        if waiting.is_empty() || !waiting.unsettled.is_empty() || unanswered || rests || early {
+            return None;
         }
         let Generation { batch: due, until, .. } = waiting;
         batch.absorb(due);
-        batch.released = Some(*until);
         due.clear();
-        *until = Position::default();
+        Some(std::mem::take(until))
+    }
+}
+
+/// How much may be collected that is deleted once more at the same time.
+const AGAIN_LIMITS: Limits = Limits { ops: 16_384, bytes: 1 << 20 };
+
+/// What is deleted once more so long after it is visible. Nothing says how far that has come but `low`: it stays at the
+/// oldest, so that after a crash all of it comes again.
+pub(super) struct Again {
+    after: BTreeMap<Duration, Later>,
+    rules: usize,
+}
+
+impl Again {
+    /// Nothing waits.
+    pub(super) fn new(rules: usize) -> Self {
+        Again { after: BTreeMap::new(), rules }
+    }
+
+    /// Where a row change's own goes. The stream does not wait for minutes: what is too much becomes everything that the
+    /// rules can name.
+    pub(super) fn change<'t>(
+        &mut self,
+        table: &BoundTable,
+        delays: &[Duration],
+        change: Change<'_>,
+        scratch: &mut Scratch,
+        all: impl Iterator<Item = &'t BoundRule> + Clone,
+    ) {
+        for delay in delays.iter().copied() {
+            let stage = self.after(delay);
+            plan::again(table, change, delay, scratch, &mut stage.collecting.batch);
+            if stage.collecting.batch.is_large() {
+                stage.collecting.batch.clear();
+                stage.everything(all.clone());
+            }
+        }
+    }
+
+    /// Everything that these rules can name.
+    pub(super) fn everything<'t>(&mut self, delays: &[Duration], rules: impl Iterator<Item = &'t BoundRule> + Clone) {
+        delays.iter().for_each(|delay| self.after(*delay).everything(rules.clone()));
+    }
+
+    fn after(&mut self, delay: Duration) -> &mut Later {
+        let rules = self.rules;
+        self.after.entry(delay).or_insert_with(|| Later::after(delay, AGAIN_LIMITS, rules))
+    }
+
+    /// As [`Later::collected`].
+    pub(super) fn collected(&mut self, xid: Xid, visible: bool, commit_lsn: Lsn, position: Position) {
+        self.after.values_mut().for_each(|stage| stage.collected(xid, visible, commit_lsn, position));
+    }
+
+    /// As [`Later::oldest`].
+    pub(super) fn oldest(&self) -> Option<Lsn> {
+        self.after.values().filter_map(Later::oldest).min()
+    }
+
+    /// As [`Later::settle`].
+    pub(super) fn settle(&mut self, snapshot: &Snapshot) {
+        self.after.values_mut().for_each(|stage| stage.settle(snapshot));
+    }
+
+    /// As [`Later::release`]; whether anything was.
+    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) -> bool {
+        self.after.values_mut().filter_map(|stage| stage.release(batch, now)).count() > 0
+    }
+}
+
+impl Later {
+    fn everything<'t>(&mut self, rules: impl Iterator<Item = &'t BoundRule>) {
+        let own = rules.filter(|rule| rule.again_after() == Some(self.delay));
+        own.for_each(|rule| plan::later::everything_again(rule, &mut self.collecting.batch));
     }
 }
 
@@ -175,7 +270,7 @@ mod tests {
 
         fn released(&mut self) -> Vec<String> {
             self.batch.clear();
-            self.later.release(&mut self.batch, Instant::now());
+            self.batch.released = self.later.release(&mut self.batch, Instant::now());
             let key = |op: CacheOp<'_>| String::from_utf8_lossy(op.key()).into_owned();
             self.batch.ops().map(|(_, op)| key(op)).collect()
         }
@@ -244,6 +339,22 @@ mod tests {
         stand.later.collected(Xid(5), false, Lsn(5), Position { lsn: Lsn(5), ordinal: 1 });
         stand.delete("a", 9, true);
         assert_eq!((stand.later.oldest(), stand.later.wants_look()), (Some(Lsn(9)), false));
+    }
+
+    #[test]
+    fn what_is_deleted_once_more_waits_for_longer() {
+        let (second, mut stand) = (Duration::from_secs(1), Stand::new());
+        stand.later = Later::after(second, LIMITS, 1);
+        stand.delete("a", 5, false);
+        let mut released = |later: &mut Later, after: Duration| {
+            stand.batch.clear();
+            later.release(&mut stand.batch, Instant::now() + after).map(|until| until.lsn.0)
+        };
+        let later = &mut stand.later;
+        assert_eq!(released(later, 10 * second), None, "5 is not visible");
+        later.settle(&"6:6:".parse().expect("a snapshot"));
+        assert_eq!((released(later, Duration::ZERO), later.oldest()), (None, Some(Lsn(5))));
+        assert_eq!((released(later, second), later.oldest()), (Some(5), None));
     }
 
     #[test]

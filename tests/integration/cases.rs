@@ -15,10 +15,13 @@
 //! - OLD is always given whole. What the replica identity leaves of it is left of it here too: all of it under `full`; else
 //!   the columns with `*`, and on UPDATE nothing at all unless one of them changed.
 //!
-//! Commands are separated by `; `. Behind `>>` stands what waits until the transaction is visible, behind `!` what was noted.
+//! Commands are separated by `; `. Behind `>>` stands what waits until the transaction is visible, behind `>>>` what waits for
+//! longer, behind `!` what was noted.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::fs;
+use std::time::Duration;
 
 use keepstep::batch::{Batch, Limits};
 use keepstep::cache::commands;
@@ -26,7 +29,7 @@ use keepstep::config::{self, Config, RulesFile};
 use keepstep::decode::types::Types;
 use keepstep::model::{Change, Column, Datum, Lsn, OldTuple, Relation, ReplicaIdentity, Timestamp, Tuple};
 use keepstep::plan::{self, BoundTable, Note, Noted, Scratch, Transaction, later};
-use keepstep::rules::bind::bind;
+use keepstep::rules::bind::{BoundRule, bind};
 
 /// Type names of the headers, and their OIDs in Postgres's `pg_type.dat`.
 const TYPES: [(&str, u32); 12] = [
@@ -158,15 +161,20 @@ fn bound(config: &Config, relation: Relation) -> BoundTable {
 fn become_of(config: &Config, table: &BoundTable, changes: &str) -> String {
     let unlimited = || Batch::new(Limits { ops: usize::MAX, bytes: usize::MAX }, config.rules.len());
     let (mut batch, mut settled, mut notes) = (unlimited(), unlimited(), Vec::new());
+    let mut again = unlimited();
     for (ordinal, change) in (1..).zip(changes.split(" & ")) {
         let transaction =
             Transaction { commit_lsn: Lsn(0xA1), commit_time: Timestamp(0), ordinal, epoch: 7, visible: false };
-        apply(table, change, transaction, &mut batch, &mut settled, &mut notes);
+        apply(table, change, transaction, &mut batch, (&mut settled, &mut again), &mut notes);
     }
     let mut shown = self::shown(&batch, config);
     let later = self::shown(&settled, config);
     if !later.is_empty() {
         write!(shown, " >> {later}").unwrap();
+    }
+    let again = self::shown(&again, config);
+    if !again.is_empty() {
+        write!(shown, " >>> {again}").unwrap();
     }
     for Note { what, .. } in notes {
         match what {
@@ -190,7 +198,7 @@ fn apply(
     change: &str,
     transaction: Transaction,
     batch: &mut Batch,
-    settled: &mut Batch,
+    (settled, again): (&mut Batch, &mut Batch),
     notes: &mut Vec<Note>,
 ) {
     let (op, rows) = change.split_once(' ').unwrap_or((change, ""));
@@ -203,6 +211,8 @@ fn apply(
     };
     let mut planned = |change: Change<'_>| {
         plan::change(table, change, transaction, &mut Scratch::default(), batch, Some(settled), notes);
+        let delays: BTreeSet<Duration> = table.rules.iter().filter_map(BoundRule::again_after).collect();
+        delays.into_iter().for_each(|delay| plan::again(table, change, delay, &mut Scratch::default(), again));
     };
     match op {
         "insert" => planned(Change::Insert { new: encode(&first).tuple() }),
@@ -212,7 +222,11 @@ fn apply(
             planned(Change::Update { old: old.as_ref().map(image), new: encode(&new).tuple() });
         }
         "delete" => planned(Change::Delete { old: old(None).as_ref().map(image).expect("a replica identity") }),
-        "truncate" => plan::truncate(table, transaction, batch, Some(settled)),
+        "truncate" => {
+            plan::truncate(table, transaction, batch, Some(settled));
+            let delayed = table.rules.iter().filter(|rule| rule.again_after().is_some());
+            delayed.for_each(|rule| later::everything_again(rule, again));
+        }
         "gap" => {
             let visible = Transaction { visible: true, ..transaction };
             table.rules.iter().for_each(|rule| later::everything(rule, later::GAP, table, visible, settled));
