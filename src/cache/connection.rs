@@ -103,8 +103,8 @@ fn server_failure(error: &ServerError) -> Failure {
         "CLUSTERDOWN" | "TRYAGAIN" => away("Cluster is not ready"),
         "OOM" => Failure::OutOfMemory,
         "WRONGTYPE" => Failure::WrongType,
-        // RedisJSON has no code of its own for that.
-        "ERR" if said.contains("wrong Redis type") => Failure::WrongType,
+        // RedisJSON's has no code at all, or not one of its own: `Existing key has wrong Redis type`.
+        _ if said.ends_with("key has wrong Redis type") => Failure::WrongType,
         "UNBLOCKED" => away("was demoted while it waited for replicas"),
         "ERR" if said.contains("WAIT cannot be used") => away("is a replica, not the primary"),
         // The state changed between queueing and EXEC: what follows the colon is the cause. Sent again, it shows itself.

@@ -27,6 +27,7 @@ mod provision;
 mod reader;
 mod recipes;
 mod redis_side;
+mod rejson;
 mod source;
 mod source_tls;
 mod steps;

@@ -3,6 +3,7 @@
 //! Nothing here sleeps for a fixed time: whoever needs a state waits for it with [`wait_for`].
 
 mod daemon;
+mod json;
 mod load;
 mod oracle;
 mod proxy;
@@ -16,6 +17,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 pub(crate) use daemon::Daemon;
+pub(crate) use json::JsonRedis;
 pub(crate) use load::{Load, ROWS, RULES};
 pub(crate) use oracle::{Mirror, assert_in_step, differences};
 pub(crate) use proxy::Proxy;
