@@ -321,6 +321,15 @@ pub enum Claim {
     Tags(Tagging),
 }
 
+/// A rule whose table is gone, and what its keys look like.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Vanished {
+    /// The rule.
+    pub rule: String,
+    /// What its keys look like.
+    pub forms: Vec<KeyForm>,
+}
+
 #[derive(Clone, Debug)]
 enum Decision {
     /// It is there, with this value or score.
@@ -398,6 +407,7 @@ pub struct Batch {
     effects: Vec<EffectEntry>,
     questions: Questions,
     claims: Vec<(u16, Claim)>,
+    vanished: Vec<Vanished>,
     /// Per rule, the transaction that last touched it in this batch: each counts once for the delay.
     touched: Vec<Option<Lsn>>,
     commits: Vec<(u16, Timestamp)>,
@@ -427,6 +437,7 @@ impl Batch {
             effects: Vec::new(),
             questions: Questions::default(),
             claims: Vec::new(),
+            vanished: Vec::new(),
             touched: vec![None; rules],
             commits: Vec::new(),
             newest: None,
@@ -448,6 +459,7 @@ impl Batch {
         self.effects.clear();
         self.questions.take();
         self.claims.clear();
+        self.vanished.clear();
         self.touched.fill(None);
         self.commits.clear();
         self.newest = None;
@@ -580,6 +592,17 @@ impl Batch {
             entry.decision = Decision::Gone;
         }
         self.sweeps.push(Sweep::Owned(pattern));
+    }
+
+    /// Every key of a rule that is no more goes.
+    pub fn sweep_vanished(&mut self, vanished: Vanished, prefix: &str) {
+        self.sweeps.extend(vanished.forms.iter().map(|form| Sweep::Owned(form.pattern(prefix))));
+        self.vanished.push(vanished);
+    }
+
+    /// The rules of which no key is left after the sweeps.
+    pub fn vanished(&self) -> &[Vanished] {
+        &self.vanished
     }
 
     /// Every key that matches goes; no rule writes any.

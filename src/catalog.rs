@@ -12,10 +12,12 @@ use crate::model::{Relation, ReplicaIdentity};
 
 mod check;
 mod load;
+mod matching;
 pub mod signature;
 
 pub use check::{Checked, check_rules};
 pub use load::load;
+pub use matching::{RULES_MAX, with_tables};
 
 /// The publication and the tables, as the catalog has them at one moment.
 #[derive(Clone, Debug)]

@@ -23,6 +23,7 @@ mod include;
 mod interpolate;
 pub(crate) mod mask;
 mod mistake;
+pub mod open;
 pub(crate) mod quantity;
 mod query;
 pub(crate) mod rule;
@@ -34,6 +35,7 @@ mod syntax;
 use code::Code;
 use diagnostic::{Diagnostic, Severity};
 use document::Document;
+use open::OpenRule;
 pub use sources::Sources;
 
 /// How large a rules file may be, with all that it includes: far beyond thousands of rules, and no way to fill the memory by a wrong path.
@@ -81,8 +83,12 @@ pub struct Config {
     pub redis: RedisConfig,
     /// `[admin]`
     pub admin: AdminConfig,
-    /// `[rule.NAME]`, in the order of the files; then what `[query.NAME]` means, as rules.
+    /// `[rule.NAME]`, in the order of the files; then what `[query.NAME]` means, as rules; then those made of `open`.
     pub rules: Vec<Rule>,
+    /// Rules whose tables the catalog has to tell.
+    pub open: Vec<OpenRule>,
+    /// Whether it has told, and what they come to is among `rules`.
+    pub matched: bool,
 }
 
 /// A rules file as read.
@@ -141,8 +147,8 @@ pub fn parse(file: RulesFile, env: &Environment<'_>) -> Result<(Config, Vec<Diag
     diagnostics.sort_by_key(|diagnostic| diagnostic.primary.span.start);
     let failed = diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error);
     match document {
-        Some(Document { postgres, redis, admin, rules }) if !failed => {
-            Ok((Config { file, postgres, redis, admin, rules }, diagnostics))
+        Some(Document { postgres, redis, admin, rules, open }) if !failed => {
+            Ok((Config { file, postgres, redis, admin, rules, matched: open.is_empty(), open }, diagnostics))
         }
         _ => Err(Problems { file, diagnostics }),
     }
@@ -324,6 +330,17 @@ pub struct TableName {
     pub schema: String,
     /// Its name.
     pub name: String,
+}
+
+impl TableName {
+    /// As in the rules file: a part stands in quotes where it would be misread without.
+    pub fn written(&self) -> String {
+        let part = |name: &str| match name.contains(['.', '"']) {
+            true => format!("\"{}\"", name.replace('"', "\"\"")),
+            false => name.to_owned(),
+        };
+        format!("{}.{}", part(&self.schema), part(&self.name))
+    }
 }
 
 impl From<&Relation> for TableName {

@@ -22,7 +22,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::admin::{Phase, RuleStatus, Shared, Status};
 use crate::backoff::Backoff;
-use crate::batch::{Batch, Limits};
+use crate::batch::{Batch, Limits, Vanished};
 use crate::cache::checkpoint::{Checkpoint, Debt, RuleSet};
 use crate::cache::{Applied, Cache, Differing};
 use crate::canary::{self, Canary};
@@ -74,6 +74,8 @@ const LOOK_PAUSE: Duration = Duration::from_millis(5);
 const LOOK_PAUSE_MAX: Duration = Duration::from_millis(250);
 /// How much may be collected that waits for the same look.
 const LATER_LIMITS: Limits = Limits { ops: 16_384, bytes: 8 << 20 };
+/// How many rules whose tables are gone are swept together.
+const VANISHED_AT_A_TIME: usize = 64;
 /// How often slot and catalog are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
 /// How often members of tags whose keys are gone are looked for: applications add some, and keys expire.
@@ -124,6 +126,15 @@ impl Daemon {
         let mut daemon = Daemon { rules: Arc::new(RuleSet::new(&config.rules)), config, metrics, shared, desk };
         daemon.show_rules();
         (daemon, orders)
+    }
+
+    /// What the rules with patterns come to is known now.
+    fn matched(&mut self, config: Config) {
+        let config = Arc::new(config);
+        self.desk.matched(&self.config, &config);
+        self.rules = Arc::new(RuleSet::new(&config.rules));
+        self.config = config;
+        self.show_rules();
     }
 
     /// The next session follows this configuration. What was `seen` last of a cache says nothing of another one.
@@ -234,7 +245,7 @@ fn is_tried_again(error: &Error, on_gap: OnGap) -> bool {
 }
 
 /// Prints the commands of changes from now on, until the end is asked for; touches neither slot nor cache.
-pub async fn dry_run<W: Write + Send + 'static>(daemon: &Daemon, out: W, mut shutdown: Shutdown) -> Result<()> {
+pub async fn dry_run<W: Write + Send + 'static>(daemon: &mut Daemon, out: W, mut shutdown: Shutdown) -> Result<()> {
     let (_, mut orders) = mpsc::channel(1);
     open::open_dry(daemon, out).await?.stream(Options::default(), &mut orders, &mut shutdown).await
 }
@@ -278,6 +289,10 @@ pub struct Session<C> {
     intake: Intake,
     messages: Messages,
     desk: Arc<Desk>,
+    /// Why the tables that there are now are not followed.
+    tables_refused: Option<String>,
+    /// Rules whose tables are gone, and whose keys still stand.
+    vanished: Vec<Vanished>,
     /// What the next session follows, once it was ordered.
     successor: Option<Arc<Config>>,
     /// Fills.
@@ -642,6 +657,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             self.note_progress();
         }
         self.look_at_visibility();
+        self.sweep_vanished();
         self.look(now);
         self.forget_stale(now);
         self.probe_if_idle(now);
@@ -662,6 +678,19 @@ impl<C: Cache + Send + 'static> Session<C> {
             tags.into_iter().for_each(|tags| self.batch.sweep_stale(tags));
             self.stand_here();
         }
+    }
+
+    /// Keys of tables that are gone go with the batch that fills; some at a time, since each key that Redis holds is compared
+    /// with all of them.
+    fn sweep_vanished(&mut self) {
+        if self.vanished.is_empty() || self.in_flight.is_some() || !self.intake.is_past_start() {
+            return;
+        }
+        let some = self.vanished.len().min(VANISHED_AT_A_TIME);
+        for vanished in self.vanished.drain(..some) {
+            self.batch.sweep_vanished(vanished, &self.config.redis.prefix);
+        }
+        self.stand_here();
     }
 
     /// Asks which of the transactions that were decoded are visible by now.
@@ -714,6 +743,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             && self.reads.is_idle()
             && !self.intake.has_rereads()
             && !self.intake.has_later()
+            && self.vanished.is_empty()
             && !self.can_pay();
         idle && (drain_until.is_some() || caught_up)
     }

@@ -15,6 +15,8 @@ use serde::{Deserialize, Serialize};
 use super::checkpoint::RuleSet;
 use super::connection::{Connection, Failure};
 use super::writer::{get, unexpected};
+use crate::batch::Vanished;
+use crate::config::open::pattern_of;
 use crate::rules::form::KeyForm;
 use crate::rules::pattern::Pattern;
 use crate::rules::template::RESERVED;
@@ -111,6 +113,35 @@ impl Claims {
         let made = forms.iter().map(|form| form.pattern(prefix)).collect();
         let present = self.rules.values().flat_map(|claim| &claim.keys);
         Former { forms, made, making: present.map(|form| form.pattern(prefix)).collect() }
+    }
+
+    /// The rules that were made of a pattern for tables that are gone, and what their keys look like, as far as these may be
+    /// searched for and no present rule makes them. `owns` is what the pattern's own rule says; `None` if there is none.
+    pub fn vanished(&self, owns: impl Fn(&str) -> Option<bool>) -> Vec<Vanished> {
+        let removed = self.rules.iter().filter(|(_, claim)| claim.fingerprint.is_none());
+        let vanished = removed.filter_map(|(rule, claim)| {
+            let owns = owns(pattern_of(rule)?)?;
+            let searched = |form: &&KeyForm| (owns || form.is_exact()) && !self.is_present(form);
+            Some(Vanished { rule: rule.clone(), forms: claim.former.iter().filter(searched).cloned().collect() })
+        });
+        vanished.filter(|vanished| !vanished.forms.is_empty()).collect()
+    }
+
+    /// The keys of such a rule are gone; whether that is news.
+    pub fn gone_with_table(&mut self, vanished: &Vanished) -> bool {
+        let changed = self.gone(&vanished.rule, &vanished.forms);
+        let left = self
+            .rules
+            .get(&vanished.rule)
+            .is_some_and(|claim| claim.fingerprint.is_some() || claim.former.iter().any(|form| !self.is_present(form)));
+        if !left {
+            self.rules.remove(&vanished.rule);
+        }
+        changed
+    }
+
+    fn is_present(&self, form: &KeyForm) -> bool {
+        self.rules.values().any(|claim| claim.keys.contains(form))
     }
 
     /// Nothing of what the rule made before is left, nor of the rule if it was removed.

@@ -18,6 +18,7 @@ use super::connection::{Connection, Failure};
 use super::keyspace::walk;
 use super::writer::{into_error, set, unexpected};
 use crate::config::RedisConfig;
+use crate::config::open::is_meant;
 use crate::error::{Error, ErrorKind, Result};
 use crate::rules::form::KeyForm;
 use crate::rules::pattern::Pattern;
@@ -41,7 +42,7 @@ pub enum Order {
 /// Keys of rules; with nothing said, of all of them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
-    /// The keys of these rules, present or removed ones.
+    /// The keys of these rules, present or removed ones; a rule with a pattern is all that were made of it.
     pub rules: Vec<String>,
     /// Those that nobody keeps right any more: of rules that are gone, and of earlier forms of those that are not.
     pub removed: bool,
@@ -50,7 +51,7 @@ pub struct Selection {
 impl Selection {
     fn names(&self, rule: &str) -> bool {
         let all = self.rules.is_empty() && !self.removed;
-        all || self.rules.iter().any(|named| named == rule)
+        all || self.rules.iter().any(|named| is_meant(rule, named))
     }
 
     /// Whether anything of the rule shall go.
@@ -140,7 +141,8 @@ fn of_rules(config: &RedisConfig, selection: &Selection, records: &[(&str, Claim
         return Err(nothing_known(&config.prefix));
     }
     let known: BTreeSet<&str> = records.iter().flat_map(|(_, claims)| claims.rules().map(|(name, _)| name)).collect();
-    if let Some(rule) = selection.rules.iter().find(|rule| !known.contains(rule.as_str())) {
+    let is_known = |named: &String| known.iter().any(|rule| is_meant(rule, named));
+    if let Some(rule) = selection.rules.iter().find(|rule| !is_known(rule)) {
         return Err(unknown_rule(rule, &known));
     }
     let (mut targets, mut spared) = (Vec::new(), own_keys(config));

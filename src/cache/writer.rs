@@ -16,9 +16,10 @@ use std::sync::Arc;
 use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CacheOp, Claim, Members, Sweep};
+use crate::batch::{Batch, CacheOp, Claim, Members, Sweep, Vanished};
 use crate::catalog::signature::Signatures;
 use crate::config::RedisConfig;
+use crate::config::open::OpenRule;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::rules::bind::Tagging;
@@ -172,6 +173,12 @@ impl Writer {
         main.map(|record| record.claims.former(rule, owns, &self.config.prefix)).unwrap_or_default()
     }
 
+    /// The rules of patterns whose tables are gone; known once the cache is claimed.
+    pub fn vanished(&self, open: &[OpenRule]) -> Vec<Vanished> {
+        let owns = |pattern: &str| open.iter().find(|open| open.name() == pattern).map(OpenRule::owns);
+        self.records.first().map(|record| record.claims.vanished(owns)).unwrap_or_default()
+    }
+
     fn catalog_key(&self) -> String {
         format!("{}{RESERVED}catalog", self.config.prefix)
     }
@@ -211,6 +218,11 @@ impl Writer {
 
     /// Takes over what the batch says of its rules' keys.
     fn note_claims(&mut self, batch: &Batch) {
+        for vanished in batch.vanished() {
+            for record in &mut self.records {
+                record.written &= !record.claims.gone_with_table(vanished);
+            }
+        }
         for (number, claim) in batch.claims() {
             let rule = &self.rules.names[usize::from(*number)];
             for record in &mut self.records {

@@ -1,8 +1,11 @@
 //! Every rule against the catalog: what `check --connect` reports and what `run` refuses to start with.
 
 use super::{Catalog, Persistence, Publication, Published, TableFacts, TableKind, sql_identifier, sql_table};
+use std::collections::BTreeSet;
+
 use crate::config::code::Code;
-use crate::config::diagnostic::Diagnostic;
+use crate::config::diagnostic::{Diagnostic, Severity};
+use crate::config::open::{OpenRule, pattern_of};
 use crate::config::{Config, Rule, TableName};
 use crate::decode::types::Types;
 use crate::rules::bind::{BoundRule, bind};
@@ -26,16 +29,68 @@ pub fn check_rules(config: &Config, catalog: &Catalog, types: &Types) -> Checked
     if catalog.publication.is_none() {
         checked.diagnostics.extend(config.rules.first().map(|rule| no_publication(rule, config, catalog)));
     }
+    let mut found = Vec::with_capacity(config.rules.len());
     for (rule, index) in config.rules.iter().zip(0..) {
         let (bound, diagnostics) = check_rule(rule, index, config, catalog, types);
         checked.rules.push(bound);
-        checked.diagnostics.extend(diagnostics);
+        found.push(diagnostics);
     }
+    forgive(config, &mut found);
+    checked.diagnostics.extend(found.into_iter().flatten());
     let bound: Vec<(&Rule, &BoundRule)> =
         config.rules.iter().zip(&checked.rules).filter_map(|(rule, bound)| Some((rule, bound.as_ref()?))).collect();
     checked.diagnostics.extend(check_overlaps(&bound));
+    checked.diagnostics.extend(config.idle().map(no_match));
     checked.diagnostics.sort_by_key(|diagnostic| diagnostic.primary.span.start);
+    checked.diagnostics = merged(checked.diagnostics);
     checked
+}
+
+/// Of a pattern's tables each has its own rule, and one that does not fit is no reason to leave the others without theirs:
+/// as while running, it pauses. Unless none fits, then it is the rule.
+fn forgive(config: &Config, found: &mut [Vec<Diagnostic>]) {
+    let pattern = |number: usize| pattern_of(&config.rules[number].name.value);
+    let is_error = |problem: &Diagnostic| problem.severity == Severity::Error;
+    let stands = |problem: &Diagnostic| is_error(problem) && problem.code != Code::Unpublished;
+    let fits: BTreeSet<&str> =
+        (0..found.len()).filter(|number| !found[*number].iter().any(stands)).filter_map(pattern).collect();
+    for (number, problems) in found.iter_mut().enumerate() {
+        let Some(pattern) = pattern(number) else { continue };
+        for problem in problems.iter_mut().filter(|problem| fits.contains(pattern) || !stands(problem)) {
+            problem.severity = Severity::Warning;
+        }
+    }
+}
+
+/// What is said of one place of the file is said once, however many tables it is true of.
+fn merged(diagnostics: Vec<Diagnostic>) -> Vec<Diagnostic> {
+    let mut merged: Vec<(Diagnostic, usize)> = Vec::new();
+    for found in diagnostics {
+        let same = |(known, _): &&mut (Diagnostic, usize)| {
+            let spans =
+                |diagnostic: &Diagnostic| diagnostic.context.iter().map(|label| label.span.clone()).collect::<Vec<_>>();
+            (known.code, known.severity, &known.primary.span) == (found.code, found.severity, &found.primary.span)
+                && spans(known) == spans(&found)
+        };
+        match merged.iter_mut().rev().find(same) {
+            Some((_, more)) => *more += 1,
+            None => merged.push((found, 0)),
+        }
+    }
+    let say = |(diagnostic, more): (Diagnostic, usize)| match more {
+        0 => diagnostic,
+        1 => diagnostic.help("the same is true of one more table"),
+        more => diagnostic.help(format!("the same is true of {more} more tables")),
+    };
+    merged.into_iter().map(say).collect()
+}
+
+/// The pattern of a rule matches nothing.
+fn no_match(open: &OpenRule) -> Diagnostic {
+    let title =
+        format!("rule `{}` follows {}, and there is no such table yet", open.name(), open.table().value.written());
+    let found = Diagnostic::warning(Code::NoTable, title, open.table().span.clone(), "matches nothing");
+    found.help("it matches ordinary and partitioned tables, exactly as in the catalog, but for each `*`")
 }
 
 /// One rule for itself.

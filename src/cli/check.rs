@@ -37,7 +37,7 @@ pub(super) fn execute(path: &Path, arguments: &Arguments) -> Result<ExitCode> {
 }
 
 fn count(config: &Config) -> String {
-    match config.rules.len() {
+    match config.rules.len() + config.open.len() {
         1 => "1 rule is".to_owned(),
         rules => format!("{rules} rules are"),
     }

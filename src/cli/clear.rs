@@ -9,6 +9,7 @@ use serde_json::json;
 
 use crate::cache::clear::{self, Found, Order, Selection};
 use crate::config::Config;
+use crate::config::open::{OpenRule, is_meant};
 use crate::error::{Error, ErrorKind};
 
 use super::{Output, block_on, load};
@@ -96,9 +97,10 @@ fn confirmed(keys: u64, whole_cache: bool) -> Result<bool> {
 
 /// The rules of the file that write keys and have lost some.
 fn missed<'c>(config: &'c Config, found: &[Found]) -> Vec<&'c str> {
-    let lost = |rule: &str| found.iter().any(|found| found.rule == rule && !found.removed && found.keys > 0);
+    let lost = |rule: &str| found.iter().any(|found| is_meant(&found.rule, rule) && !found.removed && found.keys > 0);
     let writing = config.rules.iter().filter(|rule| rule.write.is_some()).map(|rule| rule.name.value.as_str());
-    writing.filter(|rule| lost(rule)).collect()
+    let of_patterns = config.open.iter().filter(|rule| rule.writes()).map(OpenRule::name);
+    writing.chain(of_patterns).filter(|rule| lost(rule)).collect()
 }
 
 fn table(found: &[Found]) -> String {

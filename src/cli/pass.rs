@@ -53,7 +53,7 @@ async fn alone(
     shown: &mut Shown<impl FnMut(&Report) -> Result<()>>,
 ) -> Result<Totals> {
     // Nothing is ordered at its desk: it has no endpoint.
-    let (mut daemon, _) = Daemon::new(config);
+    let (mut daemon, _) = Daemon::new(session::open::with_tables(config).await?);
     let (sender, reports) = Reports::channel();
     let (orders, placed) = mpsc::channel(1);
     orders.send(Order::Pass(request.order(&daemon.config, sender)?)).await?;

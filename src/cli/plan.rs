@@ -14,6 +14,7 @@ use serde_json::value::RawValue;
 
 use crate::batch::{Batch, Limits, Members, Sweep};
 use crate::cache::commands;
+use crate::config::open::Table;
 use crate::config::{Config, Rule, TableName};
 use crate::decode::types::Types;
 use crate::model::{Change, Column, Lsn, OldTuple, Relation, ReplicaIdentity, Timestamp, Tuple};
@@ -38,7 +39,8 @@ const JSONB: u32 = 3802;
   keepstep plan '{"table": "public.products", "op": "truncate"}'
 
 `new` alone is an INSERT, `old` alone a DELETE, both an UPDATE. An `old` that lacks columns of `new` is what a replica
-identity of just these columns sends; an UPDATE without `old` did not change them."#)]
+identity of just these columns sends; an UPDATE without `old` did not change them. Where a rule says {_pk}, `"pk": ["id"]`
+beside them says what the primary key is."#)]
 pub(super) struct Arguments {
     /// The change, as JSON; `-` reads it from stdin
     change: String,
@@ -57,6 +59,9 @@ struct Input<'a> {
     old: Option<Row<'a>>,
     #[serde(borrow)]
     new: Option<Row<'a>>,
+    /// The primary key, for `{_pk}`.
+    #[serde(default)]
+    pk: Vec<String>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize)]
@@ -119,6 +124,8 @@ struct Planned {
 
 fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
     let op = operation(input)?;
+    let table = Table { name: table_name(input)?, primary_key: input.pk.clone() };
+    let config = &config.with_tables(&[table]);
     let relation = relation(config, input)?;
     let table = bind_rules(config, relation)?;
     let unlimited = || Batch::new(Limits { ops: usize::MAX, bytes: usize::MAX }, config.rules.len());
@@ -205,10 +212,14 @@ fn operation(input: &Input<'_>) -> Result<Operation> {
     })
 }
 
+fn table_name(input: &Input<'_>) -> Result<TableName> {
+    let (schema, name) = input.table.split_once('.').context("`table` must be given as schema.table")?;
+    Ok(TableName { schema: schema.to_owned(), name: name.to_owned() })
+}
+
 /// A table that has just the columns of the change.
 fn relation(config: &Config, input: &Input<'_>) -> Result<Relation> {
-    let (schema, name) = input.table.split_once('.').context("`table` must be given as schema.table")?;
-    let wanted = TableName { schema: schema.to_owned(), name: name.to_owned() };
+    let wanted = table_name(input)?;
     if !config.rules.iter().any(|rule| rule.table.value == wanted) {
         bail!("no rule is about `{wanted}`");
     }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio_postgres::Client;
 
+use crate::catalog;
 use crate::config::{Config, TableName};
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
@@ -43,6 +44,7 @@ pub(super) fn setup(config: &Path, arguments: &SetupArguments) -> Result<ExitCod
     let config = load(config)?;
     block_on(async {
         let client = connect(&config).await?;
+        let config = catalog::with_tables(&client, &config).await?;
         let executor = if arguments.print { Executor::Dba } else { Executor::Role };
         match plan_setup(&client, &wanted(&config, arguments.failover), executor).await {
             Ok(plan) => carry_out(&client, &plan, arguments.print).await,

@@ -308,6 +308,11 @@ codes! {
     => "[rule.faculty]\ntable  = \"public.faculty\"\n\
         lookup = \"select code as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n";
 
+    59 TableVar: "a var has the name of what stands for the table",
+    "`{_schema}`, `{_table}` and `{_pk}` stand in every template for the schema, the name and the primary key of the rule's table.",
+    "[rule.product]\ntable  = \"shop_*.products\"\nvars   = { _schema = \"s:{id}\" }\ndelete = [\"product:{_schema}\"]\n"
+    => "[rule.product]\ntable  = \"shop_*.products\"\nvars   = { short = \"s:{id}\" }\ndelete = [\"product:{short}\"]\n";
+
     60 UnknownColumn: "the table has no such column",
     "Names are exact as in the catalog: what was made as `categoryId` without quotes is called `categoryid` there.",
     "CREATE TABLE products (id int PRIMARY KEY, categoryId int);\n\n[rule.feed]\ntable   = \"public.products\"\n\
@@ -366,6 +371,18 @@ codes! {
         CREATE TABLE faculty (id int PRIMARY KEY, department_id int);\nALTER TABLE faculty REPLICA IDENTITY FULL;\n\n\
         [rule.faculty]\ntable  = \"public.faculty\"\n\
         lookup = \"select code as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n";
+
+    67 KeyOfTables: "rows of different tables would have the same key",
+    "A rule whose table is a pattern writes keys for each table that matches. With `*` in the schema the key holds `{_schema}`, with \
+     `*` in the name `{_table}`: then no two tables share a key, however many there will be.",
+    "[rule.product]\ntable   = \"tenant_*.products\"\nkey     = \"product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n"
+    => "[rule.product]\ntable   = \"tenant_*.products\"\nkey     = \"{_schema}:product:{id}\"\nvalue   = \"json\"\ncolumns = [\"*\"]\n";
+
+    68 NoPrimaryKey: "`{_pk}` where there is no primary key",
+    "`{_pk}` stands for the columns of the table's primary key, with `:` between them. A unique index is none.",
+    "CREATE TABLE products (id int UNIQUE NOT NULL);\nALTER TABLE products REPLICA IDENTITY FULL;\n\n\
+     [rule.product]\ntable  = \"public.products\"\ndelete = [\"product:{_pk}\"]\n"
+    => "CREATE TABLE products (id int PRIMARY KEY);\n\n[rule.product]\ntable  = \"public.products\"\ndelete = [\"product:{_pk}\"]\n";
 
     70 NoReplicaIdentity: "the table has no replica identity",
     "It says which columns of an old row Postgres puts into the log. Without any it refuses UPDATE and DELETE as soon as \

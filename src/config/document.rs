@@ -8,6 +8,7 @@ use toml::de::{DeTable, DeValue};
 use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::fields::{LATER_AT_TOP, Table};
+use super::open::OpenRule;
 use super::section::{Reader, Section, Value, homes, in_file_order, not_yet};
 use super::{AdminConfig, Environment, PostgresConfig, RedisConfig, Rule, RulesFile, Sources, Spanned};
 use super::{include, query, rule, server, syntax};
@@ -22,6 +23,7 @@ pub(super) struct Document {
     pub(super) redis: RedisConfig,
     pub(super) admin: AdminConfig,
     pub(super) rules: Vec<Rule>,
+    pub(super) open: Vec<OpenRule>,
 }
 
 /// Reads the file and what it includes; without a document if an error leaves nothing to go on with. The diagnostics are
@@ -101,7 +103,9 @@ fn read_tables<'a>(reader: &mut Reader<'a>, root: &'a DeTable<'a>, included: &'a
     rules.extend(queries(reader, root));
     unknown(reader, root);
     included.iter().for_each(|root| more_than_rules(reader, root));
-    Some(Document { postgres: postgres?, redis: redis?, admin, rules })
+    let open: Vec<OpenRule> = rules.extract_if(.., OpenRule::is_open).map(OpenRule::new).collect();
+    open.iter().flat_map(OpenRule::problems).for_each(|problem| reader.report(problem));
+    Some(Document { postgres: postgres?, redis: redis?, admin, rules, open })
 }
 
 /// A table at the top of the file, if it is there.

@@ -595,9 +595,14 @@ pub const FIELDS: &[Field] = &[
         name: "table",
         kind: Kind::TableName,
         default: Fallback::Required,
-        meaning: "The table, with its schema, exactly as in the catalog. A partitioned table is named by its root.",
+        meaning: "The table, with its schema, exactly as in the catalog. A partitioned table is named by its root. With `*` for \
+                  any text it is a pattern, and the rule is about every table that matches, at any time: \
+                  `\"tenant_*.products\"`. In templates `{_schema}` and `{_table}` are the table's name, and `{_pk}` is its \
+                  primary key, with `:` between the columns.",
         needs: &[],
-        limits: "A name that holds a dot stands in double quotes: `'public.\"a.b\"'`.",
+        limits: "A name that holds a dot stands in double quotes: `'public.\"a.b\"'`. A pattern has no quotes; it matches ordinary \
+                 and partitioned tables that are logged. The key of a rule with a pattern holds `{_schema}` where the schema has a \
+                 `*`, and `{_table}` where the name has one.",
         example: "\"public.products\"",
     },
     Field {

@@ -7,6 +7,8 @@ use std::collections::HashSet;
 
 use super::code::Code;
 use super::fields::Table;
+use super::mistake::Mistake;
+use super::open::ANY;
 use super::rule::{check_vars, fingerprint, sql, table_name};
 use super::section::{Section, template};
 use super::{Operations, Redelete, Rule, Settled, Spanned, TableName};
@@ -36,7 +38,7 @@ pub(super) fn query(mut section: Section<'_, '_>, name: &Spanned<String>) -> Vec
 }
 
 fn dependency(section: &mut Section<'_, '_>, key: Option<&Spanned<Template>>) -> Option<Dependency> {
-    let table = section.parsed("table", table_name);
+    let table = section.parsed("table", one_table);
     let params = section.pairs("params", |text| template(text, Template::parse_free));
     let lookup = section.parsed("lookup", sql);
     let changed = section.columns("changed").map(|columns| columns.value);
@@ -47,6 +49,16 @@ fn dependency(section: &mut Section<'_, '_>, key: Option<&Spanned<Template>>) ->
         }
     }
     Some(Dependency { table: table?, changed, params, lookup })
+}
+
+/// A query's keys depend on tables that it names.
+fn one_table(text: &str) -> Result<TableName, Mistake> {
+    let table = table_name(text)?;
+    match text.contains(ANY) {
+        true => Err(Mistake::whole(Code::NotYet, text, "is a pattern, which a query cannot follow yet")
+            .help("name each table in an `on` of its own")),
+        false => Ok(table),
+    }
 }
 
 /// Each parameter of the key must come from somewhere.

@@ -9,6 +9,7 @@ use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::fields::Table;
 use super::mistake::Mistake;
+use super::open::ANY;
 use super::quantity;
 use super::section::{Either, Section, expression, template};
 use super::{
@@ -136,16 +137,21 @@ fn operations(section: &mut Section<'_, '_>, name: &'static str) -> Operations {
     Operations { insert: named("insert"), update: named("update"), delete: named("delete") }
 }
 
-/// `schema.table`; a part that holds a dot stands in double quotes, in which `""` is one.
+/// `schema.table`, or a pattern; a part that holds a dot stands in double quotes, in which `""` is one.
 pub(super) fn table_name(text: &str) -> Result<TableName, Mistake> {
     const HELP: &str = "write:  table = \"schema.table\", exactly as in the catalog";
     let mistake = |problem: &str| Mistake::whole(Code::TableName, text, problem);
     let Some(parts) = name_parts(text) else {
         return Err(mistake("is not a table's name").help(HELP));
     };
-    if text.contains('*') || text.contains('{') {
-        return Err(Mistake::whole(Code::NotYet, text, "is a pattern, which is not available in this version yet")
-            .help("write one rule for each table"));
+    if let Some(at) = text.find('{') {
+        let placeholder = Mistake { range: at..at + 1, ..mistake("holds a placeholder, which no name has") };
+        return Err(placeholder.help("for any text write `*`:  table = \"tenant_*.products\""));
+    }
+    if let (Some(at), true) = (text.find(ANY), text.contains('"')) {
+        let quoted =
+            Mistake { range: at..at + 1, ..mistake("holds a `*` and quotes, in which it would be no pattern") };
+        return Err(quoted.help("write `*` in place of what is quoted too"));
     }
     match parts.as_slice() {
         [name] => Err(mistake("names no schema").help(format!("for example:  table = \"public.{name}\""))),

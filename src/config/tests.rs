@@ -208,7 +208,6 @@ fn mistakes_in_what_a_rule_is_for() {
         "table = \"products\"\ndelete = [\"a\"]",
         "table = \"shop.public.products\"\ndelete = [\"a\"]",
         "table = \"public.\"\ndelete = [\"a\"]",
-        "table = \"tenant_*.products\"\ndelete = [\"a\"]",
         "table = \"public.products\"",
         "table = \"public.products\"\nvalue = \"json\"",
         "table = \"public.products\"\nkey = \"a:{id}\"",
@@ -241,6 +240,22 @@ fn mistakes_in_the_fields_of_a_rule() {
         "vars = { url = \"https://shop.example/{id}/\" }",
         "vars = { url = 1 }",
         "[rule.product.vars]\nurl = \"x{id}\"\nttl = \"1d\"",
+    ]);
+    insta::assert_snapshot!(shown);
+}
+
+#[test]
+fn mistakes_in_patterns() {
+    const VALUE: &str = "value = \"json\"\ncolumns = [\"*\"]";
+    let shown = rules([
+        "table = \"tenant_*\"\ndelete = [\"a\"]",
+        "table = '\"tenant_*\".products'\ndelete = [\"a\"]",
+        "table = \"{_schema}.products\"\ndelete = [\"a\"]",
+        "table = \"tenant_*.products\"\nvars = { _pk = \"{id}\" }\ndelete = [\"a:{_pk}\"]",
+        &format!("table = \"tenant_*.products\"\nkey = \"product:{{id}}\"\n{VALUE}"),
+        &format!("table = \"tenant_*.orders_*\"\nkey = \"order:{{_schema}}:{{id}}\"\n{VALUE}"),
+        &format!("table = \"*.orders_*\"\nvars = {{ t = \"{{_table|lower}}\" }}\nkey = \"{{t}}:{{id}}\"\n{VALUE}"),
+        &format!("table = \"public.products\"\nkey = \"{{_pk}}\"\n{VALUE}"),
     ]);
     insta::assert_snapshot!(shown);
 }
@@ -533,7 +548,7 @@ fn the_defaults_of_the_table_are_those_that_hold() {
         _ => needed(field),
     };
     let described = |text: &str| {
-        let Config { file: _, postgres, redis, admin, rules } = read(text);
+        let Config { file: _, postgres, redis, admin, rules, open: _, matched: _ } = read(text);
         let unprinted = |rule: &Rule| rule.write.as_ref().map(|write| (write.warm, write.audit));
         let rules: Vec<_> = rules.iter().map(|rule| (&rule.fingerprint, unprinted(rule))).collect();
         format!("{postgres:?} {redis:?} {admin:?} {rules:?}")

@@ -25,7 +25,7 @@ use super::key::{Column, Lost};
 use super::lookup::BoundLookup;
 use super::pattern::Pattern;
 use super::sql::Sql;
-use super::template::{Part, Placeholder, RESERVED, TAG, Template, place};
+use super::template::{OF_TABLE, PRIMARY_KEY, Part, Placeholder, RESERVED, TAG, Template, place};
 use crate::batch::{Form, Of};
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::{
@@ -459,8 +459,13 @@ impl Scope<'_> {
         let own = self.relation.column(name).filter(|_| behind.is_none());
         let found = own.or_else(|| Some(self.relation.columns.len() + behind?));
         found.ok_or_else(|| {
+            if name == PRIMARY_KEY {
+                return BindProblem::NoPrimaryKey { span };
+            }
             let hidden = self.facts.and_then(|facts| facts.hidden.iter().find(|column| column.name == name));
             let columns: Vec<String> = self.relation.columns.iter().map(|column| column.name.clone()).collect();
+            let of_table = OF_TABLE.into_iter().filter(|_| name.starts_with('_'));
+            let near = nearest(name, columns.iter().map(String::as_str).chain(of_table)).map(str::to_owned);
             match (hidden, self.facts) {
                 (Some(hidden), Some(facts)) => BindProblem::HiddenColumn {
                     span,
@@ -469,12 +474,7 @@ impl Scope<'_> {
                     published: columns,
                     row_filter: facts.row_filter.clone(),
                 },
-                _ => BindProblem::UnknownColumn {
-                    span,
-                    column: name.to_owned(),
-                    near: nearest(name, columns.iter().map(String::as_str)).map(str::to_owned),
-                    columns,
-                },
+                _ => BindProblem::UnknownColumn { span, column: name.to_owned(), near, columns },
             }
         })
     }

@@ -42,6 +42,11 @@ pub enum BindProblem {
         /// The row filter that the table is published with.
         row_filter: Option<String>,
     },
+    /// `{_pk}` of a table without a primary key.
+    NoPrimaryKey {
+        /// Where it stands.
+        span: Range<usize>,
+    },
     /// One of `vars` uses another one.
     NestedVar {
         /// Where it does.
@@ -172,6 +177,12 @@ impl BindProblem {
             Self::HiddenColumn { span, column, publication, published, row_filter } => {
                 let filter = row_filter.as_deref();
                 hidden_column(rule, span, column, publication, published, filter)
+            }
+            Self::NoPrimaryKey { span } => {
+                let title = format!("rule `{name}` uses {{_pk}}, and {table} has no primary key");
+                let found = Diagnostic::error(Code::NoPrimaryKey, title, span.clone(), "stands for nothing");
+                let key = format!("ALTER TABLE {} ADD PRIMARY KEY (…);", sql_table(table));
+                found.help("name the columns that tell its rows apart").help(format!("or give it one:  {key}"))
             }
             Self::NestedVar { span, var } => {
                 let title = format!("a var of rule `{name}` uses the var `{var}`; vars can use columns only");

@@ -3,15 +3,24 @@
 //! A placeholder is `{name}`, `{name?default}`, `{name|filter|filter}` or both, `{name?default|filter}`: the default
 //! stands in for NULL before the filters run, from left to right. A name is a column, exactly as in the catalog, or one
 //! of the rule's `vars`; it may hold anything but `{`, `}`, `|` and `?`. What the names mean is found out when the rule
-//! is bound.
+//! is bound. `{_schema}`, `{_table}` and `{_pk}` mean the table ([`crate::config::open`]).
 //!
-//! A key template begins with a literal, so that row data cannot choose the whole key.
+//! A key template begins with a literal, or with the table's name, so that row data cannot choose the whole key.
 
 use std::ops::Range;
 
 use super::filter::Filter;
 use crate::config::code::Code;
 use crate::suggest::nearest;
+
+/// Stands for the schema of the table, in every template.
+pub const SCHEMA: &str = "_schema";
+/// Stands for the table's name.
+pub const TABLE: &str = "_table";
+/// Stands for the columns of its primary key, with `:` between them.
+pub const PRIMARY_KEY: &str = "_pk";
+/// Names that mean the table and no column of it.
+pub const OF_TABLE: [&str; 3] = [SCHEMA, TABLE, PRIMARY_KEY];
 
 /// keepstep's own keys begin with it, behind the prefix of `[redis]`.
 pub const RESERVED: &str = "keepstep:";
@@ -79,6 +88,7 @@ impl Template {
                 "a key cannot be empty",
                 "name the key: \"product:{id}\"",
             )),
+            Some(Part::Placeholder(first)) if [SCHEMA, TABLE].contains(&first.name.as_str()) => Ok(template),
             Some(Part::Placeholder(first)) => {
                 let message = "nothing stands before the first placeholder, so row data would choose the whole key";
                 let help = format!("begin with a literal of its own: \"product:{}\"", &text[first.range.clone()]);
@@ -127,6 +137,35 @@ impl Template {
         Ok(Template { text: text.to_owned(), parts })
     }
 
+    /// Columns, with `:` between them.
+    pub fn of_columns(columns: &[String]) -> Self {
+        let mut parts = Vec::new();
+        for name in columns {
+            if !parts.is_empty() {
+                parts.push(Part::Literal(":".to_owned()));
+            }
+            let (name, default, filters) = (name.clone(), None, Vec::new());
+            parts.push(Part::Placeholder(Placeholder { name, default, filters, range: 0..0 }));
+        }
+        let text = columns.iter().map(|name| format!("{{{name}}}")).collect::<Vec<_>>().join(":");
+        Template { text, parts }
+    }
+
+    /// The same with what placeholders stand for, where that is said. Text and places stay those of the file.
+    pub fn with(&self, stands_for: impl Fn(&Placeholder) -> Option<Vec<Part>>) -> Self {
+        let mut parts: Vec<Part> = Vec::with_capacity(self.parts.len());
+        for part in &self.parts {
+            let known = if let Part::Placeholder(placeholder) = part { stands_for(placeholder) } else { None };
+            for part in known.unwrap_or_else(|| vec![part.clone()]) {
+                match (parts.last_mut(), part) {
+                    (Some(Part::Literal(before)), Part::Literal(text)) => before.push_str(&text),
+                    (_, part) => parts.push(part),
+                }
+            }
+        }
+        Template { text: self.text.clone(), parts }
+    }
+
     /// Its text, as written.
     pub fn text(&self) -> &str {
         &self.text
@@ -147,6 +186,13 @@ impl Template {
 }
 
 impl Placeholder {
+    /// What it makes of a value.
+    pub fn filtered(&self, value: &str) -> String {
+        let mut out = value.as_bytes().to_vec();
+        self.filters.iter().for_each(|filter| filter.apply(&mut out, 0));
+        String::from_utf8_lossy(&out).into_owned()
+    }
+
     /// The placeholder whose `{` stands at `open`.
     fn parse(text: &str, open: usize) -> Result<Self, TemplateError> {
         let inner = open + 1;

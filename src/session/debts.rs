@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::cache::checkpoint::{Debt, RuleSet};
-use crate::config::Rule;
+use crate::config::open::pattern_of;
+use crate::config::{Rule, Settled};
 
 /// What rules owe, by name.
 pub type Owing = BTreeMap<String, Debt>;
@@ -93,6 +94,10 @@ impl Opening {
         for rule in rules {
             let name = rule.name.value.as_str();
             match (is_new(name), changed(name)) {
+                // Its table is there for some seconds, and nobody has heard what changed in it.
+                (true, _) if pattern_of(name).is_some() && does_more_than_write(rule) => {
+                    self.add(name, Debt::Reconcile, Reason::RulesChanged);
+                }
                 (true, _) if is_warmed(rule) => self.add(name, Debt::Warm, Reason::RulesChanged),
                 (false, true) => self.add(name, Debt::Reconcile, Reason::RulesChanged),
                 _ => {}
@@ -121,6 +126,15 @@ pub fn to_rewrite(rules: &[Rule], since_us: u64, now_us: u64) -> impl Iterator<I
 /// Whether rows that do not change get their keys too.
 fn is_warmed(rule: &Rule) -> bool {
     rule.write.as_ref().is_some_and(|write| write.warm)
+}
+
+/// Whether it makes keys stale, or tells of changes.
+fn does_more_than_write(rule: &Rule) -> bool {
+    let Settled { delete_match, delete_tags, bump, stream, publish } = &rule.settled;
+    let settles = !(delete_match.is_empty() && delete_tags.is_empty() && bump.is_empty())
+        || stream.is_some()
+        || publish.is_some();
+    settles || !rule.delete.is_empty()
 }
 
 fn all<'a>(rules: impl Iterator<Item = &'a Rule>, debt: Debt) -> Owing {

@@ -132,6 +132,25 @@ impl Desk {
         Ok(reloaded)
     }
 
+    /// The session that follows `before` has learnt what its patterns come to: `now`.
+    pub(super) fn matched(&self, before: &Arc<Config>, now: &Arc<Config>) {
+        let mut in_force = self.in_force();
+        // Whatever was ordered since has been matched by itself.
+        if Arc::ptr_eq(&in_force, before) {
+            *in_force = Arc::clone(now);
+        }
+    }
+
+    /// The session that follows `before` has seen that other tables match now: it goes on with `now`, unless something
+    /// newer was ordered or nothing more can be; then the next look sees it again.
+    pub(super) fn tables_changed(&self, before: &Arc<Config>, now: Config) {
+        let mut in_force = self.in_force();
+        let now = Arc::new(now);
+        if Arc::ptr_eq(&in_force, before) && self.place(Order::Reload(Arc::clone(&now))).is_ok() {
+            *in_force = now;
+        }
+    }
+
     fn place(&self, order: Order) -> Result<(), Refused> {
         self.orders.try_send(order).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Refused::Busy,
@@ -186,7 +205,7 @@ async fn examine(before: &Config) -> Result<Config, Refused> {
         tracing::warn!("the rules file has warnings\n\n{}", diagnostic::render(&warnings, &config.file, false));
     }
     match open::rehearse(&config).await {
-        Ok(()) => Ok(config),
+        Ok(config) => Ok(config),
         Err(error) if error.kind() == ErrorKind::Config => Err(Refused::Unusable(error.to_string())),
         Err(error) => Err(Refused::Unavailable(error)),
     }

@@ -14,12 +14,17 @@ use crate::model::Lsn;
 use crate::source::slot::{self, SlotState};
 
 use super::debts::Reason;
-use super::{LOOK_EVERY, Session, report};
+use super::{LOOK_EVERY, Session, open, report};
+
+/// How many rules are named in a line of the log.
+const NAMES_SHOWN: usize = 10;
 
 /// What was found.
 pub(super) struct Looked {
     slot: Option<SlotState>,
     catalog: Look,
+    /// What the rules are for the tables that there are now, if that is something else; or why nothing comes of it.
+    now: Result<Option<Config>, String>,
 }
 
 impl<C: Cache + Send + 'static> Session<C> {
@@ -42,11 +47,15 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
             let slot = slot::slot_state(&client, &config.postgres.slot).await?;
             let catalog = signature::look(&client, &config.postgres.publication, &tables(&config)).await?;
-            Ok(Looked { slot, catalog })
+            let now = match open::for_tables_now(&config, &client).await {
+                Err(error) if error.kind() == ErrorKind::Config => Err(error.to_string()),
+                now => Ok(now?),
+            };
+            Ok(Looked { slot, catalog, now })
         }));
     }
 
-    pub(super) fn looked(&mut self, Looked { slot, catalog }: Looked) -> Result<()> {
+    pub(super) fn looked(&mut self, Looked { slot, catalog, now }: Looked) -> Result<()> {
         self.looking = None;
         // A slot that is gone ends the stream by itself, with the server's own words.
         if let Some(slot) = slot {
@@ -63,8 +72,15 @@ impl<C: Cache + Send + 'static> Session<C> {
                 ));
             }
         }
-        self.tables.carried(&catalog.carried);
-        let differing = differing(&catalog.signatures, &self.signatures, &self.config.rules);
+        let next = now.as_ref().ok().and_then(Option::as_ref);
+        if next.is_none() {
+            self.tables.carried(&catalog.carried);
+        }
+        // Of a table that is gone nothing is left to read.
+        let stays =
+            |rule: &&Rule| next.is_none_or(|next| next.rules.iter().any(|stays| stays.name.value == rule.name.value));
+        let rules = self.config.rules.iter().filter(stays);
+        let differing = differing(&catalog.signatures, &self.signatures, rules);
         if !differing.is_empty() {
             self.metrics.reconciles_total.with_label_values(&[Reason::Catalog.label()]).inc();
         }
@@ -73,13 +89,42 @@ impl<C: Cache + Send + 'static> Session<C> {
         differing.iter().for_each(|rule| self.debts.owe(&rule.name.value, Debt::Reconcile));
         self.signatures_unsaid |= self.signatures != catalog.signatures;
         self.signatures = catalog.signatures;
+        self.follow_tables(now);
         Ok(())
+    }
+
+    /// Tables that patterns match have come or gone. A pass that somebody waits for is not cut short for that.
+    fn follow_tables(&mut self, now: Result<Option<Config>, String>) {
+        let refused = now.as_ref().err().cloned();
+        match now {
+            Ok(Some(now)) if self.reads.is_asked() => {
+                tracing::info!(rules = now.rules.len(), "tables have come or gone, which waits for the end of a pass");
+            }
+            Ok(Some(now)) => {
+                let name = |rule: &Rule| rule.name.value.clone();
+                let (before, after) = (self.config.rules.iter().map(name), now.rules.iter().map(name));
+                let (before, after): (BTreeSet<_>, BTreeSet<_>) = (before.collect(), after.collect());
+                let come: Vec<&String> = after.difference(&before).take(NAMES_SHOWN).collect();
+                let gone: Vec<&String> = before.difference(&after).take(NAMES_SHOWN).collect();
+                tracing::info!(rules = after.len(), ?come, ?gone, "other tables match: going on with their rules");
+                self.desk.tables_changed(&self.config, now);
+            }
+            Err(why) if self.tables_refused.as_ref() != Some(&why) => {
+                tracing::error!("other tables match, but everything stays as it was\n\n{why}");
+            }
+            Ok(None) | Err(_) => {}
+        }
+        self.tables_refused = refused;
     }
 }
 
 /// The rules whose tables are not what they were.
-pub(super) fn differing<'r>(now: &Signatures, before: &Signatures, rules: &'r [Rule]) -> Vec<&'r Rule> {
-    let differing: Vec<&Rule> = rules.iter().filter(|rule| now.differs(before, &rule.table.value)).collect();
+pub(super) fn differing<'r>(
+    now: &Signatures,
+    before: &Signatures,
+    rules: impl Iterator<Item = &'r Rule>,
+) -> Vec<&'r Rule> {
+    let differing: Vec<&Rule> = rules.filter(|rule| now.differs(before, &rule.table.value)).collect();
     for table in differing.iter().map(|rule| &rule.table.value).collect::<BTreeSet<_>>() {
         tracing::warn!(%table, "the catalog says something else of the table, which the stream does not carry: its rules are reconciled");
     }

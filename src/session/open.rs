@@ -12,13 +12,15 @@ use std::time::{Duration, Instant};
 use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
-use crate::cache::checkpoint::{Checkpoint, Debt, Origin};
+use crate::cache::checkpoint::{Checkpoint, Debt, Origin, RuleSet};
 use crate::cache::claims::Former;
 use crate::cache::inspect;
 use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
 use crate::catalog::signature::{self, Signatures};
 use crate::catalog::{self, Catalog};
+use crate::config::code::Code;
+use crate::config::open::pattern_of;
 use crate::config::{Config, OnGap, Rule, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
@@ -41,14 +43,15 @@ use super::tables::Tables;
 use super::{CLAIM_LIMIT, Daemon, Flying, LATER_LIMITS, Options, STATEMENT_TIMEOUT, Session, limits, look, renewal};
 
 /// Opens a session on the real cache.
-pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
-    let config = &daemon.config;
-    let info = ConnInfo::from_config(&config.postgres)?;
+pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Checkpoint>) -> Result<Session<Writer>> {
+    let info = ConnInfo::from_config(&daemon.config.postgres)?;
     if daemon.metrics.sessions_total.get() == 0 && !info.dropped.is_empty() {
         tracing::warn!(parameters = ?info.dropped, "parameters of `[postgres] url` that mean nothing here are ignored");
     }
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
     on_primary(&client).await?;
+    match_tables(daemon, &client).await?;
+    let (daemon, config) = (&*daemon, &daemon.config);
     // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
     let slot = affordable_slot(config, &client).await?;
     let mut writer = Writer::new(config.redis.clone(), Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics))?;
@@ -103,20 +106,22 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
             claim_with(&mut writer, &nothing, first).await?
         }
     };
+    let vanished = writer.vanished(&config.open);
     let owns = |rule: &Rule| rule.write.as_ref().is_some_and(|write| write.owns);
     let former = config.rules.iter().map(|rule| writer.former(&rule.name.value, owns(rule))).collect();
     begun(daemon, &checkpoint, &reasons);
     let (flushed, signatures) = (identity.flush_lsn, catalog.signatures);
     let streamed =
         Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures, former };
-    Ok(session(daemon, streamed, writer))
+    Ok(Session { vanished, ..session(daemon, streamed, writer) })
 }
 
 /// Opens a session on nothing: a temporary slot, from now on, and commands as text.
-pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W) -> Result<Session<Recorder<W>>> {
-    let config = &daemon.config;
-    let info = ConnInfo::from_config(&config.postgres)?;
+pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &mut Daemon, out: W) -> Result<Session<Recorder<W>>> {
+    let info = ConnInfo::from_config(&daemon.config.postgres)?;
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
+    match_tables(daemon, &client).await?;
+    let (daemon, config) = (&*daemon, &daemon.config);
     let mut walsender = Walsender::connect(&info).await?;
     let identity = walsender.identify_system().await?;
     let origin = origin(&identity, &config.postgres.slot);
@@ -141,6 +146,29 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &Daemon, out: W)
         former: Vec::new(),
     };
     Ok(session(daemon, streamed, Recorder::new(out, config.redis.clone())))
+}
+
+/// Asks for the tables of rules with patterns, once: from then on they are looked at while it streams, and what has changed
+/// comes as an order, so that the rules of an order that waits keep their numbers.
+async fn match_tables(daemon: &mut Daemon, client: &tokio_postgres::Client) -> Result<()> {
+    if !daemon.config.matched {
+        let config = catalog::with_tables(client, &daemon.config).await?;
+        for rule in config.idle() {
+            let (rule, pattern) = (rule.name(), rule.table().value.written());
+            tracing::warn!(rule, pattern, "no table matches yet; it is looked for from time to time");
+        }
+        daemon.matched(config);
+    }
+    Ok(())
+}
+
+/// The configuration with the tables that there are, through a connection of its own.
+pub async fn with_tables(config: Config) -> Result<Config> {
+    if config.matched {
+        return Ok(config);
+    }
+    let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
+    catalog::with_tables(&client, &config).await
 }
 
 /// A standby may be about to be promoted: nothing that is missing there says anything yet.
@@ -201,7 +229,7 @@ async fn owed(daemon: &Daemon, writer: &Writer, start: Start<'_>, catalog: &Sign
         warn_of_removed_rules(daemon, before.as_ref());
     }
     let differing = match writer.read_catalog().await? {
-        Some(before) => look::differing(catalog, &before, rules),
+        Some(before) => look::differing(catalog, &before, rules.iter()),
         None => rules.iter().collect(),
     };
     differing.iter().for_each(|rule| opening.add(&rule.name.value, Debt::Reconcile, Reason::Catalog));
@@ -275,6 +303,8 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         intake: streamed.intake,
         messages: Messages::new(streamed.proven),
         desk: Arc::clone(&daemon.desk),
+        tables_refused: None,
+        vanished: Vec::new(),
         successor: None,
         batch: batch(),
         spare: Some(batch()),
@@ -393,17 +423,49 @@ async fn refuse_misfits(
     Err(Error::new(ErrorKind::Config, format!("the rules do not fit the tables\n\n{shown}")))
 }
 
-/// Whether a session of this configuration could begin: both servers answer, and the rules fit the tables.
-pub(super) async fn rehearse(config: &Config) -> Result<()> {
+/// Whether a session of this configuration could begin: both servers answer, and the rules fit the tables. Gives the
+/// configuration with the tables that there are.
+pub(super) async fn rehearse(config: &Config) -> Result<Config> {
     let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
-    let (catalog, types) = read_catalog(config, &client).await?;
-    refuse_misfits(config, &catalog, &types, &client).await?;
-    inspect::try_commands(config).await
+    let config = catalog::with_tables(&client, config).await?;
+    let (catalog, types) = read_catalog(&config, &client).await?;
+    refuse_misfits(&config, &catalog, &types, &client).await?;
+    inspect::try_commands(&config).await?;
+    Ok(config)
+}
+
+/// The configuration for the tables that there are now; `None` if that is the one in force.
+///
+/// # Errors
+/// [`ErrorKind::Config`] if it cannot be followed: too many tables, or keys that two rules would fight for. What else does
+/// not fit pauses its own rule.
+pub(super) async fn for_tables_now(config: &Config, client: &tokio_postgres::Client) -> Result<Option<Config>> {
+    if config.open.is_empty() {
+        return Ok(None);
+    }
+    let now = catalog::with_tables(client, config).await?;
+    if RuleSet::new(&now.rules) == RuleSet::new(&config.rules) {
+        return Ok(None);
+    }
+    let (catalog, types) = read_catalog(&now, client).await?;
+    let mut problems = catalog::check_rules(&now, &catalog, &types).diagnostics;
+    problems.retain(|problem| matches!(problem.code, Code::KeyOfTwoRules | Code::DeletesWritten));
+    match problems.is_empty() {
+        true => Ok(Some(now)),
+        false => Err(Error::new(ErrorKind::Config, diagnostic::render(&problems, &now.file, false))),
+    }
 }
 
 /// Keys of rules that were removed stay as they are; whoever runs it must know.
 fn warn_of_removed_rules(daemon: &Daemon, before: Option<&BTreeMap<String, String>>) {
     let removed = before.map(|before| daemon.rules.difference(before).removed).unwrap_or_default();
+    let of_pattern = |rule: &String| {
+        pattern_of(rule).is_some_and(|pattern| daemon.config.open.iter().any(|open| open.name() == pattern))
+    };
+    let (vanished, removed): (Vec<String>, Vec<String>) = removed.into_iter().partition(of_pattern);
+    if !vanished.is_empty() {
+        tracing::info!(rules = ?vanished, "their tables are gone, and their keys go too");
+    }
     if !removed.is_empty() {
         tracing::warn!(rules = ?removed, "removed rules: the keys that they wrote stay, and are no longer kept right");
     }

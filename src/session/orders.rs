@@ -13,6 +13,7 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
+use crate::config::open::{OpenRule, is_meant};
 use crate::config::{Config, MessageCommands, Rule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Event, Position};
@@ -223,7 +224,7 @@ impl PassRequest {
     pub fn order(&self, config: &Config, reports: mpsc::Sender<Report>) -> Result<PassOrder> {
         let mut rules = match self.rules.as_slice() {
             [] => self.everything(config)?,
-            names => names.iter().map(|name| number(config, name)).collect::<Result<Vec<u16>>>()?,
+            names => names.iter().map(|name| numbers(config, name)).collect::<Result<Vec<_>>>()?.concat(),
         };
         rules.sort_unstable();
         rules.dedup();
@@ -252,19 +253,25 @@ impl PassRequest {
     }
 }
 
-/// The number of the rule of this name, which must write keys.
-fn number(config: &Config, name: &str) -> Result<u16> {
-    let found = (0_u16..).zip(&config.rules).find(|(_, rule)| rule.name.value == name);
-    match found {
-        Some((number, rule)) if rule.write.is_some() => Ok(number),
-        Some(_) => Err(usage(format!("rule `{name}` writes no key, so there is nothing to compare or to fill"))),
-        None => {
-            let unknown = usage(format!("there is no rule `{}`", name.escape_debug()));
-            Err(match nearest(name, config.rules.iter().map(|rule| rule.name.value.as_str())) {
-                Some(near) => unknown.hint(format!("did you mean `{near}`?")),
-                None => unknown,
-            })
-        }
+/// The numbers of the rules that are meant by this name, which must write keys: one, or those of every table that a pattern
+/// matches.
+fn numbers(config: &Config, name: &str) -> Result<Vec<u16>> {
+    let meant = |rule: &Rule| is_meant(&rule.name.value, name);
+    let found: Vec<(u16, &Rule)> = (0_u16..).zip(&config.rules).filter(|(_, rule)| meant(rule)).collect();
+    if found.iter().any(|(_, rule)| rule.write.is_none()) {
+        return Err(usage(format!("rule `{name}` writes no key, so there is nothing to compare or to fill")));
+    }
+    if found.is_empty() && !config.open.iter().any(|open| open.name() == name) {
+        let unknown = usage(format!("there is no rule `{}`", name.escape_debug()));
+        let names = config.open.iter().map(OpenRule::name).chain(config.rules.iter().map(|rule| &*rule.name.value));
+        return Err(match nearest(name, names) {
+            Some(near) => unknown.hint(format!("did you mean `{near}`?")),
+            None => unknown,
+        });
+    }
+    match found.is_empty() {
+        true => Err(usage(format!("no table matches the pattern of rule `{name}`"))),
+        false => Ok(found.into_iter().map(|(number, _)| number).collect()),
     }
 }
 

@@ -205,6 +205,11 @@ impl Reads {
         }
     }
 
+    /// Whether somebody waits for a pass.
+    pub(super) fn is_asked(&self) -> bool {
+        self.asked.iter().any(|asked| !asked.is_audit)
+    }
+
     /// Whether nothing is being read, and nobody has asked for it.
     pub(super) fn is_idle(&self) -> bool {
         let busy = |reading: &Reading| reading.pass.is_some() || !reading.rereads.is_empty();

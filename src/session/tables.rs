@@ -59,7 +59,9 @@ impl Tables {
         for rule in &config.rules {
             let publication = &config.postgres.publication;
             let uncarried = match carried.get(&rule.table.value) {
-                None => Some(format!("publication `{publication}` does not carry its table")),
+                None => {
+                    Some(format!("publication `{publication}` does not carry its table; `keepstep setup` sees to it"))
+                }
                 Some(carried) if !rule.on.is_within(*carried) => {
                     Some(format!("publication `{publication}` leaves out operations that it follows"))
                 }

@@ -74,7 +74,9 @@ impl Answer {
 
 /// Asks both servers everything, and prints the answers.
 pub(super) async fn check(config: &Config, output: Output) -> Result<ExitCode> {
-    let (mut answers, checked) = postgres(config).await;
+    let mut config = config.clone();
+    let (mut answers, checked) = postgres(&mut config).await;
+    let config = &config;
     answers.extend(redis(config, checked.as_ref()).await);
     let problems = checked.map(|checked| checked.diagnostics).unwrap_or_default();
     eprint!("{}", show(&problems, config));
@@ -106,8 +108,8 @@ fn print(answers: &[Answer], output: Output) -> Result<()> {
     Ok(())
 }
 
-/// Postgres, and the rules bound to its tables if it answers.
-async fn postgres(config: &Config) -> (Vec<Answer>, Option<Checked>) {
+/// Postgres, and the rules bound to its tables if it answers; then those of patterns are among them.
+async fn postgres(config: &mut Config) -> (Vec<Answer>, Option<Checked>) {
     let mut answers = Vec::new();
     match ask_postgres(config, &mut answers).await {
         Ok(checked) => (answers, Some(checked)),
@@ -118,7 +120,7 @@ async fn postgres(config: &Config) -> (Vec<Answer>, Option<Checked>) {
     }
 }
 
-async fn ask_postgres(config: &Config, answers: &mut Vec<Answer>) -> Result<Checked, Error> {
+async fn ask_postgres(config: &mut Config, answers: &mut Vec<Answer>) -> Result<Checked, Error> {
     let info = ConnInfo::from_config(&config.postgres)?;
     if !info.dropped.is_empty() {
         let dropped = format!("`[postgres] url` has parameters that mean nothing here: {}", info.dropped.join(", "));
@@ -126,6 +128,8 @@ async fn ask_postgres(config: &Config, answers: &mut Vec<Answer>) -> Result<Chec
     }
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
     answers.push(version(&client).await?);
+    *config = catalog::with_tables(&client, config).await?;
+    let config = &*config;
     answers.extend(provisioned(config, &client).await);
     answers.push(streaming(&info).await);
     answers.extend(slot_answer(config, &client).await?);
