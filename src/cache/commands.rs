@@ -266,7 +266,7 @@ pub fn quoted(bytes: &[u8]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::Limits;
+    use crate::batch::{Limits, Of};
     use crate::config::tests::redis_config;
 
     fn batch(ops: &[(&str, Option<&str>, Option<u64>, bool)]) -> Vec<String> {
@@ -333,6 +333,23 @@ mod tests {
         assert_eq!(keys(&batch, &redis).concat(), b"v1:av1:bv1:colder:aolder:bolder:cxaxbxc");
         let one = encode(&made(&[("v1:a", Some("1"), None, false)]), &redis_config("v1:", &["v0:"]), |_| true);
         assert_eq!(show(&one[0]), "MSET v1:a 1 v0:a 1", "never a SET of two keys");
+    }
+
+    #[test]
+    fn a_tag_stays_where_nothing_can_be_written() {
+        let mut batch = made(&[("a", Some("1"), None, false)]);
+        for of in [Of::Set, Of::Tag] {
+            let cell = batch.cell_of(0, of, |out| {
+                out.extend_from_slice(format!("{of:?}").as_bytes());
+                let key_end = out.len();
+                out.extend_from_slice(b"a");
+                Some(key_end)
+            });
+            batch.delete(cell.expect("a member"));
+        }
+        let commands: Vec<String> = encode(&batch, &redis_config("", &[]), |_| true).iter().map(show).collect();
+        assert_eq!(commands, ["SET a 1", "SREM Set a", "SREM Tag a"]);
+        assert_eq!(keys(&batch, &redis_config("", &[])), [b"a".to_vec(), b"Set".to_vec()]);
     }
 
     #[test]

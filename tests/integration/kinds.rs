@@ -67,6 +67,11 @@ columns = ["id", "name"]
 write   = "present"
 tags    = ["team:{team}", "active"]
 
+[rule.stale]
+table       = "public.players"
+changed     = ["name"]
+delete_tags = ["team:{team}"]
+
 [rule.until-hash]
 table     = "public.players"
 key       = "uh:{id}"

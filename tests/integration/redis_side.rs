@@ -43,6 +43,19 @@ value  = "zset"
 member = "{id}"
 score  = "row.id"
 
+[rule.card]
+table   = "public.rows"
+key     = "card:{id}"
+value   = "json"
+columns = ["id"]
+write   = "present"
+tags    = ["row:{id}"]
+
+[rule.stale]
+table       = "public.rows"
+delete_tags = ["row:{id}"]
+redelete    = "1s"
+
 [rule.told]
 table        = "public.rows"
 delete_match = ["list:{id}:*"]
