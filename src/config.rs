@@ -8,6 +8,7 @@
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::Relation;
@@ -260,10 +261,66 @@ pub struct Rule {
     pub settled: Settled,
     /// `lookup`: what templates need of other tables.
     pub lookup: Option<Spanned<Sql>>,
+    /// How many rows of the lookup's result name keys. With more, everything that the templates can have made goes.
+    pub rows_max: usize,
+    /// The keys of `delete` are not deleted: this writes them anew.
+    pub refresh: Option<Arc<Query>>,
     /// `changed`: the columns of which one must have changed for an UPDATE to count; `None` is any.
     pub changed: Option<Vec<Spanned<String>>>,
     /// A hash over everything that decides which keys and values the rule makes (hex).
     pub fingerprint: String,
+}
+
+/// `[query.NAME]` with `mode = "refresh"`: a key that holds the result of a query.
+#[derive(Clone, Debug)]
+pub struct Query {
+    /// NAME, with the span of the table header's key.
+    pub name: Spanned<String>,
+    /// `key`; its placeholders are the parameters.
+    pub key: Spanned<Template>,
+    /// `sql`
+    pub sql: Spanned<Sql>,
+    /// `shape`
+    pub shape: Shape,
+    /// `ttl`, and the share by which `jitter` shortens it.
+    pub ttl: Option<(Duration, f64)>,
+    /// `min_interval`: how long a key is left alone after it was read. Default not at all.
+    pub min_interval: Duration,
+}
+
+impl Query {
+    /// The names of its parameters, each once, in the order of the key.
+    pub fn parameters(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for placeholder in self.key.value.placeholders() {
+            if !names.contains(&placeholder.name.as_str()) {
+                names.push(&placeholder.name);
+            }
+        }
+        names
+    }
+}
+
+/// What of a query's result is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// A JSON array of all rows.
+    Rows,
+    /// The first row, as a JSON object.
+    Row,
+    /// The one column of the first row, as text.
+    Value,
+}
+
+impl Shape {
+    /// As in `shape`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Shape::Rows => "rows",
+            Shape::Row => "row",
+            Shape::Value => "value",
+        }
+    }
 }
 
 /// What happens once whoever reads the tables sees a change.

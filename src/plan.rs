@@ -130,6 +130,8 @@ pub struct Transaction {
     pub epoch: u64,
     /// Whoever reads the tables sees it already.
     pub visible: bool,
+    /// What waited until it is visible has gone out, in an earlier session: only keys may have to be read again still.
+    pub released: bool,
 }
 
 /// What is known of a row before and after a change.
@@ -242,7 +244,9 @@ pub fn row(table: &BoundTable, row: &[Datum<'_>], random: &mut u64, batch: &mut 
 pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch, mut settled: Option<&mut Batch>) {
     for rule in table.rules.iter().filter(|rule| rule.on.delete) {
         let written = rule.write.iter().filter(|write| !write.keep_on_delete).map(|write| &write.key);
-        written.chain(rule.deletes()).for_each(|key| sweep(rule.rule, key, batch));
+        // What is read again is still the newest that anybody can have read.
+        let deleted = rule.deletes().filter(|_| rule.refresh.is_none());
+        written.chain(deleted).for_each(|key| sweep(rule.rule, key, batch));
         if let Some(settled) = &mut settled {
             later::everything(rule, "truncate", table, transaction, settled);
         }
@@ -367,7 +371,7 @@ fn apply_rule(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>, ra
         None => (true, Truth::True),
         Some(_) => (images.old_counts(when), images.new_counts(when)),
     };
-    for key in &rule.delete {
+    for key in rule.delete.iter().filter(|_| rule.refresh.is_none()) {
         let old = images.old_for(key, None).filter(|_| old_counts);
         // Where the old row may have counted and its key is not known, it may be that of the new one.
         let new = images.new.filter(|_| new_counts != Truth::False || old.is_none() && old_counts && images.is_update);
@@ -549,7 +553,8 @@ fn render_hash(fields: &[HashField], row: &[Datum<'_>], out: &mut Vec<u8>) -> Re
 }
 
 /// The TTL shortened by a random share of at most `jitter`, so that keys written together do not expire together.
-fn jittered(ttl_ms: u128, jitter: f64, random: &mut u64) -> u64 {
+/// A TTL, shortened at random by up to a share.
+pub fn jittered(ttl_ms: u128, jitter: f64, random: &mut u64) -> u64 {
     let ttl_ms = u64::try_from(ttl_ms).unwrap_or(u64::MAX);
     // SplitMix64 (Steele, Lea, Flood 2014): enough for spreading, and a plan stays a function of its input.
     *random = random.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -645,8 +650,14 @@ pub(crate) mod tests {
         };
         let mut batch = Batch::new(Limits { ops: 100, bytes: 10_000 }, 1);
         let mut notes = Vec::new();
-        let transaction =
-            Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0), ordinal: 1, epoch: 7, visible: false };
+        let transaction = Transaction {
+            commit_lsn: Lsn(1),
+            commit_time: Timestamp(0),
+            ordinal: 1,
+            epoch: 7,
+            visible: false,
+            released: false,
+        };
         super::change(table, change, transaction, &mut Scratch::default(), &mut batch, None, &mut notes);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let ops = batch.ops().map(|(_, op)| match op {

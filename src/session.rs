@@ -45,6 +45,7 @@ use look::Looked;
 use orders::{Messages, Order};
 use probe::Probing;
 use reads::Reads;
+use refreshes::Refreshes;
 use report::RuleMetrics;
 use tables::Tables;
 
@@ -53,12 +54,14 @@ pub mod debts;
 pub mod desk;
 pub mod gap;
 pub mod intake;
+mod lane;
 mod later;
 mod look;
 pub mod open;
 pub mod orders;
 mod probe;
 mod reads;
+mod refreshes;
 mod renewal;
 mod report;
 pub mod tables;
@@ -291,6 +294,7 @@ pub struct Session<C> {
     /// At home, while it answers nothing.
     lookups: Option<Box<Lookups>>,
     looking_up: Option<LookingUp>,
+    refreshes: Refreshes,
     /// How many looks in a row have not shown what something waits for.
     looks_in_vain: u32,
     /// When the last one ended.
@@ -352,6 +356,9 @@ impl<C: Cache + Send + 'static> Session<C> {
                 self.start_reads()?;
             }
             self.release();
+            if drain_until.is_none() {
+                self.start_refreshes();
+            }
             let dispatched = self.dispatch();
             if self.is_done(options, drain_until) || options.until_done && orders.is_empty() && self.reads.is_idle() {
                 self.finish().await;
@@ -367,6 +374,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 (lookups, answers) = optional(&mut self.looking_up) => self.looked_up(lookups, &answers),
+                read = refreshes::read(&mut self.refreshes, self.batch.is_full()) => self.refreshed(read),
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
@@ -462,7 +470,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Without operations there is no reply that could be bad.
         let good = if batch.is_empty() { applied } else { self.proven };
         let next = self.next_checkpoint(applied, self.low(), good);
-        let released = batch.released.unwrap_or(next.released);
+        // What is asked of Postgres once more, after a crash, was released before.
+        let released = batch.released.unwrap_or_default().max(next.released);
         let next = Checkpoint { released, ..next };
         self.checkpoint_due = false;
         self.reads.stream_dispatched();
@@ -471,10 +480,10 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Where to start again after a crash: nothing from here on is settled and done with.
     fn low(&self) -> Lsn {
-        let pending = self.intake.oldest_pending().into_iter().chain(self.reads.oldest_pending());
+        let pending = [self.intake.oldest_pending(), self.reads.oldest_pending(), self.refreshes.oldest()];
         match canary::is(Canary::AckPastLow) {
             true => self.reached_low,
-            false => pending.fold(self.reached_low, Lsn::min),
+            false => pending.into_iter().flatten().fold(self.reached_low, Lsn::min),
         }
     }
 
@@ -605,7 +614,9 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// the longer that takes.
     fn release(&mut self) {
         self.look_up();
-        self.intake.release(&mut self.batch);
+        if let Some(released) = self.intake.release(&mut self.batch) {
+            self.make_stale(released);
+        }
         if self.batch.released.is_some() {
             self.stand_here();
         }
@@ -663,6 +674,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let end = self.received.max(self.server_end).max(self.flushed_at_start);
         let lag_bytes = end.0.saturating_sub(applied.lsn.0);
         let caught_up = lag_bytes == 0 && self.in_flight.is_none() && self.batch.is_empty();
+        self.metrics.refreshes_pending.set(i64::try_from(self.refreshes.stale()).unwrap_or(i64::MAX));
         self.metrics.replication_lag_bytes.set(i64::try_from(lag_bytes).unwrap_or(i64::MAX));
         self.metrics.epoch.set(i64::try_from(self.checkpoint.epoch).unwrap_or(i64::MAX));
         self.shared.update(|status| {
@@ -693,6 +705,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             && self.reads.is_idle()
             && !self.intake.has_rereads()
             && !self.intake.has_later()
+            && self.refreshes.oldest().is_none()
             && !self.can_pay();
         idle && (drain_until.is_some() || caught_up)
     }

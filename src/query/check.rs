@@ -1,17 +1,20 @@
 //! Whether Postgres takes the SQL of the rules file: each query is prepared, and its columns are compared with what the
 //! templates use.
 
-use tokio_postgres::error::{DbError, ErrorPosition};
+use std::sync::Arc;
+
+use tokio_postgres::error::{DbError, ErrorPosition, SqlState};
 use tokio_postgres::{Client, Statement};
 
-use super::{limited, types};
+use super::{limited, refresh, types};
 use crate::catalog::Checked;
 use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
-use crate::config::{Config, Rule};
+use crate::config::{Config, Query, Rule, Shape, Spanned};
 use crate::error::Result;
 use crate::rules::bind::names_in_keys;
 use crate::rules::lookup::BoundLookup;
+use crate::rules::sql::Sql;
 use crate::rules::template::place;
 use crate::source::query_error;
 use crate::suggest::nearest;
@@ -27,13 +30,56 @@ pub async fn check_queries(client: &Client, config: &Config, checked: &Checked) 
             found.extend(check(client, rule, lookup).await?);
         }
     }
+    for query in queries(config) {
+        found.extend(check_refresh(client, query).await?);
+    }
     Ok(found)
+}
+
+/// The queries that are refreshed, each once.
+fn queries(config: &Config) -> impl Iterator<Item = &Query> {
+    let mut last: Option<&Arc<Query>> = None;
+    config.rules.iter().filter_map(|rule| rule.refresh.as_ref()).filter_map(move |query| {
+        let known = last.is_some_and(|last| Arc::ptr_eq(last, query));
+        last = Some(query);
+        (!known).then_some(&**query)
+    })
+}
+
+/// Its types are Postgres's to say: whatever fits where a parameter stands.
+async fn check_refresh(client: &Client, query: &Query) -> Result<Vec<Diagnostic>> {
+    let doing = "cannot prepare a query";
+    let (name, sql) = (&query.name.value, &query.sql);
+    let prepared = match client.prepare(&sql.value.statement()).await {
+        Ok(prepared) => prepared,
+        Err(error) => {
+            let title = format!("query `{name}`: Postgres refuses `sql`");
+            let refusal = error.as_db_error().map(|refusal| vec![refused(title, sql, refusal)]);
+            return refusal.ok_or_else(|| query_error(doing, error));
+        }
+    };
+    let columns = prepared.columns().len();
+    if query.shape == Shape::Value && columns != 1 {
+        let title = format!("query `{name}` has `shape = \"value\"`, and its result has {columns} columns");
+        let found = Diagnostic::error(Code::QueryShape, title, sql.span.clone(), "must have one column");
+        return Ok(vec![found.help("select one column, or write:  shape = \"row\"")]);
+    }
+    match client.prepare(&refresh::statement(query)).await {
+        Ok(_) => Ok(Vec::new()),
+        Err(error) if error.as_db_error().is_some() => {
+            Ok(vec![only_reads(format!("query `{name}`: `sql` is no query that only reads"), sql)])
+        }
+        Err(error) => Err(query_error(doing, error)),
+    }
 }
 
 async fn check(client: &Client, rule: &Rule, lookup: &BoundLookup) -> Result<Vec<Diagnostic>> {
     let doing = "cannot prepare a lookup";
     let refused_or_failed = |error: tokio_postgres::Error| match error.as_db_error() {
-        Some(refusal) => Ok(vec![refused(rule, lookup, refusal)]),
+        Some(refusal) => {
+            let title = format!("rule `{}`: Postgres refuses the lookup", rule.name.value);
+            Ok(vec![refused(title, &lookup.sql, refusal)])
+        }
         None => Err(query_error(doing, error)),
     };
     let types = types(lookup);
@@ -48,20 +94,24 @@ async fn check(client: &Client, rule: &Rule, lookup: &BoundLookup) -> Result<Vec
     // What does more than read cannot stand inside of another query.
     match client.prepare_typed(&limited(lookup), &types).await {
         Ok(_) => Ok(Vec::new()),
-        Err(error) if error.as_db_error().is_some() => Ok(vec![only_reads(rule, lookup)]),
+        Err(error) if error.as_db_error().is_some() => {
+            let title = format!("rule `{}`: the lookup is no query that only reads", rule.name.value);
+            Ok(vec![only_reads(title, &lookup.sql)])
+        }
         Err(error) => Err(query_error(doing, error)),
     }
 }
 
 /// Postgres's own message, at its place.
-fn refused(rule: &Rule, lookup: &BoundLookup, refusal: &DbError) -> Diagnostic {
-    let sql = &lookup.sql;
+fn refused(title: String, sql: &Spanned<Sql>, refusal: &DbError) -> Diagnostic {
     let at = match refusal.position() {
         Some(ErrorPosition::Original(position)) => sql.value.at_position(*position),
         _ => 0..sql.value.text().len(),
     };
-    let title = format!("rule `{}`: Postgres refuses the lookup: {}", rule.name.value, refusal.message());
+    let title = format!("{title}: {}", refusal.message());
     let found = Diagnostic::error(Code::QueryRefused, title, place(&sql.span, sql.value.text(), &at), "");
+    let untyped = refusal.code() == &SqlState::INDETERMINATE_DATATYPE;
+    let found = if untyped { found.help("say its type where the parameter stands:  :name::int") } else { found };
     refusal.hint().into_iter().fold(found, |found, hint| found.help(format!("Postgres says: {hint}")))
 }
 
@@ -99,8 +149,7 @@ fn columns(rule: &Rule, lookup: &BoundLookup, statement: &Statement) -> Vec<Diag
     missing.chain(twice).chain(of_both).collect()
 }
 
-fn only_reads(rule: &Rule, lookup: &BoundLookup) -> Diagnostic {
-    let title = format!("rule `{}`: the lookup is no query that only reads", rule.name.value);
-    Diagnostic::error(Code::QueryRefused, title, lookup.sql.span.clone(), "does more than that")
+fn only_reads(title: String, sql: &Spanned<Sql>) -> Diagnostic {
+    Diagnostic::error(Code::QueryRefused, title, sql.span.clone(), "does more than that")
         .help("write a SELECT; what it may do is what may stand in parentheses behind FROM")
 }

@@ -18,7 +18,7 @@ use crate::snapshot::touches::Touches;
 use crate::snapshot::visibility::Snapshot;
 use crate::source::slot::MESSAGE_PREFIX;
 
-use super::later::Later;
+use super::later::{Later, Released};
 
 /// How many rows may wait to be read again. Beyond it their rules owe a warm instead.
 const REREADS_MAX: usize = 10_000;
@@ -34,6 +34,8 @@ struct Table {
     settles: bool,
     /// Some rule deletes again once a change is visible that was not so at first.
     redeletes: bool,
+    /// Some rule has keys read again once a change is visible.
+    refreshes: bool,
     inserts: IntCounter,
     updates: IntCounter,
     deletes: IntCounter,
@@ -143,9 +145,11 @@ impl Intake {
         let [inserts, updates, deletes, truncates] = ["insert", "update", "delete", "truncate"].map(counter);
         let settles = bound.rules.iter().any(BoundRule::settles);
         let redeletes = bound.rules.iter().any(|rule| rule.redelete && !rule.delete.is_empty());
+        let refreshes = bound.rules.iter().any(|rule| rule.refresh.is_some());
         let bound = Arc::new(bound);
-        self.tables
-            .insert(bound.relation.oid, Table { bound, settles, redeletes, inserts, updates, deletes, truncates });
+        let oid = bound.relation.oid;
+        let table = Table { bound, settles, redeletes, refreshes, inserts, updates, deletes, truncates };
+        self.tables.insert(oid, table);
     }
 
     /// The tables as they are bound now.
@@ -178,7 +182,8 @@ impl Intake {
             }
             Event::Begin { commit_lsn, commit_time, xid } => {
                 let visible = self.seen.as_ref().is_some_and(|snapshot| snapshot.sees(xid));
-                let transaction = Transaction { commit_lsn, commit_time, ordinal: 0, epoch: self.epoch, visible };
+                let (epoch, released) = (self.epoch, false);
+                let transaction = Transaction { commit_lsn, commit_time, ordinal: 0, epoch, visible, released };
                 if self.open.replace(Open { transaction, xid }).is_some() {
                     return Err(protocol("a transaction begins inside another"));
                 }
@@ -262,9 +267,9 @@ impl Intake {
         self.later.answered(answers);
     }
 
-    /// What waits for nothing any more goes into the batch.
-    pub fn release(&mut self, batch: &mut Batch) {
-        self.later.release(batch, Instant::now());
+    /// What waits for nothing any more goes into the batch; gives what has to be read again.
+    pub(super) fn release(&mut self, batch: &mut Batch) -> Option<Released> {
+        self.later.release(batch, Instant::now())
     }
 
     /// All keys were just gone through: that is not done again before then.
@@ -341,7 +346,11 @@ impl Intake {
         if !fits(&change, table.bound.relation.columns.len()) {
             return Err(protocol("a row with more or fewer columns than its relation"));
         }
-        let settles = position > self.released && (table.settles || table.redeletes && !transaction.visible);
+        let settles = match transaction.released {
+            // What was asked of Postgres is forgotten with the session, and asking once more changes nothing.
+            true => table.refreshes,
+            false => table.settles || table.redeletes && !transaction.visible,
+        };
         if position <= self.good {
             if settles || is_incomplete(&change) {
                 let settled = Some(self.later.collect()).filter(|_| settles);
@@ -384,7 +393,7 @@ impl Intake {
 
     fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
         let (position, transaction, xid) = self.next_position()?;
-        let settles = position > self.released;
+        let settles = !transaction.released || relations.iter().any(|relation| self.refreshes(*relation));
         if position <= self.good && !settles {
             return Ok(());
         }
@@ -418,7 +427,12 @@ impl Intake {
         let open = self.open.as_mut().ok_or_else(|| protocol("a change outside of a transaction"))?;
         open.transaction.ordinal += 1;
         let position = Position { lsn: open.transaction.commit_lsn, ordinal: open.transaction.ordinal };
+        open.transaction.released = position <= self.released;
         Ok((position, open.transaction, open.xid))
+    }
+
+    fn refreshes(&self, relation: u32) -> bool {
+        self.tables.get(&relation).is_some_and(|table| table.refreshes)
     }
 
     fn reached(&mut self, position: Position, low: Lsn, batch: &mut Batch) {

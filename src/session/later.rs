@@ -8,9 +8,10 @@
 use std::mem;
 use std::time::Instant;
 
-use crate::batch::{Batch, Limits};
+use crate::batch::{Batch, Limits, Sweep};
 use crate::model::{Lsn, Position, Xid};
 use crate::rules::lookup::Question;
+use crate::rules::refresh::Stale;
 use crate::snapshot::visibility::Snapshot;
 
 /// What waits for the same snapshot.
@@ -35,6 +36,16 @@ impl Generation {
     fn is_empty(&self) -> bool {
         self.until == Position::default()
     }
+}
+
+/// What follows from what was released, and does not go out with it.
+pub(super) struct Released {
+    /// The commit LSN of the oldest transaction.
+    pub(super) from: Lsn,
+    /// Keys to be read again.
+    pub(super) stale: Vec<Stale>,
+    /// All of these went: who is reading one of them has read it too early.
+    pub(super) swept: Vec<Sweep>,
 }
 
 /// See the module.
@@ -124,20 +135,22 @@ impl Later {
         }
     }
 
-    /// What waits for nothing any more goes into the batch.
-    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) {
+    /// What waits for nothing any more goes into the batch; gives what has to be read again.
+    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) -> Option<Released> {
         self.advance();
         let waiting = &mut self.waiting;
         let unanswered = waiting.asked || !waiting.batch.questions().is_empty();
         let rests = !waiting.batch.sweeps().is_empty() && self.rest_until.is_some_and(|until| now < until);
         if waiting.is_empty() || !waiting.unsettled.is_empty() || unanswered || rests {
-            return;
+            return None;
         }
-        let Generation { batch: due, until, .. } = waiting;
+        let Generation { batch: due, until, from, .. } = waiting;
+        let released = Released { from: *from, stale: due.take_stale(), swept: due.sweeps().to_vec() };
         batch.absorb(due);
         batch.released = Some(*until);
         due.clear();
         *until = Position::default();
+        Some(released)
     }
 }
 

@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::intake::Reread;
+use super::later::Released;
 use super::orders::{PassOrder, Purpose, REPORTS_MAX, Report, Totals};
 use super::{Session, report};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CellHasher, CellSet, Claim};
+use crate::batch::{Batch, CellHasher, CellSet, Claim, Sweep};
 use crate::cache::Cache;
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
@@ -516,16 +517,23 @@ impl<C: Cache + Send + 'static> Session<C> {
             ordinal: 0,
             epoch: self.checkpoint.epoch,
             visible: true,
+            released: false,
         };
         let owing = self.debts.next(&self.checkpoint.owing);
         let owes = |rule: &&BoundRule| {
             owing.get(&self.config.rules[usize::from(rule.rule)].name.value) == Some(&Debt::Reconcile)
         };
+        let mut swept = Vec::new();
         for rule in pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule)).filter(owes) {
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
-            unreadable.chain(&rule.delete).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
+            let deleted = rule.delete.iter().filter(|_| rule.refresh.is_none());
+            unreadable.chain(deleted).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
             later::everything(rule, later::GAP, &pass.table, gap, &mut self.batch);
+            swept.extend(rule.refresh.iter().map(|refresh| Sweep::Owned(refresh.key.pattern.clone())));
         }
+        // They are deleted already: a crash may forget to read them again.
+        let stale = self.batch.take_stale();
+        self.make_stale(Released { from: self.reached_low, stale, swept });
         self.stand_here();
     }
 

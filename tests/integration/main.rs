@@ -26,6 +26,7 @@ mod provision;
 mod reader;
 mod recipes;
 mod redis_side;
+mod refresh;
 mod source;
 mod source_tls;
 mod steps;
