@@ -507,14 +507,14 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
     /// that its time is where the next session goes on from, however long it was away.
     fn owe_rewrites(&mut self, now_us: u64) {
-        let due: Vec<&str> = debts::to_rewrite(&self.config.rules, self.rewritten_us, now_us).collect();
+        let due: Vec<(&str, Debt)> = debts::to_rewrite(&self.config.rules, self.rewritten_us, now_us).collect();
         self.rewritten_us = now_us;
         if due.is_empty() {
             return;
         }
         let owing = self.debts.next(&self.checkpoint.owing);
         // What is owed already writes these keys.
-        due.iter().filter(|rule| !owing.contains_key(**rule)).for_each(|rule| self.debts.owe(rule, Debt::Warm));
+        due.iter().filter(|(rule, _)| !owing.contains_key(*rule)).for_each(|(rule, debt)| self.debts.owe(rule, *debt));
     }
 
     fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
@@ -535,6 +535,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             (Outcome::Applied(applied), _) => applied,
             (Outcome::Compared(differing), flying) => {
                 self.compared(batch, &differing, flying == Flying::Comparison { orphans: true });
+                self.refreshes.answer();
                 return Ok(());
             }
         };

@@ -995,8 +995,30 @@ pub const FIELDS: &[Field] = &[
     },
     Field {
         table: Table::Query,
+        name: "keys",
+        kind: Kind::Text,
+        default: Fallback::Absent,
+        meaning: "A query for all keys that there should be: its columns are named after the parameters. They are written at a first \
+                  start, and by `keepstep warm`; a key that is not among them is deleted. Whoever changes what it answers should stand \
+                  among `on`. A key without parameters needs none.",
+        needs: &["sql"],
+        limits: "",
+        example: "\"select id as category_id from public.categories\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "every",
+        kind: Kind::Duration { min: SECOND, max: TEN_YEARS, off: false },
+        default: Fallback::Absent,
+        meaning: "All keys are read again that often, for what time changes. Times are counted from 1970 in UTC, as in a rule.",
+        needs: &["sql"],
+        limits: "Needs `keys` where the key has parameters.",
+        example: "\"10m\"",
+    },
+    Field {
+        table: Table::Query,
         name: "min_interval",
-        kind: Kind::Duration { min: Duration::from_millis(1), max: DAY, off: false },
+        kind: Kind::Duration { min: Duration::from_millis(1), max: Duration::from_secs(600), off: false },
         default: Fallback::Absent,
         meaning: "One and the same key is not read again sooner than this after the last time; what changes meanwhile is one \
                   read.",
@@ -1094,8 +1116,7 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
         Table::Top | Table::Redis | Table::Admin | Table::Defaults => &[],
-        Table::Stream | Table::Publish | Table::On => &[],
-        Table::Query => &["keys", "every"],
+        Table::Stream | Table::Publish | Table::Query | Table::On => &[],
         Table::Rule => &["delete_tags", "tags"],
     }
 }

@@ -49,23 +49,55 @@ pub(super) fn query(mut section: Section<'_, '_>, name: &Spanned<String>) -> Vec
 }
 
 /// Fields that say how a key is written.
-const OF_REFRESH: &[&str] = &["sql", "shape", "min_interval", "ttl", "jitter"];
+const OF_REFRESH: &[&str] = &["sql", "shape", "keys", "every", "min_interval", "ttl", "jitter"];
 
 /// What is written; `None` if that is not said, or something of it is missing or wrong.
 fn refreshed(section: &mut Section<'_, '_>, name: &Spanned<String>, key: Option<&Spanned<Template>>) -> Option<Query> {
-    let sql = section.parsed("sql", sql);
+    let sql = section.parsed("sql", self::sql);
     let shape = section.choice("shape").map(|shape| match shape.value {
         "rows" => Shape::Rows,
         "row" => Shape::Row,
         _ => Shape::Value,
     });
+    let keys = section.parsed("keys", self::sql);
+    let every = section.duration("every");
     let min_interval = section.duration("min_interval").unwrap_or(Duration::ZERO);
     let ttl = section.duration("ttl");
     let jitter = section.parsed("jitter", quantity::share).map_or(0.0, |jitter| jitter.value);
     let (key, sql) = (key?.clone(), sql?);
-    let query = Query { name: name.clone(), key, sql, shape: shape?, ttl: ttl.map(|ttl| (ttl, jitter)), min_interval };
+    let (name, ttl) = (name.clone(), ttl.map(|ttl| (ttl, jitter)));
+    let query = Query { name, key, sql, shape: shape?, keys, every, ttl, min_interval };
     check_key(section, &query);
+    check_listing(section, &query);
     Some(query)
+}
+
+/// All keys there should be follow from the tables alone.
+fn check_listing(section: &mut Section<'_, '_>, query: &Query) {
+    let needs_none = query.key.value.placeholders().next().is_none();
+    match &query.keys {
+        Some(_) if needs_none => refuse(section, &["keys"], "a key without parameters"),
+        Some(keys) => {
+            if let Some(used) = keys.value.uses().first() {
+                let span = place(&keys.span, keys.value.text(), &used.range);
+                let problem =
+                    section.error(Code::QueryKey, "`keys` has no parameters", span, "nothing gives it a value");
+                section.report(problem.help("select every key there should be"));
+            }
+        }
+        None => {
+            let span = section.given("every").filter(|_| !needs_none && section.given("keys").is_none());
+            if let Some(span) = span {
+                let problem = section.error(Code::MissingPartner, "`every` needs `keys`", span, "which keys?");
+                let problem = problem.context(query.key.span.clone(), "has parameters");
+                section.report(problem.help("say which keys there are:  keys = \"select id as … from …\""));
+            }
+        }
+    }
+    let Some((every, (ttl, jitter))) = query.every.zip(query.ttl) else { return };
+    let Some(span) = section.given("every").filter(|_| every >= ttl.mul_f64(1.0 - jitter)) else { return };
+    let problem = section.error(Code::OutOfRange, "keys go before `every` writes them again", span, "");
+    section.report(problem.help("let them live longer: twice as long as `every`, say"));
 }
 
 fn needs_sql(section: &mut Section<'_, '_>) {
@@ -159,6 +191,7 @@ impl Dependency {
             lookup: self.lookup,
             rows_max: made.rows_max,
             refresh: made.refresh.clone(),
+            lists: place == 1 && made.refresh.as_ref().is_some_and(|query| query.listing().is_some()),
             changed: self.changed,
             fingerprint: String::new(),
         };

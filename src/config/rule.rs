@@ -108,6 +108,7 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
         lookup,
         rows_max: ROWS_MAX,
         refresh: None,
+        lists: false,
         changed,
         fingerprint: String::new(),
     };
@@ -622,6 +623,7 @@ pub(super) fn fingerprint(rule: &Rule) -> String {
             "shape": query.shape.name(),
             "ttl_ms": query.ttl.map(|(ttl, _)| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
             "jitter": query.ttl.map(|(_, jitter)| jitter),
+            "keys": query.keys.as_ref().map(|keys| keys.value.text()),
         });
     }
     let digest = Sha256::digest(canonical.to_string());

@@ -7,7 +7,7 @@ use tokio_postgres::error::{DbError, ErrorPosition, SqlState};
 use tokio_postgres::{Client, Statement};
 
 use super::{limited, refresh, types};
-use crate::catalog::Checked;
+use crate::catalog::{Checked, sql_identifier};
 use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
 use crate::config::{Config, Query, Rule, Shape, Spanned};
@@ -64,12 +64,17 @@ async fn check_refresh(client: &Client, query: &Query) -> Result<Vec<Diagnostic>
         let found = Diagnostic::error(Code::QueryShape, title, sql.span.clone(), "must have one column");
         return Ok(vec![found.help("select one column, or write:  shape = \"row\"")]);
     }
-    match client.prepare(&refresh::statement(query)).await {
-        Ok(_) => Ok(Vec::new()),
+    let alone = Query { keys: None, ..query.clone() };
+    match client.prepare(&refresh::statement(&alone)).await {
+        Ok(_) => {}
         Err(error) if error.as_db_error().is_some() => {
-            Ok(vec![only_reads(format!("query `{name}`: `sql` is no query that only reads"), sql)])
+            return Ok(vec![only_reads(format!("query `{name}`: `sql` is no query that only reads"), sql)]);
         }
-        Err(error) => Err(query_error(doing, error)),
+        Err(error) => return Err(query_error(doing, error)),
+    }
+    match &query.keys {
+        Some(keys) => check_keys(client, query, keys).await,
+        None => Ok(Vec::new()),
     }
 }
 
@@ -99,6 +104,50 @@ async fn check(client: &Client, rule: &Rule, lookup: &BoundLookup) -> Result<Vec
             Ok(vec![only_reads(title, &lookup.sql)])
         }
         Err(error) => Err(query_error(doing, error)),
+    }
+}
+
+/// Its columns must be named after the parameters, and be comparable.
+async fn check_keys(client: &Client, query: &Query, keys: &Spanned<Sql>) -> Result<Vec<Diagnostic>> {
+    let doing = "cannot prepare a query";
+    let name = &query.name.value;
+    let refused_or_failed = |title: String, error: tokio_postgres::Error| {
+        let refusal = error.as_db_error().map(|refusal| vec![refused(title, keys, refusal)]);
+        refusal.ok_or_else(|| query_error(doing, error))
+    };
+    let prepared = match client.prepare(&keys.value.statement()).await {
+        Ok(prepared) => prepared,
+        Err(error) => return refused_or_failed(format!("query `{name}`: Postgres refuses `keys`"), error),
+    };
+    let given = || prepared.columns().iter().map(tokio_postgres::Column::name);
+    let missing = query.parameters().into_iter().filter(|wanted| given().filter(|given| given == wanted).count() != 1);
+    let missing: Vec<Diagnostic> = missing
+        .map(|wanted| {
+            let title = format!("query `{name}`: `keys` must give `{wanted}` in one column");
+            let found = Diagnostic::error(Code::QueryKey, title, keys.span.clone(), "does not");
+            let found = found.context(query.key.span.clone(), format!("needs `{wanted}`"));
+            found.help(format!("name a column of the result so:  select … as {}", sql_identifier(wanted)))
+        })
+        .collect();
+    if !missing.is_empty() {
+        return Ok(missing);
+    }
+    match client.prepare(&refresh::listing(query, &keys.value)).await {
+        Ok(_) => {}
+        Err(error) if error.as_db_error().is_some() => {
+            return Ok(vec![only_reads(format!("query `{name}`: `keys` is no query that only reads"), keys)]);
+        }
+        Err(error) => return Err(query_error(doing, error)),
+    }
+    match client.prepare(&refresh::statement(query)).await {
+        Ok(_) => Ok(Vec::new()),
+        Err(error) => {
+            let message = error.as_db_error().map(|refusal| refusal.message().to_owned());
+            let message = message.ok_or_else(|| query_error(doing, error))?;
+            let title = format!("query `{name}`: a key cannot be looked for among `keys`: {message}");
+            let found = Diagnostic::error(Code::QueryRefused, title, keys.span.clone(), "");
+            Ok(vec![found.help("select each parameter in a type that has `=`")])
+        }
     }
 }
 

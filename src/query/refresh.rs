@@ -13,9 +13,11 @@ use tokio_postgres::{Client, Statement};
 
 use super::{TextForm, connect};
 use crate::cache::checkpoint::Origin;
+use crate::catalog::sql_identifier;
 use crate::config::{Query, Shape};
 use crate::error::{Error, ErrorKind, Result};
 use crate::rules::refresh::Stale;
+use crate::rules::sql::Sql;
 use crate::source::conninfo::ConnInfo;
 use crate::source::query_error;
 use crate::source::slot::MESSAGE_PREFIX;
@@ -93,7 +95,10 @@ impl Refresher {
                 statement
             }
         };
-        let names = stale.query.sql.value.parameters();
+        let mut names = stale.query.sql.value.parameters();
+        if stale.query.keys.is_some() {
+            names.extend(stale.query.parameters());
+        }
         let parameters: Vec<TextForm<'_>> = names.iter().map(|name| TextForm(stale.parameter(name))).collect();
         let parameters: Vec<&(dyn ToSql + Sync)> = parameters.iter().map(|text| text as &(dyn ToSql + Sync)).collect();
         let row = client.query_one(&statement, &parameters).await.map_err(failed)?;
@@ -121,13 +126,37 @@ pub(super) fn statement(query: &Query) -> String {
         }
     };
     let columns = if query.shape == Shape::Value { "(value)" } else { "" };
+    let listed = listed(query);
     // The query may end in a comment. What `offset` stands behind is computed once.
     format!(
         "select case when pg_catalog.octet_length(found.value) <= {RESULT_BYTES_MAX} then found.value end,
             pg_catalog.octet_length(found.value)::text, pg_catalog.pg_current_wal_insert_lsn()::text
-        from (select (select {value} from (\n{}\n) as result{columns}{some}) as value offset 0) as found",
+        from (select {listed} (select {value} from (\n{}\n) as result{columns}{some}) end as value offset 0) as found",
         query.sql.value.statement(),
     )
+}
+
+/// `case … then`: whether the key is among those that there should be. Its parameters stand behind those of the query.
+fn listed(query: &Query) -> String {
+    let Some(keys) = &query.keys else { return "case when true then".to_owned() };
+    let before = query.sql.value.parameters().len();
+    let column = |(number, name): (usize, &str)| format!("listed.{} = ${}", sql_identifier(name), before + number);
+    let same: Vec<String> = (1..).zip(query.parameters()).map(column).collect();
+    format!(
+        "case when exists (select from (\n{}\n) as listed where {}) then",
+        keys.value.statement(),
+        same.join(" and ")
+    )
+}
+
+/// All keys there should be: each parameter as the log would give it. One that is NULL names no key.
+pub(crate) fn listing(query: &Query, keys: &Sql) -> String {
+    let names: Vec<String> =
+        query.parameters().into_iter().map(|name| format!("listed.{}", sql_identifier(name))).collect();
+    let columns: Vec<String> = names.iter().map(|name| format!("pg_catalog.format('%s', {name})")).collect();
+    let known: Vec<String> = names.iter().map(|name| format!("{name} is not null")).collect();
+    let (columns, known) = (columns.join(", "), known.join(" and "));
+    format!("select {columns} from (\n{}\n) as listed where {known}", keys.statement())
 }
 
 /// Waits until the log is flushed up to there. Whoever writes sees to that; where nobody does, a commit of our own.

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use hashbrown::HashMap;
 
 use super::key::{BoundKey, Rendered};
+use super::pattern::Pattern;
+use super::template::Part;
 use crate::config::Query;
 use crate::model::Datum;
 
@@ -39,6 +41,38 @@ impl BoundRefresh {
         };
         let parameters = self.parameters.iter().map(render).collect::<Result<_, _>>()?;
         Ok(Stale { rule: self.rule, query: Arc::clone(&self.query), key: render(&self.key)?, parameters })
+    }
+}
+
+/// All keys of a query that there should be.
+#[derive(Clone, Debug)]
+pub struct KeyListing {
+    /// The rule that answers for them.
+    pub rule: u16,
+    /// The query.
+    pub query: Arc<Query>,
+    /// What its keys look like.
+    pub pattern: Pattern,
+}
+
+impl KeyListing {
+    /// The key with these parameters; `prefix` is that of `[redis]`.
+    pub fn stale(&self, prefix: &str, parameters: Arc<[Box<[u8]>]>) -> Stale {
+        let names = self.query.parameters();
+        let mut key = prefix.as_bytes().to_vec();
+        for part in self.query.key.value.parts() {
+            match part {
+                Part::Literal(text) => key.extend_from_slice(text.as_bytes()),
+                Part::Placeholder(placeholder) => {
+                    let start = key.len();
+                    let place = names.iter().position(|name| *name == placeholder.name);
+                    let value = place.and_then(|place| parameters.get(place));
+                    value.into_iter().for_each(|value| key.extend_from_slice(value));
+                    placeholder.filters.iter().for_each(|filter| filter.apply(&mut key, start));
+                }
+            }
+        }
+        Stale { rule: self.rule, query: Arc::clone(&self.query), key: key.into(), parameters }
     }
 }
 

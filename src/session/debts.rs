@@ -108,19 +108,25 @@ impl Opening {
 }
 
 /// The rules whose `every` has come round after `since_us` (both in microseconds since 1970). Nothing has to be
-/// remembered of when it last did, because the times are the same for all sessions.
-pub fn to_rewrite(rules: &[Rule], since_us: u64, now_us: u64) -> impl Iterator<Item = &str> {
+/// remembered of when it last did, because the times are the same for all sessions. What comes of a query may have lost keys
+/// by the time alone; rows that are there have theirs.
+pub fn to_rewrite(rules: &[Rule], since_us: u64, now_us: u64) -> impl Iterator<Item = (&str, Debt)> {
     let due = move |every: Duration| {
         let every_us = u64::try_from(every.as_micros()).unwrap_or(u64::MAX).max(1);
         since_us / every_us < now_us / every_us
     };
-    let every = |rule: &Rule| rule.write.as_ref().and_then(|write| write.every);
-    rules.iter().filter(move |rule| every(rule).is_some_and(due)).map(|rule| rule.name.value.as_str())
+    let of_query = |rule: &Rule| rule.refresh.as_ref().filter(|_| rule.lists).and_then(|query| query.every);
+    let every = move |rule: &Rule| match &rule.write {
+        Some(write) => Some((write.every?, Debt::Warm)),
+        None => Some((of_query(rule)?, Debt::Reconcile)),
+    };
+    let due = move |rule| every(rule).filter(|(every, _)| due(*every)).map(|(_, debt)| debt);
+    rules.iter().filter_map(move |rule| Some((rule.name.value.as_str(), due(rule)?)))
 }
 
 /// Whether rows that do not change get their keys too.
 fn is_warmed(rule: &Rule) -> bool {
-    rule.write.as_ref().is_some_and(|write| write.warm)
+    rule.lists || rule.write.as_ref().is_some_and(|write| write.warm)
 }
 
 fn all<'a>(rules: impl Iterator<Item = &'a Rule>, debt: Debt) -> Owing {
@@ -256,7 +262,9 @@ mod tests {
     fn rules_are_written_again_at_the_times_that_all_sessions_share() {
         const MINUTE: u64 = 60_000_000;
         let mut rules = rules();
-        let due = |rules: &[Rule], since, now| to_rewrite(rules, since, now).map(str::to_owned).collect::<Vec<_>>();
+        let due = |rules: &[Rule], since, now| {
+            to_rewrite(rules, since, now).map(|(rule, _)| rule.to_owned()).collect::<Vec<_>>()
+        };
         assert!(due(&rules, 0, 1000 * MINUTE).is_empty(), "neither says `every`");
         rules[0].write.iter_mut().for_each(|write| write.every = Some(Duration::from_secs(600)));
         assert_eq!(due(&rules, 19 * MINUTE, 20 * MINUTE), ["written"]);

@@ -28,10 +28,20 @@ struct Entry {
     stale: Stale,
     /// The oldest change that no read has begun for.
     asked: Option<Lsn>,
-    /// The read under way: the oldest change that it is for, and when it began.
-    reading: Option<(Option<Lsn>, Instant)>,
+    /// The read under way.
+    reading: Option<Reading>,
+    /// It is to be read to be compared with what the cache holds.
+    compared: bool,
     /// Its last reads failed: its key is deleted, and it is tried again.
     failed: Option<Backoff>,
+}
+
+struct Reading {
+    /// The oldest change that it is for.
+    asked: Option<Lsn>,
+    began: Instant,
+    /// It is for nothing but a comparison.
+    compares: bool,
 }
 
 /// When it is a key's turn, and which comes first where that is the same.
@@ -81,9 +91,27 @@ impl Lane {
         hold(&mut self.holds, from);
         self.bytes += stale.byte_len();
         self.queue_up(now, stale.key.clone());
-        let entry = Entry { asked: Some(from), reading: None, failed: None, stale };
+        let entry = Entry { asked: Some(from), reading: None, compared: false, failed: None, stale };
         self.entries.insert(entry.stale.key.clone(), entry);
         Asked::Waits
+    }
+
+    /// A key is to be read and compared. Whether it will be: not if it is read anyway, or just was.
+    pub(super) fn compare(&mut self, stale: Stale, now: Instant) -> bool {
+        if self.entries.contains_key(&stale.key) || self.is_full() {
+            return false;
+        }
+        self.bytes += stale.byte_len();
+        self.queue_up(now, stale.key.clone());
+        let entry = Entry { asked: None, reading: None, compared: true, failed: None, stale };
+        self.entries.insert(entry.stale.key.clone(), entry);
+        true
+    }
+
+    /// Whether what is read of the key is for nothing but a comparison, and still as new as that needs.
+    pub(super) fn compares(&self, key: &[u8]) -> bool {
+        let of = |entry: &Entry| entry.asked.is_none() && entry.reading.as_ref().is_some_and(|read| read.compares);
+        self.entries.get(key).is_some_and(of)
     }
 
     /// These keys were deleted because of a change: whoever is reading one may have begun before it.
@@ -100,8 +128,10 @@ impl Lane {
         while let Some(first) = self.queue.first_entry().filter(|first| first.key().0 <= now) {
             let key = first.remove();
             let entry = self.entries.get_mut(&key)?;
-            if entry.asked.is_some() || entry.failed.is_some() {
-                entry.reading = Some((entry.asked.take(), now));
+            let compares = std::mem::take(&mut entry.compared);
+            if entry.asked.is_some() || entry.failed.is_some() || compares {
+                let compares = entry.asked.is_none() && entry.failed.is_none();
+                entry.reading = Some(Reading { asked: entry.asked.take(), began: now, compares });
                 return Some(entry.stale.clone());
             }
             self.forget(&key);
@@ -117,8 +147,11 @@ impl Lane {
     /// What was read goes into the batch that fills, or the key is deleted there because it could not be read.
     pub(super) fn done(&mut self, key: &[u8], went_well: bool, now: Instant) {
         let Some(entry) = self.entries.get_mut(key) else { return };
-        let Some((read_for, began)) = entry.reading.take() else { return };
-        read_for.into_iter().for_each(|lsn| release(&mut self.holds, lsn));
+        let Some(Reading { asked, began, compares }) = entry.reading.take() else { return };
+        asked.into_iter().for_each(|lsn| release(&mut self.holds, lsn));
+        if compares && entry.asked.is_none() {
+            return self.forget(key);
+        }
         let rested = began + entry.stale.query.min_interval;
         if went_well {
             self.retries -= usize::from(entry.failed.take().is_some());
@@ -150,6 +183,11 @@ impl Lane {
         self.holds.values().sum()
     }
 
+    /// Whether the key is to be read, or to be read again.
+    pub(super) fn is_stale(&self, key: &[u8]) -> bool {
+        self.entries.get(key).is_some_and(|entry| entry.asked.is_some() || entry.reading.is_some() || entry.compared)
+    }
+
     fn is_full(&self) -> bool {
         self.entries.len() >= KEYS_MAX || self.bytes >= BYTES_MAX
     }
@@ -169,7 +207,8 @@ impl Lane {
     fn forget_resting(&mut self) {
         let Lane { entries, queue, bytes, .. } = self;
         queue.retain(|_, key| {
-            let rests = entries.get(key).is_some_and(|entry| entry.asked.is_none() && entry.failed.is_none());
+            let rests = |entry: &Entry| entry.asked.is_none() && entry.failed.is_none() && !entry.compared;
+            let rests = entries.get(key).is_some_and(rests);
             if let Some(entry) = rests.then(|| entries.remove(key)).flatten() {
                 *bytes -= entry.stale.byte_len();
             }
@@ -213,6 +252,8 @@ mod tests {
             key: at(Template::parse("page:{id}").expect("a template")),
             sql: at(Sql::parse("select :id").expect("a query")),
             shape: Shape::Value,
+            keys: None,
+            every: None,
             ttl: None,
             min_interval,
         })
@@ -300,6 +341,26 @@ mod tests {
         assert_eq!(stand.next().as_deref(), Some("a"));
         stand.done("a", true);
         assert_eq!((stand.lane.entries.len(), stand.lane.retries), (0, 0));
+    }
+
+    #[test]
+    fn what_is_compared_is_read_once_and_written_only_if_it_goes_stale() {
+        let mut stand = Stand::new(Duration::ZERO);
+        let compare = |stand: &mut Stand, key: &str| {
+            let (query, key): (_, Box<[u8]>) = (Arc::clone(&stand.query), key.as_bytes().into());
+            stand.lane.compare(Stale { rule: 0, query, key, parameters: Arc::from([]) }, stand.now)
+        };
+        assert!(compare(&mut stand, "a") && compare(&mut stand, "b") && !compare(&mut stand, "a"));
+        let _ = stand.ask("c", 1);
+        assert!(!compare(&mut stand, "c"), "it is read anyway");
+        let read: Vec<_> = std::iter::from_fn(|| stand.next()).collect();
+        assert_eq!(read, ["a", "b", "c"]);
+        let _ = stand.ask("b", 2);
+        assert_eq!(["a", "b", "c"].map(|key| stand.lane.compares(key.as_bytes())), [true, false, false]);
+        stand.done("a", false);
+        stand.done("b", true);
+        stand.done("c", true);
+        assert_eq!((stand.next().as_deref(), stand.oldest(), stand.lane.entries.len()), (Some("b"), Some(2), 1));
     }
 
     #[test]

@@ -239,8 +239,8 @@ impl PassRequest {
     /// Every rule that it can be about: those that write keys, to warm only those that are warmed without being named.
     fn everything(&self, config: &Config) -> Result<Vec<u16>> {
         let wanted = |rule: &Rule| match self.purpose {
-            Purpose::Warm => rule.write.as_ref().is_some_and(|write| write.warm),
-            Purpose::Verify { .. } => rule.write.is_some(),
+            Purpose::Warm => rule.lists || rule.write.as_ref().is_some_and(|write| write.warm),
+            Purpose::Verify { .. } => rule.lists || rule.write.is_some(),
         };
         let numbered = (0_u16..).zip(&config.rules);
         let numbers: Vec<u16> = numbered.filter(|(_, rule)| wanted(rule)).map(|(number, _)| number).collect();
@@ -254,9 +254,11 @@ impl PassRequest {
 
 /// The number of the rule of this name, which must write keys.
 fn number(config: &Config, name: &str) -> Result<u16> {
-    let found = (0_u16..).zip(&config.rules).find(|(_, rule)| rule.name.value == name);
+    // Of the rules that a query is, one answers for its keys.
+    let of_query = |rule: &Rule| rule.lists && rule.refresh.as_ref().is_some_and(|query| query.name.value == name);
+    let found = (0_u16..).zip(&config.rules).find(|(_, rule)| rule.name.value == name || of_query(rule));
     match found {
-        Some((number, rule)) if rule.write.is_some() => Ok(number),
+        Some((number, rule)) if rule.write.is_some() || rule.lists => Ok(number),
         Some(_) => Err(usage(format!("rule `{name}` writes no key, so there is nothing to compare or to fill"))),
         None => {
             let unknown = usage(format!("there is no rule `{}`", name.escape_debug()));

@@ -108,6 +108,8 @@ enum Head {
     Repair(Batch),
     /// Keys of which some may be orphans.
     Candidates(Batch),
+    /// What queries answer, to be compared.
+    Answers(Batch),
 }
 
 /// The read of one table.
@@ -209,6 +211,25 @@ impl Reads {
     pub(super) fn is_idle(&self) -> bool {
         let busy = |reading: &Reading| reading.pass.is_some() || !reading.rereads.is_empty();
         self.asked.is_empty() && !self.reading.as_ref().is_some_and(busy)
+    }
+
+    /// What queries answer is compared with what the cache holds; `filling` says whether some of that is yet to be written.
+    pub(super) fn compare(&mut self, answers: Batch, filling: bool) {
+        if let Some(reading) = &mut self.reading {
+            reading.head = Some(Head::Answers(answers));
+            reading.behind_stream |= filling;
+        }
+    }
+
+    /// So many keys are not compared.
+    pub(super) fn skipped(&mut self, keys: u64) {
+        self.asked.front_mut().into_iter().for_each(|asked| asked.totals.skipped += keys);
+    }
+
+    /// What a query has just written is no orphan.
+    pub(super) fn strike(&mut self, key: &[u8]) {
+        let cell = self.hasher.cell(key, None);
+        self.pass_mut().into_iter().for_each(|pass| _ = pass.unseen.remove(&cell));
     }
 
     fn pass_mut(&mut self) -> Option<&mut Pass> {
@@ -482,6 +503,20 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
             Some(Found::Piece(batch)) => reading.head = Some(Head::Piece(batch)),
             Some(Found::Candidates(batch)) => reading.head = Some(Head::Candidates(batch)),
+            Some(Found::Listed(stale, answer)) => {
+                for pass in reading.pass.iter_mut() {
+                    stale.iter().for_each(|stale| _ = pass.unseen.remove(&hasher.cell(&stale.key, None)));
+                    pass.rows += stale.len() as u64;
+                }
+                let verifies = reading
+                    .pass
+                    .as_ref()
+                    .is_some_and(|pass| matches!(pass.purpose, Why::Asked(Purpose::Verify { .. })));
+                match verifies {
+                    true => self.compare_all(stale, answer),
+                    false => self.read_all(stale, answer),
+                }
+            }
             Some(Found::Closed(closed)) => self.closed(&closed),
             Some(Found::Done(Of::Rows)) => {
                 reading.rereads.clear();
@@ -524,7 +559,11 @@ impl<C: Cache + Send + 'static> Session<C> {
             owing.get(&self.config.rules[usize::from(rule.rule)].name.value) == Some(&Debt::Reconcile)
         };
         let mut swept = Vec::new();
-        for rule in pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule)).filter(owes) {
+        // Where it is known which keys a query has, they are read, and the others searched for.
+        let is_listed =
+            |rule: &&BoundRule| rule.refresh.as_ref().is_some_and(|refresh| refresh.query.listing().is_some());
+        let rules = pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule) && !is_listed(rule));
+        for rule in rules.filter(owes) {
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
             let deleted = rule.delete.iter().filter(|_| rule.refresh.is_none());
             unreadable.chain(deleted).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));

@@ -3,24 +3,30 @@
 //! A result goes into the batch that fills. Nothing but these results is ever written to such a key, and they come one after
 //! the other, so there is nothing to be merged with: not with the stream, and not with what is in flight.
 
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 
 use super::Session;
+use super::debts::Debts;
 use super::lane::{Asked, Lane};
 use super::later::Released;
-use crate::batch::{Form, Life};
+use crate::batch::{Batch, Form, Life, Sweep};
 use crate::cache::Cache;
-use crate::cache::checkpoint::Origin;
+use crate::cache::checkpoint::{Debt, Origin};
+use crate::config::{Config, Query, Rule};
 use crate::error::Result;
 use crate::model::Lsn;
 use crate::plan;
 use crate::query::refresh::{Answer, Refresher};
 use crate::rules::refresh::Stale;
 use crate::source::conninfo::ConnInfo;
+
+/// How many bytes of what is read to be compared are kept at a time. More is not compared.
+const COLLECTED_BYTES_MAX: usize = 16 << 20;
 
 /// Reads under way, and what waits for one.
 pub(super) struct Refreshes {
@@ -29,6 +35,13 @@ pub(super) struct Refreshes {
     idle: Vec<Refresher>,
     under_way: JoinSet<Read>,
     permits: Arc<Semaphore>,
+    /// Keys that somebody waits for, and who.
+    awaited: Option<(HashSet<Box<[u8]>>, oneshot::Sender<()>)>,
+    /// What the tables say of keys that are compared, until somebody writes them.
+    collected: HashMap<Box<[u8]>, (Stale, Option<String>)>,
+    collected_bytes: usize,
+    /// All of them are collected, and on their way to be compared.
+    comparing: bool,
     /// The state of the generator behind TTL jitter.
     random: u64,
 }
@@ -47,12 +60,46 @@ impl Refreshes {
         let idle = std::iter::repeat_with(refresher).take(connections).collect();
         // Without a source of randomness TTLs are merely shortened alike.
         let random = getrandom::u64().unwrap_or_default();
-        Refreshes { lane: Lane::default(), idle, under_way: JoinSet::new(), permits, random }
+        Refreshes {
+            lane: Lane::default(),
+            idle,
+            under_way: JoinSet::new(),
+            permits,
+            awaited: None,
+            collected: HashMap::new(),
+            collected_bytes: 0,
+            comparing: false,
+            random,
+        }
     }
 
     /// The oldest change that some key is to be read for.
     pub(super) fn oldest(&self) -> Option<Lsn> {
         self.lane.oldest()
+    }
+
+    /// This key was read; whether it was the last one that somebody waits for.
+    fn settle(&mut self, key: &[u8]) -> bool {
+        let Refreshes { lane, awaited, .. } = self;
+        let Some((keys, _)) = awaited else { return false };
+        if !lane.is_stale(key) {
+            keys.remove(key);
+        }
+        keys.is_empty()
+    }
+
+    /// Whoever waits for keys, and for none any more, hears that they were read.
+    pub(super) fn answer(&mut self) {
+        self.comparing = false;
+        if let Some((_, waiting)) = self.awaited.take_if(|(keys, _)| keys.is_empty()) {
+            // A reader that does not listen any more has failed, and says so.
+            let _ = waiting.send(());
+        }
+    }
+
+    /// Whether nobody has written the key since it was read to be compared.
+    pub(super) fn is_collected(&self, key: &[u8]) -> bool {
+        self.collected.contains_key(key)
     }
 
     /// How many keys are stale.
@@ -81,13 +128,105 @@ impl<C: Cache + Send + 'static> Session<C> {
     pub(super) fn make_stale(&mut self, released: Released) {
         let Released { from, stale, swept } = released;
         swept.iter().for_each(|sweep| self.refreshes.lane.swept(sweep, from));
+        if !swept.is_empty() {
+            self.refreshes.collected.clear();
+        }
+        self.owe_swept(&swept);
+        self.ask_lane(stale, from);
+    }
+
+    /// All these keys are read; whoever lists them waits for it.
+    pub(super) fn read_all(&mut self, stale: Vec<Stale>, answer: oneshot::Sender<()>) {
+        // No key goes out before it is recorded what it looks like.
+        self.intake.say_claims(&mut self.batch);
+        let keys: Vec<Box<[u8]>> = stale.iter().map(|stale| stale.key.clone()).collect();
+        self.ask_lane(stale, self.reached_low);
+        let awaited = keys.into_iter().filter(|key| self.refreshes.lane.is_stale(key)).collect();
+        self.refreshes.awaited = Some((awaited, answer));
+        self.refreshes.collected.clear();
+        self.refreshes.comparing = false;
+        self.listed_read(&[]);
+    }
+
+    /// All these keys are read and compared with what the cache holds; whoever lists them waits for it.
+    pub(super) fn compare_all(&mut self, stale: Vec<Stale>, answer: oneshot::Sender<()>) {
+        let now = Instant::now();
+        let mut awaited = HashSet::new();
+        let mut skipped = 0;
+        for stale in stale {
+            let key = stale.key.clone();
+            // What time changes differs whenever it is looked at.
+            let compared = stale.query.every.is_none() && self.refreshes.lane.compare(stale, now);
+            if compared { _ = awaited.insert(key) } else { skipped += 1 }
+        }
+        self.reads.skipped(skipped);
+        self.refreshes.collected.clear();
+        (self.refreshes.collected_bytes, self.refreshes.comparing) = (0, false);
+        self.refreshes.awaited = Some((awaited, answer));
+        self.listed_read(&[]);
+    }
+
+    /// The key was read. If somebody waits for it, and for no other any more, what was collected is compared.
+    fn listed_read(&mut self, key: &[u8]) {
+        if self.refreshes.comparing || !self.refreshes.settle(key) {
+            return;
+        }
+        let collected = std::mem::take(&mut self.refreshes.collected);
+        if collected.is_empty() {
+            return self.refreshes.answer();
+        }
+        let mut batch = Batch::new(super::limits(&self.config), self.config.rules.len());
+        for (stale, value) in collected.values() {
+            let cell = batch.cell(stale.rule, |out| {
+                out.extend_from_slice(&stale.key);
+                true
+            });
+            let Some((cell, value)) = cell.zip(value.as_ref()) else { continue };
+            let life = stale
+                .query
+                .ttl
+                .map_or(Life::Forever, |(ttl, _)| Life::Ms(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)));
+            let set = batch.set(cell, Form::String, life, false, |out| {
+                out.extend_from_slice(value.as_bytes());
+                Ok::<_, std::convert::Infallible>(())
+            });
+            let Ok(()) = set;
+        }
+        self.refreshes.collected = collected;
+        self.refreshes.comparing = true;
+        // What was written before it was read may still stand in the batch that fills.
+        let filling = !self.batch.is_empty();
+        self.reads.compare(batch, filling);
+    }
+
+    /// What was compared is not what the cache holds: it is read again, and written.
+    pub(super) fn repair(&mut self, keys: &[Box<[u8]>]) {
+        let stale = keys.iter().filter_map(|key| Some(self.refreshes.collected.remove(key)?.0)).collect();
+        self.ask_lane(stale, self.reached_low);
+    }
+
+    /// Where it is known which keys a query has, those that were swept are written anew.
+    fn owe_swept(&mut self, swept: &[Sweep]) {
+        for sweep in swept {
+            let Sweep::Owned(pattern) = sweep else { continue };
+            let refreshed = self.intake.tables().flat_map(|table| &table.rules);
+            let refreshed = refreshed.filter_map(|rule| rule.refresh.as_ref());
+            let hit = refreshed.filter(|refresh| refresh.key.pattern.common_key(pattern).is_some());
+            hit.for_each(|refresh| owe(&self.config, &mut self.debts, &refresh.query));
+        }
+    }
+
+    fn ask_lane(&mut self, stale: Vec<Stale>, from: Lsn) {
         let now = Instant::now();
         for stale in stale {
             let key = stale.key.clone();
+            self.refreshes.collected.remove(&key);
             let (rule, query) = (stale.rule, Arc::clone(&stale.query));
             if self.refreshes.lane.ask(stale, from, now) == Asked::NoRoom {
                 self.count_refresh(&query.name.value, "crowded_out");
                 self.delete_stale(rule, &key);
+                owe(&self.config, &mut self.debts, &query);
+                self.stand_here();
             }
         }
     }
@@ -117,6 +256,25 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.refreshes.idle.push(refresher);
         let query = Arc::clone(&stale.query);
         let name = query.name.value.as_str();
+        if self.refreshes.lane.compares(&stale.key) {
+            let answer = answer.inspect_err(|error| tracing::warn!(query = name, %error, "a key cannot be compared"));
+            let value = match answer {
+                Ok(Answer::Value(value)) => Some(Some(value)),
+                Ok(Answer::Nothing | Answer::TooLarge) => Some(None),
+                Err(_) => None,
+            };
+            let key = stale.key.clone();
+            self.refreshes.lane.done(&key, value.is_some(), Instant::now());
+            let len = value.as_ref().and_then(Option::as_ref).map_or(0, String::len);
+            match value.filter(|_| self.refreshes.collected_bytes + len <= COLLECTED_BYTES_MAX) {
+                Some(value) => {
+                    self.refreshes.collected_bytes += len;
+                    self.refreshes.collected.insert(key.clone(), (stale, value));
+                }
+                None => self.reads.skipped(1),
+            }
+            return self.listed_read(&key);
+        }
         let went_well = match answer {
             Ok(Answer::Value(value)) => {
                 self.count_refresh(name, "written");
@@ -142,6 +300,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         };
         self.refreshes.lane.done(&stale.key, went_well, Instant::now());
+        self.listed_read(&stale.key);
         self.stand_here();
     }
 
@@ -155,6 +314,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             true
         });
         let Some(cell) = cell else { return };
+        self.reads.strike(&stale.key);
         let written = self.batch.set(cell, Form::String, life, false, |out| {
             out.extend_from_slice(value);
             Ok::<_, std::convert::Infallible>(())
@@ -173,4 +333,11 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn count_refresh(&self, query: &str, outcome: &str) {
         self.metrics.refreshes_total.with_label_values(&[query, outcome]).inc();
     }
+}
+
+/// The rule that answers for all keys of the query owes them, if it is known which they are.
+fn owe(config: &Config, debts: &mut Debts, query: &Arc<Query>) {
+    let of_query = |rule: &&Rule| rule.refresh.as_ref().is_some_and(|of_rule| Arc::ptr_eq(of_rule, query));
+    let lists = config.rules.iter().filter(of_query).find(|rule| rule.lists);
+    lists.into_iter().for_each(|rule| debts.owe(&rule.name.value, Debt::Warm));
 }

@@ -21,13 +21,16 @@ use crate::cache::claims::Former;
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
 use crate::catalog::{self, sql_identifier, sql_table};
-use crate::config::{Config, RedisConfig, TableName};
+use crate::config::{Config, Listing, RedisConfig, TableName};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Datum, Relation, Xid};
 use crate::plan::{self, BoundTable, Noted};
+use crate::query::refresh;
 use crate::rules::bind::{BoundRule, bind};
 use crate::rules::pattern::Pattern;
+use crate::rules::refresh::{KeyListing, Stale};
+use crate::rules::sql::Sql;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
 use crate::source::query_error;
@@ -56,6 +59,10 @@ const JOBS_MAX: usize = 4;
 const PARTITION_CELLS_MAX: u64 = 1 << 20;
 /// How many of them go to the session in one piece, or a little more.
 const CELLS_AT_A_TIME: usize = 1000;
+/// How many keys of a query are named at a time.
+const KEYS_AT_A_TIME: usize = 256;
+/// How many a query may name: they are all in memory while they are read.
+const KEYS_LISTED_MAX: usize = 100_000;
 /// How long apart looks at whether a transaction is visible are: it nearly always is at the first.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(250);
@@ -103,6 +110,8 @@ pub struct TableJob {
     pub owned: Vec<(u16, Pattern)>,
     /// Keys that rules made before, and that are looked for too: no row renders them any more.
     pub former: Vec<(u16, Former)>,
+    /// Queries of which all keys are read, by whoever reads keys of queries.
+    pub listings: Vec<KeyListing>,
     /// Transactions that committed before the slot began may be invisible still: wait for them.
     pub barrier: bool,
 }
@@ -154,6 +163,8 @@ pub enum Found {
     Opened(Chunk),
     /// Rendered rows, or keys to be deleted where a row has none.
     Piece(Batch),
+    /// Keys that there should be, of a query. Answered once they were read.
+    Listed(Vec<Stale>, oneshot::Sender<()>),
     /// The chunk ends.
     Closed(Closed),
     /// Everything was read: is there any key that nobody has rendered or touched?
@@ -390,11 +401,51 @@ impl Reader {
             if let Some(table) = self.bound(job).await? {
                 self.leaves(job, &table, partition == 0).await?;
             }
+            for listing in &job.listings {
+                self.list(job, listing).await?;
+            }
             if self.some_unseen(job).await? {
                 self.cells(job, within, Cells::Candidates).await?;
             }
         }
         self.say(Found::Done(Of::Table)).await
+    }
+
+    /// Names all keys of a query, some at a time.
+    async fn list(&mut self, job: &TableJob, listing: &KeyListing) -> Outcome<()> {
+        let mut keys = match listing.query.listing() {
+            None => return Ok(()),
+            Some(Listing::One) => vec![Arc::from([])],
+            Some(Listing::Sql(keys)) => self.listed(listing, &keys.value).await?,
+        };
+        keys.retain(|_| job.sample >= 1.0 || random_share() < job.sample);
+        for some in keys.chunks(KEYS_AT_A_TIME) {
+            self.rows_asked_for().await?;
+            let prefix = self.setting.redis.prefix.as_str();
+            let stale = some.iter().map(|parameters| listing.stale(prefix, Arc::clone(parameters))).collect();
+            let (answer, read) = oneshot::channel();
+            self.say(Found::Listed(stale, answer)).await?;
+            read.await.map_err(|_| Stop::Abandoned)?;
+        }
+        Ok(())
+    }
+
+    /// The parameters of all keys. No snapshot is held while these are read.
+    async fn listed(&self, listing: &KeyListing, keys: &Sql) -> Result<Vec<Arc<[Box<[u8]>]>>> {
+        let sql = refresh::listing(&listing.query, keys);
+        let rows = self.client.query_raw(&sql, std::iter::empty::<&str>()).await.map_err(failed)?;
+        let mut rows = pin!(rows);
+        let mut listed: Vec<Arc<[Box<[u8]>]>> = Vec::new();
+        while let Some(row) = rows.try_next().await.map_err(failed)? {
+            if listed.len() == KEYS_LISTED_MAX {
+                let name = &listing.query.name.value;
+                let many = format!("`keys` of query `{name}` names more than {KEYS_LISTED_MAX} keys");
+                return Err(Error::new(ErrorKind::PostgresAway, many));
+            }
+            let text = |column| Ok(row.try_get::<_, &str>(column).map_err(failed)?.as_bytes().into());
+            listed.push((0..row.len()).map(text).collect::<Result<_>>()?);
+        }
+        Ok(listed)
     }
 
     /// Waits until the session has dealt with all that was found before.

@@ -59,6 +59,7 @@ async fn reader_of(stage: &Stage, rows: usize) -> Handle {
         from: None,
         owned: Vec::new(),
         former: Vec::new(),
+        listings: Vec::new(),
         barrier: false,
     };
     handle.tables.try_send(job).unwrap_or_else(|_| panic!("the reader has ended"));

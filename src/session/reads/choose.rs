@@ -15,6 +15,7 @@ use crate::cache::claims::Former;
 use crate::plan::BoundTable;
 use crate::rules::bind::{BoundRule, BoundWrite};
 use crate::rules::pattern::Pattern;
+use crate::rules::refresh::KeyListing;
 use crate::snapshot::reader::TableJob;
 
 impl<C: Cache + Send + 'static> Session<C> {
@@ -65,6 +66,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
         let worst = owes.iter().map(|(_, debt)| *debt).max()?;
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
+        let listings: Vec<KeyListing> = owes.iter().filter_map(|(rule, _)| listing(rule)).collect();
         let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
         let owned: Vec<(u16, Pattern)> = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
         let former: Vec<(u16, Former)> =
@@ -86,6 +88,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             from,
             owned,
             former,
+            listings,
             barrier: !self.reads.barrier_passed,
         };
         Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst)) }, job))
@@ -97,6 +100,9 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// The patterns of the rule's keys that are searched for orphans.
     fn searched(&self, rule: &BoundRule) -> Option<(u16, Pattern)> {
+        if let Some(listing) = listing(rule) {
+            return Some((rule.rule, listing.pattern));
+        }
         let searched = |write: &&BoundWrite| rule.on.delete && !write.keep_on_delete && write.is_owner();
         let write = rule.write.as_ref().filter(searched).filter(|_| is_readable(rule))?;
         Some((rule.rule, write.key.pattern.clone()))
@@ -120,8 +126,15 @@ impl<C: Cache + Send + 'static> Session<C> {
             let rules: Vec<u16> = asked.order.rules.clone();
             let (purpose, filter) = (asked.order.purpose, asked.order.filter.clone());
             let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
+            let lists = |rule: &&BoundRule| rules.contains(&rule.rule);
+            let listings = table.rules.iter().filter(lists).filter_map(listing).collect();
             let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
-            let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
+            let owned = table
+                .rules
+                .iter()
+                .filter(|rule| wanted(rule) || lists(rule))
+                .filter(|_| complete)
+                .flat_map(|rule| self.searched(rule));
             let job = TableJob {
                 table: only(&table, |rule| wanted(&rule)),
                 // Compared with the longest that a key may live.
@@ -131,9 +144,11 @@ impl<C: Cache + Send + 'static> Session<C> {
                 from: None,
                 owned: owned.collect(),
                 former: Vec::new(),
+                listings,
                 barrier: !self.reads.barrier_passed,
             };
-            let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
+            let listed = job.listings.iter().map(|listing| listing.rule);
+            let rules = job.table.rules.iter().map(|rule| rule.rule).chain(listed).collect();
             return Some((pass(&table, rules, Why::Asked(purpose)), job));
         }
     }
@@ -156,4 +171,11 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why) -> Pass {
 /// Whether the table says what the rule's keys hold: not where some operations do not count.
 pub(super) fn is_readable(rule: &BoundRule) -> bool {
     rule.write.as_ref().is_some_and(|write| write.value.is_some()) && rule.on.insert && rule.on.update
+}
+
+/// All keys of the rule's query, if it is known which there are.
+fn listing(rule: &BoundRule) -> Option<KeyListing> {
+    let refresh = rule.refresh.as_ref().filter(|refresh| refresh.query.listing().is_some())?;
+    let (query, pattern) = (Arc::clone(&refresh.query), refresh.key.pattern.clone());
+    Some(KeyListing { rule: rule.rule, query, pattern })
 }
