@@ -294,7 +294,7 @@ pub struct Session<C> {
     /// At home, while it answers nothing.
     lookups: Option<Box<Lookups>>,
     looking_up: Option<LookingUp>,
-    refreshes: Refreshes,
+    refreshes: Box<Refreshes>,
     /// How many looks in a row have not shown what something waits for.
     looks_in_vain: u32,
     /// When the last one ended.

@@ -115,10 +115,11 @@ pub fn to_rewrite(rules: &[Rule], since_us: u64, now_us: u64) -> impl Iterator<I
         let every_us = u64::try_from(every.as_micros()).unwrap_or(u64::MAX).max(1);
         since_us / every_us < now_us / every_us
     };
-    let of_query = |rule: &Rule| rule.refresh.as_ref().filter(|_| rule.lists).and_then(|query| query.every);
-    let every = move |rule: &Rule| match &rule.write {
-        Some(write) => Some((write.every?, Debt::Warm)),
-        None => Some((of_query(rule)?, Debt::Reconcile)),
+    let every = |rule: &Rule| match (&rule.write, rule.refresh.as_ref().filter(|_| rule.lists)) {
+        (Some(write), _) => Some((write.every?, Debt::Warm)),
+        // Without `keys` there is one, and it stays.
+        (None, Some(query)) => Some((query.every?, if query.keys.is_some() { Debt::Reconcile } else { Debt::Warm })),
+        (None, None) => None,
     };
     let due = move |rule| every(rule).filter(|(every, _)| due(*every)).map(|(_, debt)| debt);
     rules.iter().filter_map(move |rule| Some((rule.name.value.as_str(), due(rule)?)))
@@ -271,6 +272,25 @@ mod tests {
         assert!(due(&rules, 20 * MINUTE, 30 * MINUTE - 1).is_empty());
         assert_eq!(due(&rules, 20 * MINUTE, 500 * MINUTE), ["written"], "away for hours");
         assert!(due(&rules, 20 * MINUTE, 9 * MINUTE).is_empty(), "the clock was set back");
+    }
+
+    #[test]
+    fn what_time_makes_of_a_query_is_its_keys_and_what_they_hold() {
+        let query = |name, key, keys| {
+            format!(
+                "[query.{name}]\nkey = \"{key}\"\nmode = \"refresh\"\nsql = \"select now()\"\nshape = \"value\"\n{keys}every = \"1m\"\n\
+                 [[query.{name}.on]]\ntable = \"public.t\"\nparams = {{ id = \"{{id}}\" }}\n\
+                 [[query.{name}.on]]\ntable = \"public.u\"\nparams = {{ id = \"{{id}}\" }}\n"
+            )
+        };
+        let servers = "[postgres]\nurl = \"postgres://h/d\"\n[redis]\nurl = \"redis://h\"\n";
+        let text =
+            [servers, &query("one", "one", ""), &query("some", "some:{id}", "keys = \"select 1 as id\"\n")].concat();
+        let file = RulesFile { path: "keepstep.toml".into(), text };
+        let rules = parse(file, &|_| None).expect("a rules file").0.rules;
+        let due: Vec<_> = to_rewrite(&rules, 0, 60_000_000).collect();
+        assert_eq!(due, [("one.1", Warm), ("some.1", Reconcile)]);
+        assert_eq!(Opening::first_start(&rules, false).owing, owing(&[("one.1", Warm), ("some.1", Warm)]));
     }
 
     #[test]

@@ -244,7 +244,12 @@ impl Intake {
 
     /// Whether something waits until it is visible.
     pub fn has_later(&self) -> bool {
-        self.later.oldest().is_some()
+        self.oldest_later().is_some()
+    }
+
+    /// The oldest change of which something waits until it is visible.
+    pub fn oldest_later(&self) -> Option<Lsn> {
+        self.later.oldest()
     }
 
     /// Whether something waits for a look at what is visible.

@@ -296,7 +296,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         settling: None,
         lookups: Some(Box::new(lookups)),
         looking_up: None,
-        refreshes,
+        refreshes: Box::new(refreshes),
         looks_in_vain: 0,
         looked_visible_at: now,
         probing: None,

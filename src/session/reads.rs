@@ -517,6 +517,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                     false => self.read_all(stale, answer),
                 }
             }
+            Some(Found::Answers(answer)) => self.compare_collected(answer),
             Some(Found::Closed(closed)) => self.closed(&closed),
             Some(Found::Done(Of::Rows)) => {
                 reading.rereads.clear();

@@ -36,14 +36,21 @@ pub(super) struct Refreshes {
     under_way: JoinSet<Read>,
     permits: Arc<Semaphore>,
     /// Keys that somebody waits for, and who.
-    awaited: Option<(HashSet<Box<[u8]>>, oneshot::Sender<()>)>,
+    awaited: Option<Awaited>,
     /// What the tables say of keys that are compared, until somebody writes them.
     collected: HashMap<Box<[u8]>, (Stale, Option<String>)>,
     collected_bytes: usize,
-    /// All of them are collected, and on their way to be compared.
-    comparing: bool,
+    /// They wait to be compared: for changes that the stream has brought before this, and nobody is known to see.
+    compares_at: Option<Lsn>,
     /// The state of the generator behind TTL jitter.
     random: u64,
+}
+
+/// Keys that were listed, and are yet to be read.
+struct Awaited {
+    keys: HashSet<Box<[u8]>>,
+    /// Who goes on once none is left.
+    answer: oneshot::Sender<()>,
 }
 
 /// A read that has ended.
@@ -68,7 +75,7 @@ impl Refreshes {
             awaited: None,
             collected: HashMap::new(),
             collected_bytes: 0,
-            comparing: false,
+            compares_at: None,
             random,
         }
     }
@@ -78,23 +85,30 @@ impl Refreshes {
         self.lane.oldest()
     }
 
-    /// This key was read; whether it was the last one that somebody waits for.
-    fn settle(&mut self, key: &[u8]) -> bool {
+    /// This key was read. Whoever waits for it, and for no other any more, hears so.
+    fn settle(&mut self, key: &[u8]) {
         let Refreshes { lane, awaited, .. } = self;
-        let Some((keys, _)) = awaited else { return false };
+        let Some(Awaited { keys, .. }) = awaited else { return };
         if !lane.is_stale(key) {
             keys.remove(key);
         }
-        keys.is_empty()
+        if self.compares_at.is_none() {
+            self.answer();
+        }
     }
 
-    /// Whoever waits for keys, and for none any more, hears that they were read.
+    /// Whoever waits for keys, and for none any more, hears so.
     pub(super) fn answer(&mut self) {
-        self.comparing = false;
-        if let Some((_, waiting)) = self.awaited.take_if(|(keys, _)| keys.is_empty()) {
+        self.compares_at = None;
+        if let Some(Awaited { answer, .. }) = self.awaited.take_if(|awaited| awaited.keys.is_empty()) {
             // A reader that does not listen any more has failed, and says so.
-            let _ = waiting.send(());
+            let _ = answer.send(());
         }
+    }
+
+    /// Whether what was collected may be compared; `oldest` is the oldest change that nobody is known to see.
+    pub(super) fn may_compare(&self, oldest: Option<Lsn>) -> bool {
+        self.compares_at.is_none_or(|at| oldest.is_none_or(|oldest| oldest >= at))
     }
 
     /// Whether nobody has written the key since it was read to be compared.
@@ -141,36 +155,33 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.intake.say_claims(&mut self.batch);
         let keys: Vec<Box<[u8]>> = stale.iter().map(|stale| stale.key.clone()).collect();
         self.ask_lane(stale, self.reached_low);
-        let awaited = keys.into_iter().filter(|key| self.refreshes.lane.is_stale(key)).collect();
-        self.refreshes.awaited = Some((awaited, answer));
+        let keys = keys.into_iter().filter(|key| self.refreshes.lane.is_stale(key)).collect();
+        (self.refreshes.awaited, self.refreshes.compares_at) = (Some(Awaited { keys, answer }), None);
         self.refreshes.collected.clear();
-        self.refreshes.comparing = false;
-        self.listed_read(&[]);
+        self.refreshes.settle(&[]);
     }
 
     /// All these keys are read and compared with what the cache holds; whoever lists them waits for it.
     pub(super) fn compare_all(&mut self, stale: Vec<Stale>, answer: oneshot::Sender<()>) {
         let now = Instant::now();
-        let mut awaited = HashSet::new();
+        let mut keys = HashSet::new();
         let mut skipped = 0;
         for stale in stale {
             let key = stale.key.clone();
             // What time changes differs whenever it is looked at.
             let compared = stale.query.every.is_none() && self.refreshes.lane.compare(stale, now);
-            if compared { _ = awaited.insert(key) } else { skipped += 1 }
+            if compared { _ = keys.insert(key) } else { skipped += 1 }
         }
         self.reads.skipped(skipped);
         self.refreshes.collected.clear();
-        (self.refreshes.collected_bytes, self.refreshes.comparing) = (0, false);
-        self.refreshes.awaited = Some((awaited, answer));
-        self.listed_read(&[]);
+        self.refreshes.collected_bytes = 0;
+        (self.refreshes.awaited, self.refreshes.compares_at) = (Some(Awaited { keys, answer }), None);
+        self.refreshes.settle(&[]);
     }
 
-    /// The key was read. If somebody waits for it, and for no other any more, what was collected is compared.
-    fn listed_read(&mut self, key: &[u8]) {
-        if self.refreshes.comparing || !self.refreshes.settle(key) {
-            return;
-        }
+    /// What was collected is compared, once what it saw and the stream has just brought has come to the lane.
+    pub(super) fn compare_collected(&mut self, answer: oneshot::Sender<()>) {
+        self.refreshes.awaited = Some(Awaited { keys: HashSet::new(), answer });
         let collected = std::mem::take(&mut self.refreshes.collected);
         if collected.is_empty() {
             return self.refreshes.answer();
@@ -193,7 +204,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             let Ok(()) = set;
         }
         self.refreshes.collected = collected;
-        self.refreshes.comparing = true;
+        self.refreshes.compares_at = Some(self.received);
         // What was written before it was read may still stand in the batch that fills.
         let filling = !self.batch.is_empty();
         self.reads.compare(batch, filling);
@@ -233,7 +244,7 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Reads what may be read by now.
     pub(super) fn start_refreshes(&mut self) {
-        let Refreshes { lane, idle, under_way, permits, .. } = &mut self.refreshes;
+        let Refreshes { lane, idle, under_way, permits, .. } = &mut *self.refreshes;
         let now = Instant::now();
         while let Some(mut refresher) = idle.pop() {
             let Some(stale) = lane.next(now) else {
@@ -273,7 +284,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 }
                 None => self.reads.skipped(1),
             }
-            return self.listed_read(&key);
+            return self.refreshes.settle(&key);
         }
         let went_well = match answer {
             Ok(Answer::Value(value)) => {
@@ -300,7 +311,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         };
         self.refreshes.lane.done(&stale.key, went_well, Instant::now());
-        self.listed_read(&stale.key);
+        self.refreshes.settle(&stale.key);
         self.stand_here();
     }
 

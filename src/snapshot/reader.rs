@@ -98,8 +98,8 @@ pub struct TableJob {
     /// The rules whose values are rendered, none if nothing is to be read, and the table as the stream has it. It is read
     /// as the catalog has it.
     pub table: BoundTable,
-    /// Values are rendered for the longest TTL that they may have.
-    pub longest_ttl: bool,
+    /// What is read is compared: values are rendered for the longest TTL that they may have.
+    pub verifies: bool,
     /// Only rows that meet this condition.
     pub filter: Option<String>,
     /// The share of its pages that are read.
@@ -165,6 +165,8 @@ pub enum Found {
     Piece(Batch),
     /// Keys that there should be, of a query. Answered once they were read.
     Listed(Vec<Stale>, oneshot::Sender<()>),
+    /// What was read of them is compared: all that it saw has come out of the stream. Answered once it was.
+    Answers(oneshot::Sender<()>),
     /// The chunk ends.
     Closed(Closed),
     /// Everything was read: is there any key that nobody has rendered or touched?
@@ -426,6 +428,12 @@ impl Reader {
             let (answer, read) = oneshot::channel();
             self.say(Found::Listed(stale, answer)).await?;
             read.await.map_err(|_| Stop::Abandoned)?;
+            if job.verifies {
+                self.nothing().await?;
+                let (answer, compared) = oneshot::channel();
+                self.say(Found::Answers(answer)).await?;
+                compared.await.map_err(|_| Stop::Abandoned)?;
+            }
         }
         Ok(())
     }
@@ -483,7 +491,7 @@ impl Reader {
                 let misfit = format!("rule `{}` does not fit table {name} as it is now", rule.name.value);
                 Error::new(ErrorKind::PostgresAway, misfit)
             })?;
-            if let (true, Some(write)) = (job.longest_ttl, &mut bound.write) {
+            if let (true, Some(write)) = (job.verifies, &mut bound.write) {
                 write.life.without_jitter();
             }
             rules.push(bound);

@@ -544,6 +544,22 @@ async fn what_time_changes_is_read_again() {
 }
 
 #[tokio::test]
+async fn plan_says_what_would_be_read() {
+    let (stage, _) = set(RULES).await;
+    let planned = |change: &str| {
+        let output = stage.run(&["plan", change]);
+        assert!(output.status.success() && output.stdout.is_empty(), "{output:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let update = r#"{"table": "public.products", "old": {"id": 1, "category_id": 2, "seller_id": 1},
+                     "new": {"id": 1, "category_id": 3, "seller_id": 1}}"#;
+    insta::assert_snapshot!(
+        planned(update)
+            + &planned(r#"{"table": "public.products", "new": {"id": 1, "category_id": 7, "seller_id": null}}"#)
+    );
+}
+
+#[tokio::test]
 async fn queries_that_cannot_be_refreshed_are_refused_at_their_place() {
     let (stage, _) = set(RULES).await;
     let mut shown = String::new();

@@ -82,7 +82,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
         let job = TableJob {
             table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
-            longest_ttl: false,
+            verifies: false,
             filter: None,
             sample: 1.0,
             from,
@@ -138,7 +138,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             let job = TableJob {
                 table: only(&table, |rule| wanted(&rule)),
                 // Compared with the longest that a key may live.
-                longest_ttl: matches!(purpose, Purpose::Verify { .. }),
+                verifies: matches!(purpose, Purpose::Verify { .. }),
                 filter,
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
                 from: None,

@@ -21,7 +21,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         match reading.head.take() {
             None => false,
             Some(Head::Candidates(batch)) => self.dispatch_candidates(batch),
-            Some(Head::Answers(batch)) if reading.behind_stream => {
+            Some(Head::Answers(batch))
+                if reading.behind_stream || !self.refreshes.may_compare(self.intake.oldest_later()) =>
+            {
                 reading.head = Some(Head::Answers(batch));
                 false
             }
