@@ -15,6 +15,7 @@ use crate::rules::form::KeyForm;
 use crate::rules::glob::Glob;
 use crate::rules::lookup::{Question, Questions};
 use crate::rules::pattern::Pattern;
+use crate::rules::refresh::{Stale, StaleKeys};
 
 /// Transactions noted for the delay: changes of one and the same key add nothing else.
 const COMMITS_MAX: usize = 65_536;
@@ -406,6 +407,7 @@ pub struct Batch {
     sweeps: Vec<Sweep>,
     effects: Vec<EffectEntry>,
     questions: Questions,
+    stale: StaleKeys,
     claims: Vec<(u16, Claim)>,
     vanished: Vec<Vanished>,
     /// Per rule, the transaction that last touched it in this batch: each counts once for the delay.
@@ -436,6 +438,7 @@ impl Batch {
             sweeps: Vec::new(),
             effects: Vec::new(),
             questions: Questions::default(),
+            stale: StaleKeys::default(),
             claims: Vec::new(),
             vanished: Vec::new(),
             touched: vec![None; rules],
@@ -458,6 +461,7 @@ impl Batch {
         self.sweeps.clear();
         self.effects.clear();
         self.questions.take();
+        self.stale.take();
         self.claims.clear();
         self.vanished.clear();
         self.touched.fill(None);
@@ -469,7 +473,7 @@ impl Batch {
 
     /// Whether there is nothing to do, in Redis or before.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.sweeps.is_empty() && self.effects.is_empty() && self.questions.is_empty()
+        self.entries.is_empty() && self.sweeps.is_empty() && self.effects.is_empty() && !self.asks()
     }
 
     /// Whether it must go out before anything more is taken in.
@@ -486,7 +490,14 @@ impl Batch {
             || self.effects.len() >= self.limits.ops
             || self.questions.len() >= self.limits.ops
             || self.questions.byte_len() >= self.limits.bytes
+            || self.stale.len() >= self.limits.ops
+            || self.stale.byte_len() >= self.limits.bytes
             || self.sweeps.iter().filter(each).count() >= SWEEPS_MAX
+    }
+
+    /// Whether it wants something of Postgres.
+    fn asks(&self) -> bool {
+        !(self.questions.is_empty() && self.stale.is_empty())
     }
 
     /// How many cells it decides.
@@ -658,6 +669,21 @@ impl Batch {
         self.questions.take()
     }
 
+    /// The key is to be read again. It waits with the batch, and goes out with none.
+    pub fn refresh(&mut self, stale: Stale) {
+        self.stale.add(stale);
+    }
+
+    /// The keys to be read again.
+    pub fn stale(&self) -> &StaleKeys {
+        &self.stale
+    }
+
+    /// Takes them out, for whoever reads them.
+    pub fn take_stale(&mut self) -> Vec<Stale> {
+        self.stale.take()
+    }
+
     /// Publishes what `render` appends on the channel that `target` appends, unless that says that there is none.
     pub fn publish(&mut self, rule: u16, target: impl FnOnce(&mut Vec<u8>) -> bool, render: impl FnOnce(&mut Vec<u8>)) {
         self.effect(rule, None, target, render);
@@ -733,6 +759,7 @@ impl Batch {
             }
         }
         self.sweeps.extend_from_slice(&other.sweeps);
+        other.stale.iter().for_each(|stale| self.refresh(stale.clone()));
         for effect in &other.effects {
             let (target, body) = (&other.bytes[effect.target.clone()], &other.bytes[effect.body.clone()]);
             let copy = |out: &mut Vec<u8>| out.extend_from_slice(body);

@@ -8,6 +8,7 @@
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::model::Relation;
@@ -266,10 +267,87 @@ pub struct Rule {
     pub settled: Settled,
     /// `lookup`: what templates need of other tables.
     pub lookup: Option<Spanned<Sql>>,
+    /// How many rows of the lookup's result name keys. With more, everything that the templates can have made goes.
+    pub rows_max: usize,
+    /// The keys of `delete` are not deleted: this writes them anew.
+    pub refresh: Option<Arc<Query>>,
+    /// It is the one rule of its query that answers for all keys which there should be.
+    pub lists: bool,
     /// `changed`: the columns of which one must have changed for an UPDATE to count; `None` is any.
     pub changed: Option<Vec<Spanned<String>>>,
     /// A hash over everything that decides which keys and values the rule makes (hex).
     pub fingerprint: String,
+}
+
+/// `[query.NAME]` with `mode = "refresh"`: a key that holds the result of a query.
+#[derive(Clone, Debug)]
+pub struct Query {
+    /// NAME, with the span of the table header's key.
+    pub name: Spanned<String>,
+    /// `key`; its placeholders are the parameters.
+    pub key: Spanned<Template>,
+    /// `sql`
+    pub sql: Spanned<Sql>,
+    /// `shape`
+    pub shape: Shape,
+    /// `keys`: all there should be. Only [`Query::listing`] says what holds without it.
+    pub keys: Option<Spanned<Sql>>,
+    /// `every`: how often all of them are read again; `None` is never, the default.
+    pub every: Option<Duration>,
+    /// `ttl`, and the share by which `jitter` shortens it.
+    pub ttl: Option<(Duration, f64)>,
+    /// `min_interval`: how long a key is left alone after it was read. Default not at all.
+    pub min_interval: Duration,
+}
+
+/// How it is known which keys of a query there should be.
+#[derive(Clone, Copy, Debug)]
+pub enum Listing<'q> {
+    /// There is one: it has no parameters.
+    One,
+    /// This query says so.
+    Sql(&'q Spanned<Sql>),
+}
+
+impl Query {
+    /// How it is known which keys there should be; `None` if it is not.
+    pub fn listing(&self) -> Option<Listing<'_>> {
+        let one = || self.key.value.placeholders().next().is_none().then_some(Listing::One);
+        self.keys.as_ref().map(Listing::Sql).or_else(one)
+    }
+
+    /// The names of its parameters, each once, in the order of the key.
+    pub fn parameters(&self) -> Vec<&str> {
+        let mut names: Vec<&str> = Vec::new();
+        for placeholder in self.key.value.placeholders() {
+            if !names.contains(&placeholder.name.as_str()) {
+                names.push(&placeholder.name);
+            }
+        }
+        names
+    }
+}
+
+/// What of a query's result is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Shape {
+    /// A JSON array of all rows.
+    Rows,
+    /// The first row, as a JSON object.
+    Row,
+    /// The one column of the first row, as text.
+    Value,
+}
+
+impl Shape {
+    /// As in `shape`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Shape::Rows => "rows",
+            Shape::Row => "row",
+            Shape::Value => "value",
+        }
+    }
 }
 
 /// `redelete`: whoever fills a deleted key can still have read the old row.

@@ -31,6 +31,8 @@ pub struct Metrics {
     pub unrendered_total: IntCounterVec,
     pub keyless_total: IntCounterVec,
     pub lookups_total: IntCounterVec,
+    pub refreshes_total: IntCounterVec,
+    pub refreshes_pending: IntGauge,
     pub rules_owing: IntGauge,
     pub reconciles_total: IntCounterVec,
     pub out_of_memory_batches: IntCounter,
@@ -54,10 +56,8 @@ impl Metrics {
         let counters = |name: &str, help: &str, labels: &[&str]| {
             register(&registry, IntCounterVec::new(Opts::new(name, help), labels))
         };
-        let delay = HistogramOpts::new(
-            "keepstep_commit_to_cache_seconds",
-            "From the commit, by Postgres's clock, until Redis had answered the batch, per rule",
-        );
+        let help = "From the commit, by Postgres's clock, until Redis had answered the batch, per rule";
+        let delay = HistogramOpts::new("keepstep_commit_to_cache_seconds", help);
         let cells = HistogramOpts::new("keepstep_batch_cells", "Keys that one batch decided");
         Metrics {
             replication_lag_bytes: gauge(
@@ -106,6 +106,12 @@ impl Metrics {
                  can be was deleted instead)",
                 &["rule", "outcome"],
             ),
+            refreshes_total: counters(
+                "keepstep_refreshes_total",
+                "Stale keys of queries: written, deleted (an empty result), too_large, failed (and tried again), or crowded_out",
+                &["query", "outcome"],
+            ),
+            refreshes_pending: gauge("keepstep_refreshes_pending", "Stale keys of queries that are yet to be read"),
             rules_owing: gauge("keepstep_rules_owing", "Rules whose keys are yet to be made right from their table"),
             reconciles_total: counters(
                 "keepstep_reconciles_total",

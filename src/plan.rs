@@ -136,6 +136,8 @@ pub struct Transaction {
     pub epoch: u64,
     /// Whoever reads the tables sees it already.
     pub visible: bool,
+    /// What waited until it is visible has gone out, in an earlier session: only keys may have to be read again still.
+    pub released: bool,
 }
 
 /// What is known of a row before and after a change.
@@ -274,7 +276,9 @@ pub fn row(table: &BoundTable, row: &[Datum<'_>], random: &mut u64, batch: &mut 
 pub fn truncate(table: &BoundTable, transaction: Transaction, batch: &mut Batch, mut settled: Option<&mut Batch>) {
     for rule in table.rules.iter().filter(|rule| rule.on.delete) {
         let written = rule.write.iter().filter(|write| !write.keep_on_delete).map(|write| &write.key);
-        written.chain(rule.deletes()).for_each(|key| sweep(rule.rule, key, batch));
+        // What is read again is still the newest that anybody can have read.
+        let deleted = rule.deletes().filter(|_| rule.refresh.is_none());
+        written.chain(deleted).for_each(|key| sweep(rule.rule, key, batch));
         for (tag, write) in rule.write.iter().flat_map(|write| write.tags.iter().map(move |tag| (tag, write))) {
             batch.sweep_registered(rule.rule, tag.key.pattern.clone(), write.key.pattern.clone());
         }
@@ -447,7 +451,7 @@ fn truths(rule: &BoundRule, images: &Images<'_>) -> (bool, Truth) {
 
 /// The keys that the rule deletes because of a row.
 fn delete_stale(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>) {
-    if rule.delete.is_empty() {
+    if rule.delete.is_empty() || rule.refresh.is_some() {
         return;
     }
     let (old_counts, new_counts) = truths(rule, images);
@@ -645,7 +649,7 @@ fn render_hash(fields: &[HashField], row: &[Datum<'_>], out: &mut Vec<u8>) -> Re
 }
 
 /// The TTL shortened by a random share of at most `jitter`, so that keys written together do not expire together.
-fn jittered(ttl_ms: u128, jitter: f64, random: &mut u64) -> u64 {
+pub fn jittered(ttl_ms: u128, jitter: f64, random: &mut u64) -> u64 {
     let ttl_ms = u64::try_from(ttl_ms).unwrap_or(u64::MAX);
     // SplitMix64 (Steele, Lea, Flood 2014): enough for spreading, and a plan stays a function of its input.
     *random = random.wrapping_add(0x9e37_79b9_7f4a_7c15);
@@ -674,7 +678,14 @@ pub(crate) mod tests {
     const LIMITS: Limits = Limits { ops: 100, bytes: 10_000 };
 
     fn transaction() -> Transaction {
-        Transaction { commit_lsn: Lsn(1), commit_time: Timestamp(0), ordinal: 1, epoch: 7, visible: false }
+        Transaction {
+            commit_lsn: Lsn(1),
+            commit_time: Timestamp(0),
+            ordinal: 1,
+            epoch: 7,
+            visible: false,
+            released: false,
+        }
     }
 
     /// One rule, named `row`, on `public.rows` with these text columns; all in the replica identity.

@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use postgres_protocol::types as wire;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Row, Statement};
@@ -31,9 +32,8 @@ use crate::source::conninfo::ConnInfo;
 use crate::source::query_error;
 
 pub mod check;
+pub mod refresh;
 
-/// How many rows of one answer name keys. With more, everything that the templates can have made goes.
-pub const ROWS_MAX: usize = 1000;
 /// No query may take longer.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 /// Nor may a server that says nothing at all.
@@ -48,6 +48,8 @@ pub struct Lookups {
     rules: Vec<String>,
     metrics: Arc<Metrics>,
     limits: Limits,
+    /// `query_connections`
+    permits: Arc<Semaphore>,
     client: Option<Client>,
     /// What is prepared on that connection, by rule.
     prepared: HashMap<u16, (Arc<BoundLookup>, Statement)>,
@@ -57,9 +59,15 @@ pub struct Lookups {
 
 impl Lookups {
     /// Not connected yet. Answers of more than `limits` are shortened to sweeps.
-    pub fn new(postgres: ConnInfo, rules: Vec<String>, metrics: Arc<Metrics>, limits: Limits) -> Self {
+    pub fn new(
+        postgres: ConnInfo,
+        rules: Vec<String>,
+        metrics: Arc<Metrics>,
+        limits: Limits,
+        permits: Arc<Semaphore>,
+    ) -> Self {
         let (prepared, failing) = (HashMap::new(), HashSet::new());
-        Lookups { postgres, rules, metrics, limits, client: None, prepared, failing }
+        Lookups { postgres, rules, metrics, limits, permits, client: None, prepared, failing }
     }
 
     /// What follows from all of these.
@@ -105,7 +113,7 @@ impl Lookups {
             let error = match answered {
                 Ok(rows) => {
                     self.failing.remove(&rule);
-                    return Some(rows).filter(|rows| rows.len() <= ROWS_MAX);
+                    return Some(rows).filter(|rows| rows.len() <= ask.lookup.rows_max);
                 }
                 Err(error) => error,
             };
@@ -127,11 +135,13 @@ impl Lookups {
 
     async fn ask(&mut self, ask: &Question) -> Result<Vec<Row>> {
         const DOING: &str = "cannot look up";
+        // Nobody closes it.
+        let _permit = self.permits.acquire().await;
         let client = match &self.client {
             Some(client) => client,
             None => {
                 self.prepared.clear();
-                self.client.insert(connect(&self.postgres).await?)
+                self.client.insert(connect(&self.postgres, STATEMENT_TIMEOUT).await?)
             }
         };
         let lookup = &ask.lookup;
@@ -151,8 +161,9 @@ impl Lookups {
     }
 }
 
-async fn connect(postgres: &ConnInfo) -> Result<Client> {
-    let client = client::connect(postgres, STATEMENT_TIMEOUT).await?;
+/// A session that only reads.
+async fn connect(postgres: &ConnInfo, statement_timeout: Duration) -> Result<Client> {
+    let client = client::connect(postgres, statement_timeout).await?;
     let read_only = client.batch_execute("SET default_transaction_read_only = on").await;
     read_only.map_err(|error| query_error("cannot set up the session", error))?;
     Ok(client)
@@ -185,7 +196,7 @@ fn limited(lookup: &BoundLookup) -> String {
         "select {} from (\n{}\n) as looked_up limit {}",
         columns.join(", "),
         lookup.sql.value.statement(),
-        ROWS_MAX + 1
+        lookup.rows_max + 1
     )
 }
 

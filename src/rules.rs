@@ -10,6 +10,7 @@ pub mod lookup;
 pub mod ownership;
 pub mod pattern;
 mod problem;
+pub mod refresh;
 pub mod sql;
 pub mod template;
 

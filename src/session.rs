@@ -47,6 +47,7 @@ use look::Looked;
 use orders::{Messages, Order};
 use probe::Probing;
 use reads::Reads;
+use refreshes::Refreshes;
 use report::RuleMetrics;
 use tables::Tables;
 
@@ -55,12 +56,14 @@ pub mod debts;
 pub mod desk;
 pub mod gap;
 pub mod intake;
+mod lane;
 mod later;
 mod look;
 pub mod open;
 pub mod orders;
 mod probe;
 mod reads;
+mod refreshes;
 mod renewal;
 mod report;
 pub mod tables;
@@ -310,6 +313,7 @@ pub struct Session<C> {
     /// At home, while it answers nothing.
     lookups: Option<Box<Lookups>>,
     looking_up: Option<LookingUp>,
+    refreshes: Box<Refreshes>,
     /// How many looks in a row have not shown what something waits for.
     looks_in_vain: u32,
     /// When the last one ended.
@@ -373,6 +377,9 @@ impl<C: Cache + Send + 'static> Session<C> {
                 self.start_reads()?;
             }
             self.release();
+            if drain_until.is_none() {
+                self.start_refreshes();
+            }
             let dispatched = self.dispatch();
             if self.is_done(options, drain_until) || options.until_done && orders.is_empty() && self.reads.is_idle() {
                 self.finish().await;
@@ -388,6 +395,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 (lookups, answers) = optional(&mut self.looking_up) => self.looked_up(lookups, &answers),
+                read = refreshes::read(&mut self.refreshes, self.batch.is_full()) => self.refreshed(read),
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
@@ -483,7 +491,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Without operations there is no reply that could be bad.
         let good = if batch.is_empty() { applied } else { self.proven };
         let next = self.next_checkpoint(applied, self.low(), good);
-        let released = batch.released.unwrap_or(next.released);
+        // What is asked of Postgres once more, after a crash, was released before.
+        let released = batch.released.unwrap_or_default().max(next.released);
         let next = Checkpoint { released, ..next };
         self.checkpoint_due = false;
         self.reads.stream_dispatched();
@@ -492,10 +501,10 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Where to start again after a crash: nothing from here on is settled and done with.
     fn low(&self) -> Lsn {
-        let pending = self.intake.oldest_pending().into_iter().chain(self.reads.oldest_pending());
+        let pending = [self.intake.oldest_pending(), self.reads.oldest_pending(), self.refreshes.oldest()];
         match canary::is(Canary::AckPastLow) {
             true => self.reached_low,
-            false => pending.fold(self.reached_low, Lsn::min),
+            false => pending.into_iter().flatten().fold(self.reached_low, Lsn::min),
         }
     }
 
@@ -519,14 +528,14 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
     /// that its time is where the next session goes on from, however long it was away.
     fn owe_rewrites(&mut self, now_us: u64) {
-        let due: Vec<&str> = debts::to_rewrite(&self.config.rules, self.rewritten_us, now_us).collect();
+        let due: Vec<(&str, Debt)> = debts::to_rewrite(&self.config.rules, self.rewritten_us, now_us).collect();
         self.rewritten_us = now_us;
         if due.is_empty() {
             return;
         }
         let owing = self.debts.next(&self.checkpoint.owing);
         // What is owed already writes these keys.
-        due.iter().filter(|rule| !owing.contains_key(**rule)).for_each(|rule| self.debts.owe(rule, Debt::Warm));
+        due.iter().filter(|(rule, _)| !owing.contains_key(*rule)).for_each(|(rule, debt)| self.debts.owe(rule, *debt));
     }
 
     fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
@@ -547,6 +556,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             (Outcome::Applied(applied), _) => applied,
             (Outcome::Compared(differing), flying) => {
                 self.compared(batch, &differing, flying == Flying::Comparison { orphans: true });
+                self.refreshes.answer();
                 return Ok(());
             }
         };
@@ -626,7 +636,13 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// the longer that takes.
     fn release(&mut self) {
         self.look_up();
-        if self.intake.release(&mut self.batch) {
+        let again = self.intake.release_again(&mut self.batch);
+        let released = self.intake.release(&mut self.batch);
+        let some = again || released.is_some();
+        if let Some(released) = released {
+            self.make_stale(released);
+        }
+        if some {
             self.stand_here();
         }
         if self.settling.is_none() && self.intake.wants_look() {
@@ -713,6 +729,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let end = self.received.max(self.server_end).max(self.flushed_at_start);
         let lag_bytes = end.0.saturating_sub(applied.lsn.0);
         let caught_up = lag_bytes == 0 && self.in_flight.is_none() && self.batch.is_empty();
+        self.metrics.refreshes_pending.set(i64::try_from(self.refreshes.stale()).unwrap_or(i64::MAX));
         self.metrics.replication_lag_bytes.set(i64::try_from(lag_bytes).unwrap_or(i64::MAX));
         self.metrics.epoch.set(i64::try_from(self.checkpoint.epoch).unwrap_or(i64::MAX));
         self.shared.update(|status| {
@@ -744,6 +761,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             && !self.intake.has_rereads()
             && !self.intake.has_later()
             && self.vanished.is_empty()
+            && self.refreshes.oldest().is_none()
             && !self.can_pay();
         idle && (drain_until.is_some() || caught_up)
     }

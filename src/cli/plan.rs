@@ -137,6 +137,7 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
         epoch: 1,
         // What was deleted is not shown a second time.
         visible: true,
+        released: false,
     };
     let (new, old) = (encode(&table.relation, input.new.as_ref()), encode(&table.relation, input.old.as_ref()));
     let columns = u16::try_from(table.relation.columns.len())?;
@@ -152,12 +153,14 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
         (Operation::Delete, Some(old)) => Change::Delete { old },
         (Operation::Delete | Operation::Truncate, _) => {
             plan::truncate(&table, transaction, &mut batch, Some(&mut settled));
+            let read = read(&mut settled);
             batch.absorb(&settled);
-            return Ok(Planned { commands: shown(&batch, config), notes: Vec::new() });
+            return Ok(Planned { commands: shown(&batch, config), notes: read });
         }
     };
     let mut notes = Vec::new();
     plan::change(&table, change, transaction, &mut Scratch::default(), &mut batch, Some(&mut settled), &mut notes);
+    let read = read(&mut settled);
     batch.absorb(&settled);
     let asked =
         settled.take_questions().into_iter().map(|ask| asked(&config.rules[usize::from(ask.lookup.rule)], &ask));
@@ -175,7 +178,7 @@ fn plan(config: &Config, input: &Input<'_>) -> Result<Planned> {
             ),
         }
     });
-    Ok(Planned { commands: shown(&batch, config), notes: notes.chain(asked).collect() })
+    Ok(Planned { commands: shown(&batch, config), notes: notes.chain(asked).chain(read).collect() })
 }
 
 /// What would be looked up, which only a server can do.
@@ -184,7 +187,30 @@ fn asked(rule: &Rule, ask: &Question) -> String {
     let values = ask.parameters().map(|value| value.map_or("NULL".into(), String::from_utf8_lossy));
     let given = sql.parameters().into_iter().zip(values).map(|(parameter, value)| format!("{parameter} = {value}"));
     let given = given.collect::<Vec<_>>().join(", ");
-    format!("rule `{name}`: more keys go by what Postgres answers to  {}  with {given}", sql.text())
+    let go = if rule.refresh.is_some() { "are written anew" } else { "go" };
+    format!("rule `{name}`: more keys {go} by what Postgres answers to  {}  with {given}", sql.text())
+}
+
+/// What would be read again, which only a server can do.
+fn read(settled: &mut Batch) -> Vec<String> {
+    let mut stale = settled.take_stale();
+    stale.sort_by(|one, other| one.key.cmp(&other.key));
+    stale
+        .iter()
+        .map(|stale| {
+            let (query, sql) = (&stale.query, &stale.query.sql.value);
+            let value = |name: &str| stale.parameter(name).map(String::from_utf8_lossy).unwrap_or_default();
+            let given: Vec<String> =
+                sql.parameters().into_iter().map(|name| format!("{name} = {}", value(name))).collect();
+            let with = if given.is_empty() { String::new() } else { format!("  with {}", given.join(", ")) };
+            let key = String::from_utf8_lossy(&stale.key);
+            format!(
+                "query `{}`: `{key}` is written with what Postgres answers to  {}{with}",
+                query.name.value,
+                sql.text()
+            )
+        })
+        .collect()
 }
 
 /// Everything that the batch becomes, in order.

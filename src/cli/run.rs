@@ -50,6 +50,6 @@ async fn run(config: Config, arguments: &Arguments) -> Result<ExitCode> {
     }
     Arc::clone(&daemon.desk).reload_on_hangup()?;
     let options = Options { until_caught_up: arguments.until_caught_up, adopt: arguments.adopt, until_done: false };
-    session::run(&mut daemon, options, orders, shutdown).await?;
+    Box::pin(session::run(&mut daemon, options, orders, shutdown)).await?;
     Ok(ExitCode::SUCCESS)
 }

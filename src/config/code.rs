@@ -308,6 +308,17 @@ codes! {
     => "[rule.faculty]\ntable  = \"public.faculty\"\n\
         lookup = \"select code as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n";
 
+    57 QueryKey: "a query's key does not say which result it holds",
+    "The parameters of `sql` are the placeholders of `key`: what the key says of each must tell its values apart, or two \
+     results would be written to one key, one over the other. So `sql` has no parameter that is not in the key, and \
+     neither `lower`, `upper` nor a default stands with it there. The templates of `params` may have any of them.",
+    "[query.page]\nkey   = \"page:{category|lower}\"\nmode  = \"refresh\"\n\
+     sql   = \"select count(*) from products where category = :category\"\nshape = \"value\"\n\
+     [[query.page.on]]\ntable  = \"public.products\"\nparams = { category = \"{category}\" }\n"
+    => "[query.page]\nkey   = \"page:{category}\"\nmode  = \"refresh\"\n\
+        sql   = \"select count(*) from products where lower(category) = :category\"\nshape = \"value\"\n\
+        [[query.page.on]]\ntable  = \"public.products\"\nparams = { category = \"{category|lower}\" }\n";
+
     59 TableVar: "a var has the name of what stands for the table",
     "`{_schema}`, `{_table}` and `{_pk}` stand in every template for the schema, the name and the primary key of the rule's table.",
     "[rule.product]\ntable  = \"shop_*.products\"\nvars   = { _schema = \"s:{id}\" }\ndelete = [\"product:{_schema}\"]\n"
@@ -469,6 +480,20 @@ codes! {
         CREATE TABLE faculty (id int PRIMARY KEY, department_id int);\nALTER TABLE faculty REPLICA IDENTITY FULL;\n\n\
         [rule.faculty]\ntable  = \"public.faculty\"\n\
         lookup = \"select code as dept from public.departments where id = :department_id\"\ndelete = [\"faculty:{dept}\"]\n";
+
+    86 QueryShape: "the result of a query has not the shape that is written",
+    "With `shape = \"value\"` the key holds one column of one row. `\"row\"` writes a JSON object of all columns, `\"rows\"` an array \
+     of these.",
+    "CREATE TABLE products (id int PRIMARY KEY, category_id int, price numeric);\n\
+     ALTER TABLE products REPLICA IDENTITY FULL;\n\n\
+     [query.count]\nkey   = \"count:{category}\"\nmode  = \"refresh\"\nshape = \"value\"\n\
+     sql   = \"select count(*), sum(price) from products where category_id = :category\"\n\
+     [[query.count.on]]\ntable  = \"public.products\"\nparams = { category = \"{category_id}\" }\n"
+    => "CREATE TABLE products (id int PRIMARY KEY, category_id int, price numeric);\n\
+        ALTER TABLE products REPLICA IDENTITY FULL;\n\n\
+        [query.count]\nkey   = \"count:{category}\"\nmode  = \"refresh\"\nshape = \"row\"\n\
+        sql   = \"select count(*), sum(price) from products where category_id = :category\"\n\
+        [[query.count.on]]\ntable  = \"public.products\"\nparams = { category = \"{category_id}\" }\n";
 }
 
 #[cfg(test)]

@@ -372,7 +372,8 @@ pub const FIELDS: &[Field] = &[
         name: "query_connections",
         kind: Kind::Count { min: 1, max: 64 },
         default: Fallback::Value("2"),
-        meaning: "How many connections read tables at a time, for warming, reconciling and verifying.",
+        meaning: "How many connections run the queries of `lookup` and `[query.NAME]` at a time. Warming, reconciling and verifying \
+                  have two of their own.",
         needs: &[],
         limits: "",
         example: "2",
@@ -1000,12 +1001,99 @@ pub const FIELDS: &[Field] = &[
     Field {
         table: Table::Query,
         name: "mode",
-        kind: Kind::Choice(&["delete"]),
+        kind: Kind::Choice(&["refresh", "delete"]),
         default: Fallback::Required,
-        meaning: "What happens to a stale key: with `\"delete\"` it is deleted, and whoever needs it fills it.",
+        meaning: "What happens to a stale key: with `\"refresh\"` `sql` is run again and its result written; with `\"delete\"` it is \
+                  deleted, and whoever needs it fills it.",
+        needs: &[],
+        limits: "`\"refresh\"` needs `sql`.",
+        example: "\"refresh\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "sql",
+        kind: Kind::Text,
+        default: Fallback::Absent,
+        meaning: "What the key holds the result of: one query that only reads. `:name` is a parameter, of the type that Postgres \
+                  expects there. One that fails deletes its key, and is tried again.",
+        needs: &["shape"],
+        limits: "Excludes `mode = \"delete\"`.",
+        example: "\"select id, name from public.products where category_id = :category_id order by rank limit 20\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "shape",
+        kind: Kind::Choice(&["rows", "row", "value"]),
+        default: Fallback::Absent,
+        meaning: "What of the result is written: all rows as a JSON array, `[]` if there is none; the first row as a JSON object, or \
+                  no key; or the one column of the first row as Postgres writes it as text, or no key where it is NULL. JSON is \
+                  that of `row_to_json`.",
+        needs: &["sql"],
+        limits: "",
+        example: "\"rows\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "keys",
+        kind: Kind::Text,
+        default: Fallback::Absent,
+        meaning: "A query for all keys that there should be: its columns are named after the parameters. They are written at a first \
+                  start, and by `keepstep warm`; a key that is not among them is deleted. Whoever changes what it answers should stand \
+                  among `on`. A key without parameters needs none.",
+        needs: &["sql"],
+        limits: "",
+        example: "\"select id as category_id from public.categories\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "every",
+        kind: Kind::Duration { min: SECOND, max: TEN_YEARS, off: false },
+        default: Fallback::Absent,
+        meaning: "All keys are read again that often, for what time changes. Times are counted from 1970 in UTC, as in a rule.",
+        needs: &["sql"],
+        limits: "Needs `keys` where the key has parameters.",
+        example: "\"10m\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "min_interval",
+        kind: Kind::Duration { min: Duration::from_millis(1), max: Duration::from_secs(600), off: false },
+        default: Fallback::Absent,
+        meaning: "One and the same key is not read again sooner than this after the last time; what changes meanwhile is one \
+                  read.",
+        needs: &["sql"],
+        limits: "",
+        example: "\"100ms\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "max_keys",
+        kind: Kind::Count { min: 1, max: 10_000 },
+        default: Fallback::Value("1000"),
+        meaning: "How many keys one change may make stale by `lookup`. With more, all that the template can have made are deleted.",
         needs: &[],
         limits: "",
-        example: "\"delete\"",
+        example: "1000",
+    },
+    Field {
+        table: Table::Query,
+        name: "ttl",
+        kind: Kind::Duration { min: Duration::from_millis(100), max: TEN_YEARS, off: false },
+        default: Fallback::Absent,
+        meaning: "How long a key lives after it was written; without it, until it is deleted.",
+        needs: &["sql"],
+        limits: "",
+        example: "\"1h\"",
+    },
+    Field {
+        table: Table::Query,
+        name: "jitter",
+        kind: Kind::Share,
+        default: Fallback::Absent,
+        meaning: JITTER_MEANING,
+        needs: &["ttl"],
+        limits: "",
+        example: "\"10%\"",
     },
     Field {
         table: Table::Query,
@@ -1067,8 +1155,7 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
     match table {
         Table::Postgres => &["poll_interval"],
         Table::Top | Table::Redis | Table::Admin | Table::Defaults | Table::Rule => &[],
-        Table::Stream | Table::Publish | Table::On => &[],
-        Table::Query => &["sql", "shape", "keys", "min_interval", "max_keys", "every"],
+        Table::Stream | Table::Publish | Table::Query | Table::On => &[],
     }
 }
 
@@ -1076,7 +1163,6 @@ pub(super) fn later(table: Table) -> &'static [&'static str] {
 pub(super) fn later_choices(name: &str) -> &'static [&'static str] {
     match name {
         "source" => &["outbox"],
-        "mode" => &["refresh"],
         _ => &[],
     }
 }

@@ -20,6 +20,9 @@ use crate::rules::expression::Expression;
 use crate::rules::sql::Sql;
 use crate::rules::template::Template;
 
+/// How many rows of a lookup's result name keys, if nothing else is said.
+pub(super) const ROWS_MAX: usize = 1000;
+
 /// `[defaults]`, and the same fields of a rule: `None` is not given.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Defaults {
@@ -103,6 +106,9 @@ pub(super) fn rule(mut section: Section<'_, '_>, name: Spanned<String>, defaults
         redelete,
         settled,
         lookup,
+        rows_max: ROWS_MAX,
+        refresh: None,
+        lists: false,
         changed,
         fingerprint: String::new(),
     };
@@ -316,7 +322,7 @@ fn value(section: &mut Section<'_, '_>) -> Option<Value> {
 }
 
 /// Reports each of these fields that is given: `what` has none.
-fn refuse(section: &mut Section<'_, '_>, names: &[&str], what: &str) {
+pub(super) fn refuse(section: &mut Section<'_, '_>, names: &[&str], what: &str) {
     for name in names {
         if let Some(span) = section.given(name) {
             let problem = section.error(Code::Excluded, format_args!("{what} takes no `{name}`"), span, "");
@@ -666,6 +672,15 @@ pub(super) fn fingerprint(rule: &Rule) -> String {
     }
     if rule.names_are_given {
         canonical["names_are_given"] = true.into();
+    }
+    if let Some(query) = &rule.refresh {
+        canonical["refresh"] = serde_json::json!({
+            "sql": query.sql.value.text(),
+            "shape": query.shape.name(),
+            "ttl_ms": query.ttl.map(|(ttl, _)| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX)),
+            "jitter": query.ttl.map(|(_, jitter)| jitter),
+            "keys": query.keys.as_ref().map(|keys| keys.value.text()),
+        });
     }
     let digest = Sha256::digest(canonical.to_string());
     digest.iter().map(|byte| format!("{byte:02x}")).collect()

@@ -299,8 +299,21 @@ fn mistakes_in_tags() {
 fn mistakes_in_queries() {
     let on = "[[query.page.on]]\ntable = \"public.products\"\n";
     let key = "key = \"page:{category}\"\n";
+    let params = "params = { category = \"{category_id}\" }";
+    let refresh = "mode = \"refresh\"\nsql = \"select :category\"\nshape = \"value\"\n";
     let files = [
-        format!("{key}mode = \"refresh\"\nsql = \"select 1\"\n{on}params = {{ category = \"{{category_id}}\" }}"),
+        format!("{key}mode = \"refresh\"\n{on}params = {{ category = \"{{category_id}}\" }}"),
+        format!("{key}mode = \"refresh\"\nsql = \"select 1; select 2\"\n{on}{params}"),
+        format!("{key}mode = \"refresh\"\nsql = \"select 1\"\nshape = \"list\"\n{on}{params}"),
+        format!("{key}mode = \"refresh\"\nsql = \"select 1\"\n{on}{params}"),
+        format!("{key}mode = \"refresh\"\nshape = \"rows\"\nmax_keys = 0\nmin_interval = \"100\"\n{on}{params}"),
+        format!("{key}mode = \"delete\"\nsql = \"select 1\"\nshape = \"row\"\nttl = \"1h\"\n{on}{params}"),
+        format!("{key}mode = \"refresh\"\nsql = \"select :category, :tenant\"\nshape = \"row\"\n{on}{params}"),
+        format!("{key}{refresh}keys = \"select :a\"\nttl = \"1h\"\nevery = \"1h\"\n{on}{params}"),
+        format!("{key}{refresh}every = \"1h\"\n{on}{params}"),
+        format!("key = \"page\"\n{}keys = \"select 1\"\n{on}", refresh.replace(":category", "1")),
+        format!("key = \"page:{{category|lower}}\"\n{refresh}{on}{params}"),
+        format!("key = \"page:{{category?none}}\"\n{refresh}jitter = \"10%\"\n{on}{params}"),
         format!("{key}mode = \"delete\"\n{on}"),
         format!("{key}mode = \"delete\"\n{on}params = {{ category = \"{{category_id}}\", other = \"{{id}}\" }}"),
         format!("{key}mode = \"delete\"\n{on}lookup = \"select $1\"\ndelete = [\"a\"]"),

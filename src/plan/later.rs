@@ -29,6 +29,9 @@ pub(super) fn change(
     if old.is_none() && new.is_none() {
         return;
     }
+    if transaction.released && rule.refresh.is_none() {
+        return;
+    }
     let point = (transaction.epoch, transaction.commit_lsn);
     let rows_of = |key: &BoundKey| [old.filter(|_| images.old_is_full || key.in_identity), new].into_iter().flatten();
     if rule.redelete != Redelete::Off && !transaction.visible {
@@ -44,6 +47,17 @@ pub(super) fn change(
                 Some(values) => settled.ask(Question { lookup: Arc::clone(lookup), values, generation: point }),
                 // Which keys it would be is not known: all of them (I9).
                 None => everything_looked_up(lookup, settled),
+            }
+        }
+    }
+    if let Some(refresh) = rule.refresh.as_ref().filter(|_| rule.lookup.is_none()) {
+        for row in rows_of(&refresh.key) {
+            match refresh.of(row) {
+                Ok(stale) => settled.refresh(stale),
+                // No such key.
+                Err(Rendered::Null | Rendered::TooLarge) => {}
+                // Which one it would be is not known: all of them (I9).
+                Err(_) => sweep(rule.rule, &refresh.key, settled),
             }
         }
     }
@@ -146,8 +160,19 @@ pub fn everything(
     transaction: Transaction,
     settled: &mut Batch,
 ) {
+    if transaction.released && rule.refresh.is_none() {
+        return;
+    }
     if rule.redelete != Redelete::Off && !transaction.visible {
         rule.delete.iter().for_each(|key| sweep(rule.rule, key, settled));
+    }
+    if let Some(refresh) = rule.refresh.as_ref().filter(|_| rule.lookup.is_none()) {
+        // The one key that needs no parameter can still be read.
+        let only = refresh.of(&[]);
+        if op == GAP || only.is_err() {
+            sweep(rule.rule, &refresh.key, settled);
+        }
+        only.into_iter().for_each(|stale| settled.refresh(stale));
     }
     every_stale_set(rule, settled);
     let point = (transaction.epoch, transaction.commit_lsn);
@@ -184,7 +209,11 @@ pub fn everything(
 /// Adds what a question's answer means: one row of it.
 pub fn looked_up(ask: &Question, found: &[Option<&str>], settled: &mut Batch) {
     let (lookup, row) = (&ask.lookup, ask.row(found));
-    lookup.delete.iter().for_each(|key| delete(lookup.rule, key, &row, settled));
+    match &lookup.refresh {
+        // A column that is NULL names no key.
+        Some(refresh) => refresh.of(&row).into_iter().for_each(|stale| settled.refresh(stale)),
+        None => lookup.delete.iter().for_each(|key| delete(lookup.rule, key, &row, settled)),
+    }
     lookup.delete_tags.iter().for_each(|tag| delete_tag(tag, &row, settled));
     let globs = lookup.delete_match.iter().filter_map(|matching| matching.render(&row).ok());
     globs.for_each(|glob| settled.sweep_matching(glob));

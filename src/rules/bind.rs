@@ -24,6 +24,7 @@ use super::glob::BoundMatch;
 use super::key::{Column, Lost};
 use super::lookup::BoundLookup;
 use super::pattern::Pattern;
+use super::refresh::BoundRefresh;
 use super::sql::Sql;
 use super::template::{OF_TABLE, PRIMARY_KEY, Part, Placeholder, RESERVED, TAG, Template, place};
 use crate::batch::{Form, Of};
@@ -54,6 +55,8 @@ pub struct BoundRule {
     pub write: Option<BoundWrite>,
     /// The keys that a change makes stale.
     pub delete: Vec<BoundKey>,
+    /// They are refreshed instead of deleted.
+    pub refresh: Option<Arc<BoundRefresh>>,
     /// Whether what is deleted is deleted again.
     pub redelete: Redelete,
     /// What happens once the change is visible.
@@ -68,7 +71,7 @@ pub struct BoundRule {
 impl BoundRule {
     /// Whether it does something once a change is visible, besides deleting again.
     pub fn settles(&self) -> bool {
-        !self.settled.is_empty() || self.lookup.is_some()
+        !self.settled.is_empty() || self.lookup.is_some() || self.refresh.is_some()
     }
 
     /// What each of its key templates, written and deleted ones and those of tags, can make.
@@ -354,7 +357,9 @@ pub fn bind(
         tags,
     });
     let settled = scope.settled(&wide, &mut problems);
-    let Parted { delete, settled, lookup } = wide.part(rule_index, delete, settled, &mut problems);
+    let refresh = wide.refresh(rule_index, &delete, &mut problems).map(Arc::new);
+    let Parted { delete, settled, mut lookup } = wide.part(rule_index, delete, settled, &mut problems);
+    lookup.iter_mut().for_each(|lookup| lookup.refresh.clone_from(&refresh));
     let changed = rule.changed.as_ref().and_then(|names| {
         let mut places = scope.places(names, &mut lossy)?;
         let written = write.iter().flat_map(|write| write.named_by().chain(write.tag_keys()));
@@ -369,7 +374,7 @@ pub fn bind(
     });
     let lookup = lookup.map(Arc::new);
     let (on, redelete) = (rule.on, rule.redelete);
-    let bound = BoundRule { rule: rule_index, on, when, write, delete, redelete, settled, lookup, changed };
+    let bound = BoundRule { rule: rule_index, on, when, write, delete, refresh, redelete, settled, lookup, changed };
     if problems.is_empty() && lossy.is_empty() {
         return Ok(bound);
     }
@@ -562,6 +567,16 @@ impl Scope<'_> {
         settled
     }
 
+    /// The parameters of the query that refreshes the key.
+    fn refresh(&self, rule: u16, keys: &[BoundKey], problems: &mut Vec<BindProblem>) -> Option<BoundRefresh> {
+        let (query, key) = (self.rule.refresh.as_ref()?, keys.first()?.clone());
+        // What the placeholders of the key stand for, without their filters.
+        let alone = |name: &str| Template::parse_free(&format!("{{{name}}}")).ok();
+        let text = |value: Template| self.text(&Spanned { value, span: query.key.span.clone() }, problems);
+        let parameters: Option<Vec<BoundKey>> = query.parameters().into_iter().filter_map(alone).map(text).collect();
+        Some(BoundRefresh { rule, query: Arc::clone(query), key, parameters: parameters? })
+    }
+
     /// Parts what needs the lookup from what does not.
     fn part(
         &self,
@@ -585,7 +600,9 @@ impl Scope<'_> {
             row: Vec::new(),
             in_identity: false,
             width,
+            rows_max: self.rule.rows_max,
             delete: looked_up,
+            refresh: None,
             delete_match: Vec::new(),
             delete_tags: Vec::new(),
             bump: Vec::new(),

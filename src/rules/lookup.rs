@@ -12,6 +12,7 @@ use hashbrown::{DefaultHashBuilder, HashTable};
 use super::glob::BoundMatch;
 use super::key::BoundKey;
 use super::pattern::Pattern;
+use super::refresh::BoundRefresh;
 use super::sql::Sql;
 use crate::config::Spanned;
 use crate::model::{Datum, Lsn};
@@ -33,8 +34,12 @@ pub struct BoundLookup {
     pub in_identity: bool,
     /// How many columns the row has; in the templates those of the result stand behind them.
     pub width: usize,
-    /// Keys that go.
+    /// How many rows of the result count. With more, everything that the templates can have made goes.
+    pub rows_max: usize,
+    /// Keys that go, or are refreshed.
     pub delete: Vec<BoundKey>,
+    /// The keys that are named are refreshed instead.
+    pub refresh: Option<Arc<BoundRefresh>>,
     /// Keys that match go.
     pub delete_match: Vec<BoundMatch>,
     /// Tags that go with their keys.
@@ -166,7 +171,9 @@ pub(crate) mod tests {
             row: vec![1, 3],
             in_identity: true,
             width: 4,
+            rows_max: 1000,
             delete: Vec::new(),
+            refresh: None,
             delete_match: Vec::new(),
             delete_tags: Vec::new(),
             bump: Vec::new(),

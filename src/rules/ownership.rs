@@ -4,6 +4,8 @@
 //! that happen to be there. Two rules that only delete may share keys freely, as may two that write the same generation
 //! or to the same stream, or that put members into the same tag: a tag that is deleted keeps those.
 
+use std::sync::Arc;
+
 use super::bind::BoundRule;
 use super::pattern::Pattern;
 use crate::config::code::Code;
@@ -18,10 +20,18 @@ struct Owned<'a> {
     pattern: &'a Pattern,
 }
 
+impl Owned<'_> {
+    /// Whether both are the key of one query, by two of its tables.
+    fn of_same_query(&self, other: &Owned<'_>) -> bool {
+        let both = self.rule.refresh.as_ref().zip(other.rule.refresh.as_ref());
+        both.is_some_and(|(one, other)| Arc::ptr_eq(one, other))
+    }
+}
+
 /// What is written to a key.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Written {
-    /// Rows.
+    /// Rows, or what a query answers.
     Value,
     /// `bump`
     Generation,
@@ -33,7 +43,13 @@ enum Written {
 
 /// The keys that two of the rules would fight for; each pair of templates is reported once.
 pub fn check_overlaps(bound: &[(&Rule, &BoundRule)]) -> Vec<Diagnostic> {
-    let written: Vec<(Written, Owned<'_>)> = bound.iter().flat_map(|(rule, bound)| written(rule, bound)).collect();
+    let mut written: Vec<(Written, Owned<'_>)> = Vec::new();
+    for (what, owned) in bound.iter().flat_map(|(rule, bound)| self::written(rule, bound)) {
+        // The key of a query is one, whichever of its tables has it written.
+        if !written.iter().any(|(_, known)| known.of_same_query(&owned)) {
+            written.push((what, owned));
+        }
+    }
     let mut found = Vec::new();
     for (index, (what, second)) in written.iter().enumerate() {
         let apart = |other: &&(Written, Owned<'_>)| *what == Written::Value || other.0 != *what;
@@ -61,7 +77,8 @@ fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Wr
     let entries = streams.zip(bound.settled.stream.iter().map(|stream| &stream.key));
     let tags = rule.write.iter().flat_map(|write| &write.tags);
     let tags = tags.zip(bound.write.iter().flat_map(|write| write.tag_keys()));
-    let all = value.map(|pair| (Written::Value, pair));
+    let refreshed = bound.delete_templates(rule).into_iter().filter(|_| rule.refresh.is_some());
+    let all = value.chain(refreshed).map(|pair| (Written::Value, pair));
     let all = all.chain(tags.map(|pair| (Written::Members, pair)));
     let all = all.chain(generations.map(|pair| (Written::Generation, pair)));
     let all = all.chain(entries.map(|pair| (Written::Entries, pair)));
@@ -70,7 +87,8 @@ fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Wr
 
 /// Templates of keys, and of tags, that go.
 fn deleted<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (bool, Owned<'a>)> {
-    let keys = bound.delete_templates(rule).into_iter().map(|(template, key)| (template, &key.pattern));
+    let keys = bound.delete_templates(rule).into_iter().filter(|_| rule.refresh.is_none());
+    let keys = keys.map(|(template, key)| (template, &key.pattern));
     let looked_up = bound.lookup.iter().flat_map(|lookup| &lookup.delete_match);
     let matching = bound.settled.delete_match.iter().chain(looked_up).map(|matching| &matching.pattern);
     let all = keys.chain(rule.settled.delete_match.iter().zip(matching));

@@ -113,19 +113,26 @@ impl Opening {
 }
 
 /// The rules whose `every` has come round after `since_us` (both in microseconds since 1970). Nothing has to be
-/// remembered of when it last did, because the times are the same for all sessions.
-pub fn to_rewrite(rules: &[Rule], since_us: u64, now_us: u64) -> impl Iterator<Item = &str> {
+/// remembered of when it last did, because the times are the same for all sessions. What comes of a query may have lost keys
+/// by the time alone; rows that are there have theirs.
+pub fn to_rewrite(rules: &[Rule], since_us: u64, now_us: u64) -> impl Iterator<Item = (&str, Debt)> {
     let due = move |every: Duration| {
         let every_us = u64::try_from(every.as_micros()).unwrap_or(u64::MAX).max(1);
         since_us / every_us < now_us / every_us
     };
-    let every = |rule: &Rule| rule.write.as_ref().and_then(|write| write.every);
-    rules.iter().filter(move |rule| every(rule).is_some_and(due)).map(|rule| rule.name.value.as_str())
+    let every = |rule: &Rule| match (&rule.write, rule.refresh.as_ref().filter(|_| rule.lists)) {
+        (Some(write), _) => Some((write.every?, Debt::Warm)),
+        // Without `keys` there is one, and it stays.
+        (None, Some(query)) => Some((query.every?, if query.keys.is_some() { Debt::Reconcile } else { Debt::Warm })),
+        (None, None) => None,
+    };
+    let due = move |rule| every(rule).filter(|(every, _)| due(*every)).map(|(_, debt)| debt);
+    rules.iter().filter_map(move |rule| Some((rule.name.value.as_str(), due(rule)?)))
 }
 
 /// Whether rows that do not change get their keys too.
 fn is_warmed(rule: &Rule) -> bool {
-    rule.write.as_ref().is_some_and(|write| write.warm)
+    rule.lists || rule.write.as_ref().is_some_and(|write| write.warm)
 }
 
 /// Whether it makes keys stale, or tells of changes.
@@ -270,13 +277,34 @@ mod tests {
     fn rules_are_written_again_at_the_times_that_all_sessions_share() {
         const MINUTE: u64 = 60_000_000;
         let mut rules = rules();
-        let due = |rules: &[Rule], since, now| to_rewrite(rules, since, now).map(str::to_owned).collect::<Vec<_>>();
+        let due = |rules: &[Rule], since, now| {
+            to_rewrite(rules, since, now).map(|(rule, _)| rule.to_owned()).collect::<Vec<_>>()
+        };
         assert!(due(&rules, 0, 1000 * MINUTE).is_empty(), "neither says `every`");
         rules[0].write.iter_mut().for_each(|write| write.every = Some(Duration::from_secs(600)));
         assert_eq!(due(&rules, 19 * MINUTE, 20 * MINUTE), ["written"]);
         assert!(due(&rules, 20 * MINUTE, 30 * MINUTE - 1).is_empty());
         assert_eq!(due(&rules, 20 * MINUTE, 500 * MINUTE), ["written"], "away for hours");
         assert!(due(&rules, 20 * MINUTE, 9 * MINUTE).is_empty(), "the clock was set back");
+    }
+
+    #[test]
+    fn what_time_makes_of_a_query_is_its_keys_and_what_they_hold() {
+        let query = |name, key, keys| {
+            format!(
+                "[query.{name}]\nkey = \"{key}\"\nmode = \"refresh\"\nsql = \"select now()\"\nshape = \"value\"\n{keys}every = \"1m\"\n\
+                 [[query.{name}.on]]\ntable = \"public.t\"\nparams = {{ id = \"{{id}}\" }}\n\
+                 [[query.{name}.on]]\ntable = \"public.u\"\nparams = {{ id = \"{{id}}\" }}\n"
+            )
+        };
+        let servers = "[postgres]\nurl = \"postgres://h/d\"\n[redis]\nurl = \"redis://h\"\n";
+        let text =
+            [servers, &query("one", "one", ""), &query("some", "some:{id}", "keys = \"select 1 as id\"\n")].concat();
+        let file = RulesFile { path: "keepstep.toml".into(), text };
+        let rules = parse(file, &|_| None).expect("a rules file").0.rules;
+        let due: Vec<_> = to_rewrite(&rules, 0, 60_000_000).collect();
+        assert_eq!(due, [("one.1", Warm), ("some.1", Reconcile)]);
+        assert_eq!(Opening::first_start(&rules, false).owing, owing(&[("one.1", Warm), ("some.1", Warm)]));
     }
 
     #[test]

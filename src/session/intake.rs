@@ -19,7 +19,7 @@ use crate::snapshot::touches::Touches;
 use crate::snapshot::visibility::Snapshot;
 use crate::source::slot::MESSAGE_PREFIX;
 
-use super::later::{Again, Later};
+use super::later::{Again, Later, Released};
 
 /// How many rows may wait to be read again. Beyond it their rules owe a warm instead.
 const REREADS_MAX: usize = 10_000;
@@ -37,6 +37,8 @@ struct Table {
     redeletes: bool,
     /// So long after that rules delete once more.
     repeats: Box<[Duration]>,
+    /// Some rule has keys read again once a change is visible.
+    refreshes: bool,
     inserts: IntCounter,
     updates: IntCounter,
     deletes: IntCounter,
@@ -155,8 +157,9 @@ impl Intake {
         let redeletes = bound.rules.iter().any(redeletes);
         let repeats: BTreeSet<Duration> = bound.rules.iter().filter_map(BoundRule::again_after).collect();
         let repeats = repeats.into_iter().collect();
+        let refreshes = bound.rules.iter().any(|rule| rule.refresh.is_some());
         let bound = Arc::new(bound);
-        let table = Table { bound, settles, redeletes, repeats, inserts, updates, deletes, truncates };
+        let table = Table { bound, settles, redeletes, repeats, refreshes, inserts, updates, deletes, truncates };
         self.tables.insert(table.bound.relation.oid, table);
     }
 
@@ -190,7 +193,8 @@ impl Intake {
             }
             Event::Begin { commit_lsn, commit_time, xid } => {
                 let visible = self.seen.as_ref().is_some_and(|snapshot| snapshot.sees(xid));
-                let transaction = Transaction { commit_lsn, commit_time, ordinal: 0, epoch: self.epoch, visible };
+                let (epoch, released) = (self.epoch, false);
+                let transaction = Transaction { commit_lsn, commit_time, ordinal: 0, epoch, visible, released };
                 if self.open.replace(Open { transaction, xid }).is_some() {
                     return Err(protocol("a transaction begins inside another"));
                 }
@@ -252,7 +256,12 @@ impl Intake {
 
     /// Whether something waits until it is visible.
     pub fn has_later(&self) -> bool {
-        self.later.oldest().is_some() || self.again.oldest().is_some()
+        self.oldest_later().is_some() || self.again.oldest().is_some()
+    }
+
+    /// The oldest change of which something waits until it is visible.
+    pub fn oldest_later(&self) -> Option<Lsn> {
+        self.later.oldest()
     }
 
     /// Whether something waits for a look at what is visible.
@@ -275,12 +284,16 @@ impl Intake {
         self.later.answered(answers);
     }
 
-    /// What waits for nothing any more goes into the batch; whether that was anything.
-    pub fn release(&mut self, batch: &mut Batch) -> bool {
-        let now = Instant::now();
-        let released = self.later.release(batch, now);
-        batch.released = released.or(batch.released);
-        self.again.release(batch, now) || released.is_some()
+    /// What waits for nothing any more goes into the batch; gives what has to be read again.
+    pub(super) fn release(&mut self, batch: &mut Batch) -> Option<Released> {
+        let (until, released) = self.later.release(batch, Instant::now())?;
+        batch.released = Some(until);
+        Some(released)
+    }
+
+    /// What is to be deleted once more by now goes into the batch; whether that was anything.
+    pub fn release_again(&mut self, batch: &mut Batch) -> bool {
+        self.again.release(batch, Instant::now())
     }
 
     /// All keys were just gone through: that is not done again before then.
@@ -362,7 +375,11 @@ impl Intake {
             self.again.change(&table.bound, &table.repeats, change, &mut self.scratch, all);
             self.again.collected(xid, transaction.visible, transaction.commit_lsn, position);
         }
-        let settles = position > self.released && (table.settles || table.redeletes && !transaction.visible);
+        let settles = match transaction.released {
+            // What was asked of Postgres is forgotten with the session, and asking once more changes nothing.
+            true => table.refreshes,
+            false => table.settles || table.redeletes && !transaction.visible,
+        };
         if position <= self.good {
             if settles || is_incomplete(&change) {
                 let settled = Some(self.later.collect()).filter(|_| settles);
@@ -405,7 +422,7 @@ impl Intake {
 
     fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
         let (position, transaction, xid) = self.next_position()?;
-        let settles = position > self.released;
+        let settles = !transaction.released || relations.iter().any(|relation| self.refreshes(*relation));
         let tables = relations.iter().filter_map(|relation| self.tables.get(relation));
         for table in tables.filter(|table| !table.repeats.is_empty()) {
             self.again.everything(&table.repeats, table.bound.rules.iter().filter(|rule| rule.on.delete));
@@ -444,7 +461,12 @@ impl Intake {
         let open = self.open.as_mut().ok_or_else(|| protocol("a change outside of a transaction"))?;
         open.transaction.ordinal += 1;
         let position = Position { lsn: open.transaction.commit_lsn, ordinal: open.transaction.ordinal };
+        open.transaction.released = position <= self.released;
         Ok((position, open.transaction, open.xid))
+    }
+
+    fn refreshes(&self, relation: u32) -> bool {
+        self.tables.get(&relation).is_some_and(|table| table.refreshes)
     }
 
     fn reached(&mut self, position: Position, low: Lsn, batch: &mut Batch) {

@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::mem;
 use std::time::{Duration, Instant};
 
-use crate::batch::{Batch, Limits};
+use crate::batch::{Batch, Limits, Sweep};
 use crate::model::{Change, Lsn, Position, Xid};
 use crate::plan::{self, BoundTable, Scratch};
 use crate::rules::bind::BoundRule;
 use crate::rules::lookup::Question;
+use crate::rules::refresh::Stale;
 use crate::snapshot::visibility::Snapshot;
 
 /// What waits for the same snapshot.
@@ -42,6 +43,16 @@ impl Generation {
     fn is_empty(&self) -> bool {
         self.until == Position::default()
     }
+}
+
+/// What follows from what was released, and does not go out with it.
+pub(super) struct Released {
+    /// The commit LSN of the oldest transaction.
+    pub(super) from: Lsn,
+    /// Keys to be read again.
+    pub(super) stale: Vec<Stale>,
+    /// All of these went: who is reading one of them has read it too early.
+    pub(super) swept: Vec<Sweep>,
 }
 
 /// See the module.
@@ -148,8 +159,8 @@ impl Later {
         }
     }
 
-    /// What waits for nothing any more goes into the batch; gives up to where that was all.
-    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) -> Option<Position> {
+    /// What waits for nothing any more goes into the batch; gives up to where that was all, and what has to be read again.
+    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) -> Option<(Position, Released)> {
         self.advance();
         let waiting = &mut self.waiting;
         let unanswered = waiting.asked || !waiting.batch.questions().is_empty();
@@ -158,10 +169,11 @@ impl Later {
         if waiting.is_empty() || !waiting.unsettled.is_empty() || unanswered || rests || early {
             return None;
         }
-        let Generation { batch: due, until, .. } = waiting;
+        let Generation { batch: due, until, from, .. } = waiting;
+        let released = Released { from: *from, stale: due.take_stale(), swept: due.sweeps().to_vec() };
         batch.absorb(due);
         due.clear();
-        Some(std::mem::take(until))
+        Some((mem::take(until), released))
     }
 }
 
@@ -270,7 +282,7 @@ mod tests {
 
         fn released(&mut self) -> Vec<String> {
             self.batch.clear();
-            self.batch.released = self.later.release(&mut self.batch, Instant::now());
+            self.batch.released = self.later.release(&mut self.batch, Instant::now()).map(|(until, _)| until);
             let key = |op: CacheOp<'_>| String::from_utf8_lossy(op.key()).into_owned();
             self.batch.ops().map(|(_, op)| key(op)).collect()
         }
@@ -348,7 +360,7 @@ mod tests {
         stand.delete("a", 5, false);
         let mut released = |later: &mut Later, after: Duration| {
             stand.batch.clear();
-            later.release(&mut stand.batch, Instant::now() + after).map(|until| until.lsn.0)
+            later.release(&mut stand.batch, Instant::now() + after).map(|(until, _)| until.lsn.0)
         };
         let later = &mut stand.later;
         assert_eq!(released(later, 10 * second), None, "5 is not visible");

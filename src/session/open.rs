@@ -9,6 +9,8 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use tokio::sync::Semaphore;
+
 use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
@@ -38,6 +40,7 @@ use super::gap::{self, Place, Situation, SlotFacts, Start, Why};
 use super::intake::Intake;
 use super::orders::Messages;
 use super::reads::Reads;
+use super::refreshes::Refreshes;
 use super::report::{self, RuleMetrics};
 use super::tables::Tables;
 use super::{CLAIM_LIMIT, Daemon, Flying, LATER_LIMITS, Options, STATEMENT_TIMEOUT, Session, limits, look, renewal};
@@ -291,7 +294,14 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
     let batch = || Batch::new(limits(config), config.rules.len());
     let now = Instant::now();
     let names = daemon.rules.names.clone();
-    let lookups = Lookups::new(streamed.info.clone(), names, Arc::clone(&daemon.metrics), LATER_LIMITS);
+    let connections = config.postgres.query_connections;
+    let permits = Arc::new(Semaphore::new(connections));
+    let (info, metrics) = (streamed.info.clone(), Arc::clone(&daemon.metrics));
+    let lookups = Lookups::new(info.clone(), names, metrics, LATER_LIMITS, Arc::clone(&permits));
+    // One is left to lookups, which more waits for.
+    let reserved = usize::from(config.rules.iter().any(|rule| rule.lookup.is_some()));
+    let refreshers = connections.saturating_sub(reserved).max(1);
+    let refreshes = Refreshes::new(&info, &streamed.checkpoint.origin, refreshers, permits);
     Session {
         config: Arc::clone(config),
         metrics: Arc::clone(&daemon.metrics),
@@ -316,6 +326,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         settling: None,
         lookups: Some(Box::new(lookups)),
         looking_up: None,
+        refreshes: Box::new(refreshes),
         looks_in_vain: 0,
         looked_visible_at: now,
         probing: None,

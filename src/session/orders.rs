@@ -240,8 +240,8 @@ impl PassRequest {
     /// Every rule that it can be about: those that write keys, to warm only those that are warmed without being named.
     fn everything(&self, config: &Config) -> Result<Vec<u16>> {
         let wanted = |rule: &Rule| match self.purpose {
-            Purpose::Warm => rule.write.as_ref().is_some_and(|write| write.warm),
-            Purpose::Verify { .. } => rule.write.is_some(),
+            Purpose::Warm => rule.lists || rule.write.as_ref().is_some_and(|write| write.warm),
+            Purpose::Verify { .. } => rule.lists || rule.write.is_some(),
         };
         let numbered = (0_u16..).zip(&config.rules);
         let numbers: Vec<u16> = numbered.filter(|(_, rule)| wanted(rule)).map(|(number, _)| number).collect();
@@ -254,11 +254,12 @@ impl PassRequest {
 }
 
 /// The numbers of the rules that are meant by this name, which must write keys: one, or those of every table that a pattern
-/// matches.
+/// matches. Of the rules that a query is, one answers for its keys.
 fn numbers(config: &Config, name: &str) -> Result<Vec<u16>> {
-    let meant = |rule: &Rule| is_meant(&rule.name.value, name);
+    let of_query = |rule: &Rule| rule.lists && rule.refresh.as_ref().is_some_and(|query| query.name.value == name);
+    let meant = |rule: &Rule| is_meant(&rule.name.value, name) || of_query(rule);
     let found: Vec<(u16, &Rule)> = (0_u16..).zip(&config.rules).filter(|(_, rule)| meant(rule)).collect();
-    if found.iter().any(|(_, rule)| rule.write.is_none()) {
+    if found.iter().any(|(_, rule)| rule.write.is_none() && !rule.lists) {
         return Err(usage(format!("rule `{name}` writes no key, so there is nothing to compare or to fill")));
     }
     if found.is_empty() && !config.open.iter().any(|open| open.name() == name) {

@@ -16,11 +16,12 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use super::intake::Reread;
+use super::later::Released;
 use super::orders::{PassOrder, Purpose, REPORTS_MAX, Report, Totals};
 use super::{Session, report};
 use crate::admin::PassStatus;
 use crate::backoff::Backoff;
-use crate::batch::{Batch, CellHasher, Claim};
+use crate::batch::{Batch, CellHasher, Claim, Sweep};
 use crate::cache::Cache;
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
@@ -108,6 +109,8 @@ enum Head {
     Repair(Batch),
     /// Keys of which some may be orphans.
     Candidates(Batch),
+    /// What queries answer, to be compared.
+    Answers(Batch),
 }
 
 /// The read of one table.
@@ -214,6 +217,27 @@ impl Reads {
     pub(super) fn is_idle(&self) -> bool {
         let busy = |reading: &Reading| reading.pass.is_some() || !reading.rereads.is_empty();
         self.asked.is_empty() && !self.reading.as_ref().is_some_and(busy)
+    }
+
+    /// What queries answer is compared with what the cache holds; `filling` says whether some of that is yet to be written.
+    pub(super) fn compare(&mut self, answers: Batch, filling: bool) {
+        if let Some(reading) = &mut self.reading {
+            reading.head = Some(Head::Answers(answers));
+            reading.behind_stream |= filling;
+        }
+    }
+
+    /// So many keys are not compared.
+    pub(super) fn skipped(&mut self, keys: u64) {
+        self.asked.front_mut().into_iter().for_each(|asked| asked.totals.skipped += keys);
+    }
+
+    /// What a query has just written, or should, is no orphan.
+    pub(super) fn spare(&mut self, key: &[u8]) {
+        let cell = self.hasher.cell(key, None);
+        if let Some(search) = self.pass_mut().and_then(|pass| pass.search.as_ref()) {
+            search::lock(search).alive(cell);
+        }
     }
 
     fn pass_mut(&mut self) -> Option<&mut Pass> {
@@ -486,6 +510,19 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
             Some(Found::Piece(batch)) => reading.head = Some(Head::Piece(batch)),
             Some(Found::Candidates(batch)) => reading.head = Some(Head::Candidates(batch)),
+            Some(Found::Listed(stale, answer)) => {
+                let mut verifies = false;
+                for pass in reading.pass.iter_mut() {
+                    pass.rows += stale.len() as u64;
+                    verifies = matches!(pass.purpose, Why::Asked(Purpose::Verify { .. }));
+                }
+                stale.iter().for_each(|stale| self.reads.spare(&stale.key));
+                match verifies {
+                    true => self.compare_all(stale, answer),
+                    false => self.read_all(stale, answer),
+                }
+            }
+            Some(Found::Answers(answer)) => self.compare_collected(answer),
             Some(Found::Closed(closed)) => self.closed(&closed),
             Some(Found::Done(Of::Rows)) => {
                 reading.rereads.clear();
@@ -524,16 +561,27 @@ impl<C: Cache + Send + 'static> Session<C> {
             ordinal: 0,
             epoch: self.checkpoint.epoch,
             visible: true,
+            released: false,
         };
         let owing = self.debts.next(&self.checkpoint.owing);
         let owes = |rule: &&BoundRule| {
             owing.get(&self.config.rules[usize::from(rule.rule)].name.value) == Some(&Debt::Reconcile)
         };
-        for rule in pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule)).filter(owes) {
+        let mut swept = Vec::new();
+        // Where it is known which keys a query has, they are read, and the others searched for.
+        let is_listed =
+            |rule: &&BoundRule| rule.refresh.as_ref().is_some_and(|refresh| refresh.query.listing().is_some());
+        let rules = pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule) && !is_listed(rule));
+        for rule in rules.filter(owes) {
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
-            unreadable.chain(&rule.delete).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
+            let deleted = rule.delete.iter().filter(|_| rule.refresh.is_none());
+            unreadable.chain(deleted).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
             later::everything(rule, later::GAP, &pass.table, gap, &mut self.batch);
+            swept.extend(rule.refresh.iter().map(|refresh| Sweep::Owned(refresh.key.pattern.clone())));
         }
+        // They are deleted already: a crash may forget to read them again.
+        let stale = self.batch.take_stale();
+        self.make_stale(Released { from: self.reached_low, stale, swept });
         self.stand_here();
     }
 

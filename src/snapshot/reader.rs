@@ -22,12 +22,15 @@ use crate::cache::checkpoint::{Origin, Page};
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
 use crate::catalog::{self, sql_identifier, sql_table};
-use crate::config::{Config, RedisConfig, TableName};
+use crate::config::{Config, Listing, RedisConfig, TableName};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Datum, Relation, Xid};
 use crate::plan::{self, BoundTable, Noted};
+use crate::query::refresh;
 use crate::rules::bind::bind;
+use crate::rules::refresh::{KeyListing, Stale};
+use crate::rules::sql::Sql;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
 use crate::source::query_error;
@@ -55,6 +58,10 @@ const JOBS_MAX: usize = 4;
 const PART_CELLS_MAX: u64 = 1 << 20;
 /// How many candidates go to the session in one piece, or a little more.
 const CANDIDATES_AT_A_TIME: usize = 1000;
+/// How many keys of a query are named at a time.
+const KEYS_AT_A_TIME: usize = 256;
+/// How many a query may name: they are all in memory while they are read.
+const KEYS_LISTED_MAX: usize = 100_000;
 /// How long apart looks at whether a transaction is visible are: it nearly always is at the first.
 const SETTLE_PAUSE: Duration = Duration::from_millis(2);
 const SETTLE_PAUSE_MAX: Duration = Duration::from_millis(250);
@@ -92,8 +99,8 @@ pub struct TableJob {
     pub table: BoundTable,
     /// Keys are written too that may be missing.
     pub fills: bool,
-    /// Values are rendered for the longest TTL that they may have.
-    pub longest_ttl: bool,
+    /// What is read is compared: values are rendered for the longest TTL that they may have.
+    pub verifies: bool,
     /// Only rows that meet this condition.
     pub filter: Option<String>,
     /// The share of its pages that are read.
@@ -102,6 +109,8 @@ pub struct TableJob {
     pub from: Option<Page>,
     /// Keys that no row renders are searched for.
     pub search: Option<SearchJob>,
+    /// Queries of which all keys are read, by whoever reads keys of queries.
+    pub listings: Vec<KeyListing>,
     /// Transactions that committed before the slot began may be invisible still: wait for them.
     pub barrier: bool,
 }
@@ -126,6 +135,10 @@ pub enum Found {
     Opened(Chunk),
     /// Rendered rows, or keys to be deleted where a row has none.
     Piece(Batch),
+    /// Keys that there should be, of a query. Answered once they were read.
+    Listed(Vec<Stale>, oneshot::Sender<()>),
+    /// What was read of them is compared: all that it saw has come out of the stream. Answered once it was.
+    Answers(oneshot::Sender<()>),
     /// The chunk ends.
     Closed(Closed),
     /// Everything was read: is there any key that nobody has rendered or touched?
@@ -374,12 +387,58 @@ impl Reader {
         Ok(())
     }
 
+    /// Names all keys of a query, some at a time.
+    async fn list(&mut self, job: &TableJob, listing: &KeyListing) -> Outcome<()> {
+        let mut keys = match listing.query.listing() {
+            None => return Ok(()),
+            Some(Listing::One) => vec![Arc::from([])],
+            Some(Listing::Sql(keys)) => self.listed(listing, &keys.value).await?,
+        };
+        keys.retain(|_| job.sample >= 1.0 || random_share() < job.sample);
+        for some in keys.chunks(KEYS_AT_A_TIME) {
+            self.rows_asked_for().await?;
+            let prefix = self.setting.redis.prefix.as_str();
+            let stale = some.iter().map(|parameters| listing.stale(prefix, Arc::clone(parameters))).collect();
+            let (answer, read) = oneshot::channel();
+            self.say(Found::Listed(stale, answer)).await?;
+            read.await.map_err(|_| Stop::Abandoned)?;
+            if job.verifies {
+                self.nothing().await?;
+                let (answer, compared) = oneshot::channel();
+                self.say(Found::Answers(answer)).await?;
+                compared.await.map_err(|_| Stop::Abandoned)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The parameters of all keys. No snapshot is held while these are read.
+    async fn listed(&self, listing: &KeyListing, keys: &Sql) -> Result<Vec<Arc<[Box<[u8]>]>>> {
+        let sql = refresh::listing(&listing.query, keys);
+        let rows = self.client.query_raw(&sql, std::iter::empty::<&str>()).await.map_err(failed)?;
+        let mut rows = pin!(rows);
+        let mut listed: Vec<Arc<[Box<[u8]>]>> = Vec::new();
+        while let Some(row) = rows.try_next().await.map_err(failed)? {
+            if listed.len() == KEYS_LISTED_MAX {
+                let name = &listing.query.name.value;
+                let many = format!("`keys` of query `{name}` names more than {KEYS_LISTED_MAX} keys");
+                return Err(Error::new(ErrorKind::PostgresAway, many));
+            }
+            let text = |column| Ok(row.try_get::<_, &str>(column).map_err(failed)?.as_bytes().into());
+            listed.push((0..row.len()).map(text).collect::<Result<_>>()?);
+        }
+        Ok(listed)
+    }
+
     async fn rows_of(&mut self, job: &TableJob, rows_wanted: bool) -> Outcome<()> {
         self.settle(Of::Table).await?;
-        match self.bound(job).await? {
-            Some(table) => self.leaves(job, &table, rows_wanted).await,
-            None => Ok(()),
+        if let Some(table) = self.bound(job).await? {
+            self.leaves(job, &table, rows_wanted).await?;
         }
+        for listing in &job.listings {
+            self.list(job, listing).await?;
+        }
+        Ok(())
     }
 
     /// Waits until the session has dealt with all that was found before.
@@ -416,7 +475,7 @@ impl Reader {
             })?;
             if let Some(write) = &mut bound.write {
                 write.present_only |= !job.fills && rule.may_miss();
-                if job.longest_ttl {
+                if job.verifies {
                     write.life.without_jitter();
                 }
             }

@@ -163,8 +163,14 @@ fn become_of(config: &Config, table: &BoundTable, changes: &str) -> String {
     let (mut batch, mut settled, mut notes) = (unlimited(), unlimited(), Vec::new());
     let mut again = unlimited();
     for (ordinal, change) in (1..).zip(changes.split(" & ")) {
-        let transaction =
-            Transaction { commit_lsn: Lsn(0xA1), commit_time: Timestamp(0), ordinal, epoch: 7, visible: false };
+        let transaction = Transaction {
+            commit_lsn: Lsn(0xA1),
+            commit_time: Timestamp(0),
+            ordinal,
+            epoch: 7,
+            visible: false,
+            released: false,
+        };
         apply(table, change, transaction, &mut batch, (&mut settled, &mut again), &mut notes);
     }
     let mut shown = self::shown(&batch, config);

@@ -27,6 +27,7 @@ mod provision;
 mod reader;
 mod recipes;
 mod redis_side;
+mod refresh;
 mod rejson;
 mod source;
 mod source_tls;

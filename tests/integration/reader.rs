@@ -53,11 +53,12 @@ async fn reader_of(stage: &Stage, rows: usize) -> Handle {
     });
     let job = TableJob {
         table: BoundTable { relation: facts.relation.clone(), rules: vec![rule] },
-        longest_ttl: false,
+        verifies: false,
         filter: None,
         sample: 1.0,
         from: None,
         search: None,
+        listings: Vec::new(),
         fills: true,
         barrier: false,
     };

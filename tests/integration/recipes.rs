@@ -207,6 +207,29 @@ async fn leaderboard() {
 }
 
 #[tokio::test]
+async fn queries() {
+    let rows = "insert into categories values (3, 'Office'), (4, 'Garden'); insert into sellers values (1, 'Ada'), (2, 'Bob');
+                insert into products values (7, 3, 1, 'Pen', 1.5, 2, true), (8, 3, 2, 'Ink', 0.9, 1, true), (9, 3, 2, 'Old', 0.1, 0, false)";
+    let (stage, _daemon) = cook("queries", rows).await;
+    let (page, total) = ("GET shop:page:category:3", "GET shop:total:3");
+    let (ink, pen) = (r#"{"id":8,"name":"Ink","seller":"Bob"}"#, r#"{"id":7,"name":"Pen","seller":"Ada"}"#);
+    gives(&stage, page, &format!("[{ink},{pen}]")).await;
+    gives(&stage, total, r#"{"products":2,"cheapest":0.90}"#).await;
+    gives(&stage, "GET shop:page:category:4", "[]").await;
+    stage.execute("update sellers set name = 'Eve' where id = 2").await;
+    let ink = ink.replace("Bob", "Eve");
+    gives(&stage, page, &format!("[{ink},{pen}]")).await;
+    stage.execute("update products set category_id = 4 where id = 8").await;
+    gives(&stage, page, &format!("[{pen}]")).await;
+    gives(&stage, "GET shop:page:category:4", &format!("[{ink}]")).await;
+    gives(&stage, total, r#"{"products":1,"cheapest":1.50}"#).await;
+    stage.execute("delete from products where id = 8; delete from categories where id = 4").await;
+    gives(&stage, "EXISTS shop:page:category:4 shop:total:4", "0").await;
+    stage.execute("insert into categories values (5, 'Toys')").await;
+    gives(&stage, "GET shop:total:5", r#"{"products":0,"cheapest":null}"#).await;
+}
+
+#[tokio::test]
 async fn counts() {
     let rows = "insert into tickets select i, 3, 'open', i from generate_series(1, 10) i";
     let (stage, _daemon) = cook("counts", rows).await;

@@ -14,6 +14,7 @@ use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
 use crate::plan::BoundTable;
 use crate::rules::bind::{BoundRule, BoundTag, BoundWrite};
+use crate::rules::refresh::KeyListing;
 use crate::snapshot::reader::TableJob;
 use crate::snapshot::search::{Owned, SearchJob, Tagged, Wanted};
 
@@ -65,6 +66,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
         let worst = owes.iter().map(|(_, debt)| *debt).max()?;
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
+        let listings: Vec<KeyListing> = owes.iter().filter_map(|(rule, _)| listing(rule)).collect();
         let reconciled = owes.iter().filter(|(_, debt)| *debt == Debt::Reconcile).map(|(rule, _)| *rule);
         let owned = reconciled.clone().flat_map(|rule| self.searched(rule)).collect();
         let tags = reconciled.clone().flat_map(|rule| self.searched_tags(rule)).collect();
@@ -82,11 +84,12 @@ impl<C: Cache + Send + 'static> Session<C> {
         let job = TableJob {
             table: only(&table, |rule| rules.contains(&rule.rule) && is_readable(rule)),
             fills: false,
-            longest_ttl: false,
+            verifies: false,
             filter: None,
             sample: 1.0,
             from,
             search: SearchJob::new(Wanted { owned, tags, former }),
+            listings,
             barrier: !self.reads.barrier_passed,
         };
         Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst), &job) }, job))
@@ -98,6 +101,9 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// The rule's keys, if they are searched for orphans.
     fn searched(&self, rule: &BoundRule) -> Option<Owned> {
+        if let Some(listing) = listing(rule) {
+            return Some(Owned { rule: rule.rule, pattern: listing.pattern, of: Of::Key });
+        }
         let searched = |write: &&BoundWrite| rule.on.delete && !write.keep_on_delete && write.is_owner();
         let write = rule.write.as_ref().filter(searched).filter(|_| is_readable(rule))?;
         let of = write.member.as_ref().map_or(Of::Key, |member| member.of);
@@ -133,22 +139,26 @@ impl<C: Cache + Send + 'static> Session<C> {
             let rules: Vec<u16> = asked.order.rules.clone();
             let (purpose, filter) = (asked.order.purpose, asked.order.filter.clone());
             let wanted = |rule: &&BoundRule| rules.contains(&rule.rule) && is_readable(rule);
+            let lists = |rule: &&BoundRule| rules.contains(&rule.rule);
+            let listings = table.rules.iter().filter(lists).filter_map(listing).collect();
             let complete = matches!(purpose, Purpose::Verify { sample, .. } if sample >= 1.0) && filter.is_none();
-            let owned = table.rules.iter().filter(wanted).filter(|_| complete).flat_map(|rule| self.searched(rule));
-            let all = table.rules.iter().filter(wanted).filter(|_| complete);
-            let tags = all.flat_map(|rule| self.searched_tags(rule));
+            let all = || table.rules.iter().filter(|rule| complete && (wanted(rule) || lists(rule)));
+            let owned = all().flat_map(|rule| self.searched(rule)).collect();
+            let tags = all().flat_map(|rule| self.searched_tags(rule)).collect();
             let job = TableJob {
                 table: only(&table, |rule| wanted(&rule)),
                 fills: true,
                 // Compared with the longest that a key may live.
-                longest_ttl: matches!(purpose, Purpose::Verify { .. }),
+                verifies: matches!(purpose, Purpose::Verify { .. }),
                 filter,
                 sample: if let Purpose::Verify { sample, .. } = purpose { sample } else { 1.0 },
                 from: None,
-                search: SearchJob::new(Wanted { owned: owned.collect(), tags: tags.collect(), former: Vec::new() }),
+                search: SearchJob::new(Wanted { owned, tags, former: Vec::new() }),
+                listings,
                 barrier: !self.reads.barrier_passed,
             };
-            let rules = job.table.rules.iter().map(|rule| rule.rule).collect();
+            let listed = job.listings.iter().map(|listing| listing.rule);
+            let rules = job.table.rules.iter().map(|rule| rule.rule).chain(listed).collect();
             return Some((pass(&table, rules, Why::Asked(purpose), &job), job));
         }
     }
@@ -171,4 +181,11 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why, job: &TableJob) 
 /// Whether the table says what the rule's keys hold: not where some operations do not count.
 pub(super) fn is_readable(rule: &BoundRule) -> bool {
     rule.write.as_ref().is_some_and(|write| write.value.is_some()) && rule.on.insert && rule.on.update
+}
+
+/// All keys of the rule's query, if it is known which there are.
+fn listing(rule: &BoundRule) -> Option<KeyListing> {
+    let refresh = rule.refresh.as_ref().filter(|refresh| refresh.query.listing().is_some())?;
+    let (query, pattern) = (Arc::clone(&refresh.query), refresh.key.pattern.clone());
+    Some(KeyListing { rule: rule.rule, query, pattern })
 }

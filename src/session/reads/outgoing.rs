@@ -22,16 +22,39 @@ impl<C: Cache + Send + 'static> Session<C> {
         match reading.head.take() {
             None => false,
             Some(Head::Candidates(batch)) => self.dispatch_candidates(batch),
+            Some(Head::Answers(batch))
+                if reading.behind_stream || !self.refreshes.may_compare(self.intake.oldest_later()) =>
+            {
+                reading.head = Some(Head::Answers(batch));
+                false
+            }
+            Some(Head::Answers(batch)) => self.dispatch_answers(batch),
             Some(head) if !reading.may_go() => {
                 reading.head = Some(head);
                 false
             }
             Some(Head::Piece(batch)) => self.dispatch_piece(batch),
             Some(Head::Repair(batch)) => {
-                let batch = self.without_newer(batch);
+                let mut batch = self.without_newer(batch);
+                // A key of a query that was written since is no orphan any more.
+                let hasher = self.reads.hasher.clone();
+                let (rules, pass) = (&self.config.rules, self.reads.pass_mut());
+                let search = pass.and_then(|pass| pass.search.as_ref());
+                let is_orphan =
+                    |op: &CacheOp<'_>| search.is_some_and(|search| search::lock(search).is_orphan(hasher.of(op)));
+                batch.retain(|rule, op| rules[usize::from(rule)].refresh.is_none() || is_orphan(op));
                 self.fly_read(batch)
             }
         }
+    }
+
+    /// What queries answer, but for keys that somebody has written since.
+    fn dispatch_answers(&mut self, mut batch: Batch) -> bool {
+        batch.retain(|_, op| self.refreshes.is_collected(op.key()));
+        if batch.is_empty() {
+            self.refreshes.answer();
+        }
+        self.fly_comparison(batch, false)
     }
 
     fn dispatch_piece(&mut self, batch: Batch) -> bool {
@@ -172,11 +195,18 @@ impl<C: Cache + Send + 'static> Session<C> {
             let name = self.config.rules[usize::from(rule)].name.value.as_str();
             self.metrics.audit_keys_checked_total.with_label_values(&[name]).inc_by(checked);
         }
-        let mut place = 0;
-        batch.retain(|_, _| {
+        let (mut place, mut read_again) = (0, Vec::new());
+        batch.retain(|rule, op| {
             place += 1;
-            repair && wrong.contains(&(place - 1))
+            let repaired = repair && wrong.contains(&(place - 1));
+            // Nothing but a read ever writes the key of a query.
+            let is_answer = !orphans && self.config.rules[usize::from(rule)].refresh.is_some();
+            if repaired && is_answer {
+                read_again.push(op.key().into());
+            }
+            repaired && !is_answer
         });
+        self.repair(&read_again);
         match (batch.is_empty(), &mut self.reads.reading) {
             (false, Some(reading)) => reading.head = Some(Head::Repair(batch)),
             _ => self.recycle(batch),
