@@ -314,6 +314,29 @@ mod tests {
     }
 
     #[test]
+    fn what_is_gone_with_its_table_is_known_until_its_keys_are_gone() {
+        let tenants = [("t[a.x]", "1"), ("t[b.x]", "1"), ("other[a.x]", "1"), ("plain", "1")];
+        let mut claims = claims(&rules(&tenants), &[]);
+        for (rule, literal) in [("t[a.x]", "a:"), ("t[b.x]", "b:"), ("other[a.x]", "o:"), ("plain", "p:")] {
+            claims.makes(rule, &[form(literal, INT), form("shared:", INT), form(&format!("{literal}text:"), TEXT)]);
+        }
+        claims.adopt(&rules(&[("t[b.x]", "1")]), &[]);
+        let owns = |owns| move |pattern: &str| (pattern == "t").then_some(owns);
+        // Of rules that are in the file no more it is the user's to say, and what another tenant makes too stays.
+        let vanished = claims.vanished(owns(false));
+        assert_eq!(vanished, [Vanished { rule: "t[a.x]".to_owned(), forms: vec![form("a:", INT)] }]);
+        assert_eq!(claims.vanished(owns(true))[0].forms, [form("a:", INT), form("a:text:", TEXT)]);
+        assert!(claims.gone_with_table(&vanished[0]) && !claims.gone_with_table(&vanished[0]));
+        // What could be anybody's is left to `clear --removed`.
+        assert!(claims.vanished(owns(false)).is_empty());
+        let names = |claims: &Claims| claims.rules().map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
+        assert_eq!(names(&claims), ["other[a.x]", "plain", "t[a.x]", "t[b.x]"]);
+        let rest = claims.vanished(owns(true));
+        assert!(claims.gone_with_table(&rest[0]));
+        assert_eq!(names(&claims), ["other[a.x]", "plain", "t[b.x]"]);
+    }
+
+    #[test]
     fn under_an_added_prefix_nothing_is_known_to_be_in_step() {
         let also = |prefixes: &[&str]| prefixes.iter().map(|prefix| (*prefix).to_owned()).collect::<Vec<_>>();
         let now = rules(&[("a", "1")]);

@@ -22,16 +22,20 @@ select pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot
 /// `pg_publication_tables` lists what is published under its own name: roots where `publish_via_partition_root` is
 /// set, leaves where it is not. Its columns `attnames` and `rowfilter` exist from Postgres 15 on, so they are read
 /// through JSON. `through` is the ancestor under whose name a partition is published, `as_leaves` says whether a
-/// partitioned table's leaves are published under their own.
+/// partitioned table's leaves are published under their own. `listed` is read first: thousands of tables of one name, a schema
+/// each, are otherwise joined with each other.
 const TABLES: &str = "
-with published as (
-  select c.oid, p.schemaname, p.tablename,
+with listed as materialized (
+  select p.schemaname, p.tablename,
          pg_catalog.to_jsonb(p) -> 'attnames' as attnames,
          pg_catalog.to_jsonb(p) ->> 'rowfilter' as rowfilter
     from pg_catalog.pg_publication_tables p
+   where p.pubname = $3
+), published as (
+  select c.oid, p.*
+    from listed p
     join pg_catalog.pg_namespace n on n.nspname = p.schemaname
     join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = p.tablename
-   where p.pubname = $3
 )
 select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.relpersistence, c.relreplident,
        c.relrowsecurity, p.oid is not null as is_published,
@@ -40,10 +44,12 @@ select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.r
        p.rowfilter,
        (select array[a.schemaname::text, a.tablename::text]
           from published a
-         where a.oid <> c.oid and a.oid in (select relid from pg_catalog.pg_partition_ancestors(c.oid))
+         where c.relispartition and a.oid <> c.oid
+           and a.oid in (select relid from pg_catalog.pg_partition_ancestors(c.oid))
          limit 1) as through,
        exists (select from published l
-                where l.oid <> c.oid and l.oid in (select relid from pg_catalog.pg_partition_tree(c.oid))) as as_leaves
+                where c.relkind = 'p' and l.oid <> c.oid
+                  and l.oid in (select relid from pg_catalog.pg_partition_tree(c.oid))) as as_leaves
   from rows from (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) as wanted(schema, name)
   join pg_catalog.pg_namespace n on n.nspname = wanted.schema
   join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = wanted.name

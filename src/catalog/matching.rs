@@ -8,7 +8,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::source::query_error;
 
 /// How many rules may be made of patterns: each has series in metrics, and is bound and compared with every other.
-pub const RULES_MAX: usize = 4096;
+pub const RULES_MAX: usize = 2048;
 
 /// What a rule with a pattern can be about: no partitions, whose changes are those of the whole table, and nothing that is
 /// not logged. `$1` and `$2` are for LIKE. A name that holds a `*` would be a pattern in `delete_match`.

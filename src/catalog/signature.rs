@@ -117,7 +117,7 @@ with recursive wanted as (
 select w.schema::text, w.name::text,
        pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to(
          pg_catalog.string_agg(f.line, E'\\n' order by f.line collate \"C\"), 'UTF8')), 'hex') as digest,
-       w.logged and exists (select from published where root = w.oid) as published,
+       w.logged and w.oid in (select root from published) as published,
        p.pubinsert, p.pubupdate, p.pubdelete and p.pubtruncate as pubdelete
   from wanted w
   join fact f on f.root = w.oid

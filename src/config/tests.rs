@@ -254,7 +254,7 @@ fn mistakes_in_patterns() {
         "table = \"tenant_*.products\"\nvars = { _pk = \"{id}\" }\ndelete = [\"a:{_pk}\"]",
         &format!("table = \"tenant_*.products\"\nkey = \"product:{{id}}\"\n{VALUE}"),
         &format!("table = \"tenant_*.orders_*\"\nkey = \"order:{{_schema}}:{{id}}\"\n{VALUE}"),
-        &format!("table = \"*.orders_*\"\nvars = {{ t = \"{{_table|lower}}\" }}\nkey = \"{{t}}:{{id}}\"\n{VALUE}"),
+        &format!("table = \"*.orders_*\"\nvars = {{ t = \"{{_table|lower}}\" }}\nkey = \"o:{{t}}:{{id}}\"\n{VALUE}"),
         &format!("table = \"public.products\"\nkey = \"{{_pk}}\"\n{VALUE}"),
     ]);
     insta::assert_snapshot!(shown);

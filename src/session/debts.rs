@@ -274,6 +274,17 @@ mod tests {
     }
 
     #[test]
+    fn a_table_that_has_come_is_warmed_and_what_it_made_stale_meanwhile_goes() {
+        let mut rules = rules();
+        for rule in &mut rules {
+            rule.name.value = format!("{}[public.t]", rule.name.value);
+        }
+        let mut opening = Opening::default();
+        opening.compare_rules(Some(&BTreeMap::new()), &RuleSet::new(&rules), &rules);
+        assert_eq!(opening.owing, owing(&[("written[public.t]", Warm), ("stale[public.t]", Reconcile)]));
+    }
+
+    #[test]
     fn rules_are_written_again_at_the_times_that_all_sessions_share() {
         const MINUTE: u64 = 60_000_000;
         let mut rules = rules();

@@ -142,13 +142,15 @@ impl Desk {
     }
 
     /// The session that follows `before` has seen that other tables match now: it goes on with `now`, unless something
-    /// newer was ordered or nothing more can be; then the next look sees it again.
-    pub(super) fn tables_changed(&self, before: &Arc<Config>, now: Config) {
+    /// newer was ordered or nothing more can be; then the next look sees it again. Whether it does.
+    pub(super) fn tables_changed(&self, before: &Arc<Config>, now: Config) -> bool {
         let mut in_force = self.in_force();
         let now = Arc::new(now);
-        if Arc::ptr_eq(&in_force, before) && self.place(Order::Reload(Arc::clone(&now))).is_ok() {
+        let ordered = Arc::ptr_eq(&in_force, before) && self.place(Order::Reload(Arc::clone(&now))).is_ok();
+        if ordered {
             *in_force = now;
         }
+        ordered
     }
 
     fn place(&self, order: Order) -> Result<(), Refused> {
@@ -269,6 +271,23 @@ mod tests {
         desk.shared.update(|status| status.phase = Phase::Active);
         drop(orders);
         assert!(matches!(desk.pass(&request(Purpose::Warm)), Err(Refused::NotStreaming(_))));
+    }
+
+    #[tokio::test]
+    async fn other_tables_are_followed_unless_something_newer_was_ordered() {
+        let (desk, mut orders) = desk();
+        let before = desk.config();
+        let with = |listen| {
+            let admin = crate::config::AdminConfig { listen, token: None };
+            Config { admin, ..Config::clone(&before) }
+        };
+        assert!(desk.tables_changed(&before, with(None)));
+        let Some(Order::Reload(now)) = orders.recv().await else { panic!("no order") };
+        assert!(Arc::ptr_eq(&now, &desk.config()), "what is ordered next has its numbers");
+        assert!(!desk.tables_changed(&before, with(None)), "that session is about to end");
+        desk.matched(&before, &before);
+        assert!(Arc::ptr_eq(&now, &desk.config()));
+        assert!(orders.is_empty());
     }
 
     #[tokio::test]

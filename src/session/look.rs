@@ -97,17 +97,16 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn follow_tables(&mut self, now: Result<Option<Config>, String>) {
         let refused = now.as_ref().err().cloned();
         match now {
-            Ok(Some(now)) if self.reads.is_asked() => {
-                tracing::info!(rules = now.rules.len(), "tables have come or gone, which waits for the end of a pass");
-            }
+            Ok(Some(_)) if self.reads.is_asked() => {}
             Ok(Some(now)) => {
                 let name = |rule: &Rule| rule.name.value.clone();
-                let (before, after) = (self.config.rules.iter().map(name), now.rules.iter().map(name));
-                let (before, after): (BTreeSet<_>, BTreeSet<_>) = (before.collect(), after.collect());
-                let come: Vec<&String> = after.difference(&before).take(NAMES_SHOWN).collect();
-                let gone: Vec<&String> = before.difference(&after).take(NAMES_SHOWN).collect();
-                tracing::info!(rules = after.len(), ?come, ?gone, "other tables match: going on with their rules");
-                self.desk.tables_changed(&self.config, now);
+                let before: BTreeSet<String> = self.config.rules.iter().map(name).collect();
+                let after: BTreeSet<String> = now.rules.iter().map(name).collect();
+                if self.desk.tables_changed(&self.config, now) {
+                    let come: Vec<&String> = after.difference(&before).take(NAMES_SHOWN).collect();
+                    let gone: Vec<&String> = before.difference(&after).take(NAMES_SHOWN).collect();
+                    tracing::info!(rules = after.len(), ?come, ?gone, "other tables match: going on with their rules");
+                }
             }
             Err(why) if self.tables_refused.as_ref() != Some(&why) => {
                 tracing::error!("other tables match, but everything stays as it was\n\n{why}");

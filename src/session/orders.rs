@@ -439,7 +439,8 @@ mod tests {
     #![expect(clippy::unwrap_used, reason = "tests")]
 
     use super::*;
-    use crate::config::{RulesFile, parse};
+    use crate::config::open::Table;
+    use crate::config::{RulesFile, TableName, parse};
     use crate::model::Lsn;
 
     /// Rules 0 to 3: two on one table, one that is not warmed by itself, one that writes nothing.
@@ -491,6 +492,28 @@ mod tests {
         for purpose in [Purpose::Warm, VERIFY] {
             assert!(request(&[], purpose, None).order(&nothing, Reports::channel().0).is_err());
         }
+    }
+
+    #[test]
+    fn a_pattern_means_the_rules_that_were_made_of_it() {
+        let text = "[postgres]\nurl = \"postgresql://db\"\n[redis]\nurl = \"redis://cache\"\n\
+                    [rule.fixed]\ntable = \"public.f\"\nkey = \"f:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n\
+                    [rule.item]\ntable = \"*.items\"\nkey = \"{_schema}:{id}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n";
+        let file = RulesFile { path: "keepstep.toml".into(), text: text.to_owned() };
+        let open = parse(file, &|_| None).unwrap().0;
+        let table = |schema: &str| Table {
+            name: TableName { schema: schema.to_owned(), name: "items".to_owned() },
+            primary_key: vec!["id".to_owned()],
+        };
+        let matched = open.with_tables(&[table("a"), table("b")]);
+        let numbers = |config: &Config, rules: &[&str]| {
+            let order = request(rules, VERIFY, None).order(config, Reports::channel().0);
+            order.map(|order| order.rules).map_err(|error| error.to_string())
+        };
+        assert_eq!(numbers(&matched, &["item"]), Ok(vec![1, 2]));
+        assert_eq!(numbers(&matched, &["item[b.items]"]), Ok(vec![2]));
+        assert_eq!(numbers(&matched, &[]), Ok(vec![0, 1, 2]));
+        assert!(numbers(&open, &["item"]).unwrap_err().contains("no table matches"));
     }
 
     #[test]

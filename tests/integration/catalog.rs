@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use keepstep::catalog::{Catalog, Persistence, Published, TableKind, check_rules, load};
+use keepstep::catalog::{Catalog, Persistence, Published, TableKind, check_rules, load, with_tables};
 use keepstep::config::diagnostic::{Diagnostic, render};
 use keepstep::config::{Config, RulesFile, TableName, parse};
 use keepstep::decode::pgoutput;
@@ -299,6 +299,29 @@ columns = ["id", "g", "gone"]
     stage.execute("drop publication keepstep").await;
     let none = render(&checked(&stage, &config).await, &config.file, false);
     insta::assert_snapshot!("publications", [root, none].join("\n"));
+}
+
+#[tokio::test]
+async fn a_table_of_a_pattern_that_does_not_fit_is_a_warning_unless_none_fits() {
+    let stage = Stage::set();
+    let tables = ["a", "b", "c", "d"].map(|tenant| {
+        format!("create schema t_{tenant}; create table t_{tenant}.items (id int primary key, name text, other text);")
+    });
+    stage.execute(&tables.concat()).await;
+    stage.execute("create publication keepstep for table t_a.items, t_b.items, t_c.items").await;
+    stage.execute("alter table t_b.items drop column other; alter table t_c.items drop column other").await;
+    let said = async |columns: &str, key: &str| {
+        let rule = format!("table = \"t_*.items\"\nkey = \"{key}\"\nvalue = \"json\"\ncolumns = [{columns}]\n");
+        let none = "[rule.none]\ntable = \"public.items_*\"\ndelete = [\"items:{_table}\"]\n";
+        let config = with_tables(&stage.sql().await, &config(&format!("[rule.item]\n{rule}{none}"))).await.unwrap();
+        render(&checked(&stage, &config).await, &config.file, false)
+    };
+    let key = "{_schema}:{_pk}";
+    let some = said("\"id\", \"other\"", key).await;
+    let all = said("\"id\", \"nmae\"", key).await;
+    let colliding = said("\"id\"", "{_schema|md5}:{name?x}:{_tabel}:{id}").await;
+    let shared = said("\"id\"", "{_schema}:{name}").await;
+    insta::assert_snapshot!("patterns", [some, all, colliding, shared].join("\n~~~\n\n"));
 }
 
 /// The SQL of a remedy, behind `:  `; psql's `\gexec` is done by hand.

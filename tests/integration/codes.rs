@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use keepstep::catalog::{check_rules, load};
+use keepstep::catalog::{check_rules, load, with_tables};
 use keepstep::config::code::CODES;
 use keepstep::config::diagnostic::{Diagnostic, render};
 use keepstep::config::{RulesFile, TableName, parse};
@@ -30,6 +30,7 @@ async fn said(stage: &Stage, example: &str) -> (Vec<Diagnostic>, String) {
         Err(problems) => panic!("{}", render(&problems.diagnostics, &problems.file, false)),
     };
     let client = stage.sql().await;
+    let config = with_tables(&client, &config).await.unwrap();
     let tables: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     let tables: Vec<TableName> = tables.into_iter().collect();
     let catalog = load(&client, &config.postgres.publication, &tables).await.unwrap();

@@ -33,6 +33,7 @@ mod source;
 mod source_tls;
 mod steps;
 mod tags;
+mod tenants;
 mod tidy;
 mod told;
 mod tutorial;

@@ -91,6 +91,29 @@ async fn lists() {
 }
 
 #[tokio::test]
+async fn schemas() {
+    let (stage, _daemon) = cook("schemas", "insert into tenant_acme.documents values (7, 9, 'Plan')").await;
+    let document = "GET tenant_acme:document:7";
+    gives(&stage, document, r#"{"id":7,"folder_id":9,"title":"Plan"}"#).await;
+    fill(&stage, &["tenant_acme:folder:9", "tenant_acme:folder:10", "tenant_umbrella:folder:9"]).await;
+    stage.execute("update tenant_acme.documents set folder_id = 10").await;
+    gives(&stage, document, r#"{"id":7,"folder_id":10,"title":"Plan"}"#).await;
+    gives(&stage, "EXISTS tenant_acme:folder:9 tenant_acme:folder:10", "0").await;
+    gives(&stage, "EXISTS tenant_acme:pages", "1").await;
+    assert_eq!(answer(&stage, "EXISTS tenant_umbrella:folder:9 tenant_umbrella:pages").await, "1");
+
+    let added =
+        "create schema tenant_new; create table tenant_new.documents (like tenant_acme.documents including all);
+                 alter table tenant_new.documents replica identity full;
+                 insert into tenant_new.documents values (1, 1, 'First')";
+    stage.execute(added).await;
+    stage.keepstep(&["setup"]);
+    gives(&stage, "GET tenant_new:document:1", r#"{"id":1,"folder_id":1,"title":"First"}"#).await;
+    stage.execute("drop schema tenant_acme cascade").await;
+    gives(&stage, "EXISTS tenant_acme:document:7", "0").await;
+}
+
+#[tokio::test]
 async fn django() {
     let (stage, _daemon) =
         cook("django", "insert into shop_product values (7, 'Pen', 1.50, 3), (8, 'Ink', 5, 3)").await;
