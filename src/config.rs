@@ -245,7 +245,7 @@ pub struct AdminConfig {
 pub struct Rule {
     /// NAME, with the span of the table header's key.
     pub name: Spanned<String>,
-    /// `table = "schema.table"`, exact as in the catalog.
+    /// `table = "schema.table"`, exact as in the catalog; only inside of an [`OpenRule`] it may be a pattern.
     pub table: Spanned<TableName>,
     /// `on`: the operations that count. Default all.
     pub on: Operations,

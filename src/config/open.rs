@@ -8,7 +8,7 @@
 use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::rule::fingerprint;
-use super::{Config, Rule, Settled, Spanned, TableName, Value};
+use super::{Config, Rule, Settled, Spanned, TableName, Value, WriteAction};
 use crate::rules::template::{self, Part, Placeholder, Template};
 
 /// Stands for any text in a table's name.
@@ -189,17 +189,47 @@ fn of_table(placeholder: &Placeholder) -> bool {
     template::OF_TABLE.contains(&placeholder.name.as_str())
 }
 
-/// Every template of a rule, its vars among them.
+/// Every template of a rule, its vars among them. All fields are named, so that a new one is thought of here.
 fn templates(rule: &mut Rule) -> Vec<&mut Spanned<Template>> {
-    let Rule { vars, write, delete, settled, .. } = rule;
+    let Rule {
+        vars,
+        write,
+        delete,
+        settled,
+        name: _,
+        table: _,
+        on: _,
+        on_given: _,
+        names_are_given: _,
+        when: _,
+        redelete: _,
+        lookup: _,
+        refresh: _,
+        lists: _,
+        rows_max: _,
+        changed: _,
+        fingerprint: _,
+    } = rule;
     let Settled { delete_match, delete_tags, bump, stream, publish } = settled;
     let mut all: Vec<_> = vars.iter_mut().map(|(_, var)| var).collect();
     all.extend(delete.iter_mut().chain(delete_match).chain(delete_tags).chain(bump).chain(publish));
     all.extend(stream.as_mut().map(|stream| &mut stream.key));
     if let Some(write) = write {
-        all.push(&mut write.key);
-        all.extend(&mut write.tags);
-        match &mut write.value {
+        let WriteAction {
+            key,
+            value,
+            tags,
+            life: _,
+            present_only: _,
+            keep_on_delete: _,
+            owns: _,
+            warm: _,
+            every: _,
+            audit: _,
+        } = write;
+        all.push(key);
+        all.extend(tags);
+        match value {
             Value::Row(_) => {}
             Value::Text(text) => all.push(text),
             Value::Member { member, .. } => all.push(member),
