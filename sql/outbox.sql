@@ -60,7 +60,7 @@ CREATE TABLE IF NOT EXISTS state (
 COMMENT ON TABLE state IS 'keepstep: what writers and the daemon tell each other';
 
 CREATE TABLE IF NOT EXISTS tables (
-  shape      int      PRIMARY KEY GENERATED ALWAYS AS IDENTITY,
+  shape      int      PRIMARY KEY,
   relid      oid      NOT NULL,
   schema     text     NOT NULL,
   name       text     NOT NULL,
@@ -89,6 +89,7 @@ CREATE TABLE IF NOT EXISTS outbox (
 CREATE TABLE IF NOT EXISTS outbox_0 PARTITION OF outbox FOR VALUES IN (0) WITH (autovacuum_enabled = false);
 CREATE TABLE IF NOT EXISTS outbox_1 PARTITION OF outbox FOR VALUES IN (1) WITH (autovacuum_enabled = false);
 CREATE INDEX IF NOT EXISTS outbox_xid ON outbox (xid);
+CREATE SEQUENCE IF NOT EXISTS shape;
 CREATE SEQUENCE IF NOT EXISTS outbox_id;
 CREATE SEQUENCE IF NOT EXISTS gap;
 COMMENT ON TABLE outbox IS 'keepstep: what changed';
@@ -105,96 +106,111 @@ CREATE OR REPLACE VIEW gate AS
     OR nextval('gap') IS NULL);
 
 
--- Follows a table, or follows it as it is now: stores these columns (NULL is all) and those of its replica identity, from
--- triggers on it and on each of its partitions. Says whether anything had to be done. Its owner must call it.
+-- What is stored of a table: these of its columns (NULL is all) and those of its replica identity. `shape` is left open.
+CREATE OR REPLACE FUNCTION shape_of(followed regclass, wanted text[]) RETURNS tables
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $shape_of$
+  SELECT ROW(NULL, c.oid, n.nspname, c.relname, columns.name, columns.type, columns.typmod, columns.identity,
+             c.relreplident = 'f', true)::tables
+  FROM pg_class c
+  JOIN pg_namespace n ON n.oid = c.relnamespace
+  CROSS JOIN LATERAL (
+    SELECT array_agg(a.attname::text ORDER BY a.attnum) AS name, array_agg(a.atttypid ORDER BY a.attnum) AS type,
+           array_agg(a.atttypmod ORDER BY a.attnum) AS typmod,
+           coalesce(array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE c.relreplident = 'f' OR is_key), '{}') AS identity
+    FROM pg_attribute a
+    CROSS JOIN LATERAL (SELECT EXISTS (
+      SELECT FROM pg_index i
+      WHERE i.indrelid = a.attrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
+        AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL
+        AND (c.relreplident = 'd' AND i.indisprimary OR c.relreplident = 'i' AND i.indisreplident))) AS key(is_key)
+    WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
+      AND (wanted IS NULL OR a.attname = ANY (wanted) OR is_key)
+  ) AS columns
+  WHERE c.oid = followed
+$shape_of$;
+
+-- The name of the function that the triggers of a table call.
+CREATE OR REPLACE FUNCTION capture_name(followed oid) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT 'capture_' || followed $$;
+
+-- The triggers that a followed table has, and each of its partitions: what is written to a partition itself fires no trigger of
+-- the table's. TRUNCATE of a partition says nothing of the rest; keepstep sees it in the catalog.
+CREATE OR REPLACE FUNCTION triggers_of(followed regclass) RETURNS TABLE (relation regclass, name text, op text, tables text, is_there boolean)
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $triggers_of$
+  SELECT part.relid, wanted.name, kind.op, kind.tables,
+         EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+                 WHERE t.tgrelid = part.relid AND t.tgname = wanted.name AND t.tgenabled = 'A'
+                   AND p.proname = capture_name(followed) AND p.pronamespace = current_schema::regnamespace)
+  FROM (SELECT followed UNION SELECT relid FROM pg_partition_tree(followed)) AS part(relid)
+  CROSS JOIN (VALUES ('insert', 'REFERENCING NEW TABLE AS new_rows'),
+                     ('update', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
+                     ('delete', 'REFERENCING OLD TABLE AS old_rows'),
+                     ('truncate', '')) AS kind(op, tables)
+  CROSS JOIN LATERAL (SELECT format('%s_%s', current_schema, kind.op)) AS wanted(name)
+  WHERE kind.op <> 'truncate' OR part.relid = followed
+$triggers_of$;
+
+-- What `follow` would have to do for a table; no row where all is as it should be.
+CREATE OR REPLACE FUNCTION findings(followed regclass, wanted text[] DEFAULT NULL) RETURNS SETOF text
+LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $findings$
+DECLARE
+  had tables;
+  has tables := shape_of(followed, wanted);
+BEGIN
+  SELECT * INTO had FROM tables WHERE relid = followed AND is_present;
+  IF NOT FOUND THEN
+    RETURN NEXT 'it is not followed';
+    RETURN;
+  END IF;
+  has.shape := had.shape;
+  IF had IS DISTINCT FROM has THEN
+    RETURN NEXT 'its name, its columns, its replica identity or what is wanted of it is no longer what it was';
+  ELSIF NOT EXISTS (SELECT FROM pg_proc WHERE proname = capture_name(followed) AND pronamespace = current_schema::regnamespace
+                      AND prosrc = capture_body(has)) THEN
+    RETURN NEXT 'the function of its triggers is not the one of this version';
+  END IF;
+  RETURN QUERY SELECT format('trigger %I on %s is missing or not enabled', t.name, t.relation)
+    FROM triggers_of(followed) AS t WHERE NOT t.is_there;
+END
+$findings$;
+
+-- Follows a table, or follows it as it is now. Says whether anything had to be done. The table's owner must call it.
 -- What it costs: SHARE ROW EXCLUSIVE on the table, which waits for writers under way and lets no new ones in meanwhile.
 CREATE OR REPLACE FUNCTION follow(followed regclass, wanted text[] DEFAULT NULL) RETURNS boolean
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $follow$
 DECLARE
-  now_has tables%ROWTYPE;
-  had tables%ROWTYPE;
-  function_name text := format('capture_%s', followed::oid);
-  body text;
+  had tables;
+  has tables;
   settings text;
-  part record;
-  done boolean := false;
+  missing record;
 BEGIN
-  SELECT c.oid, n.nspname, c.relname, c.relreplident = 'f'
-    INTO now_has.relid, now_has.schema, now_has.name, now_has.is_full
-    FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = followed;
-  SELECT array_agg(a.attname::text ORDER BY a.attnum), array_agg(a.atttypid ORDER BY a.attnum),
-         array_agg(a.atttypmod ORDER BY a.attnum),
-         coalesce(array_agg(a.attname::text ORDER BY a.attnum) FILTER (WHERE now_has.is_full OR is_key), '{}')
-    INTO now_has.columns, now_has.types, now_has.typmods, now_has.identity
-    FROM pg_attribute a
-    CROSS JOIN LATERAL (SELECT EXISTS (
-      SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid
-      WHERE i.indrelid = a.attrelid AND a.attnum = ANY ((i.indkey::int2[])[0:i.indnkeyatts - 1])
-        AND i.indisunique AND i.indisvalid AND i.indimmediate AND i.indpred IS NULL
-        AND (c.relreplident = 'd' AND i.indisprimary OR c.relreplident = 'i' AND i.indisreplident))) AS k(is_key)
-    WHERE a.attrelid = followed AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
-      AND (wanted IS NULL OR a.attname = ANY (wanted) OR is_key);
-
+  IF NOT EXISTS (SELECT FROM findings(followed, wanted)) THEN
+    RETURN false;
+  END IF;
+  -- Nobody writes in between: a row has the shape that its function says.
+  EXECUTE format('LOCK TABLE %s IN SHARE ROW EXCLUSIVE MODE', followed);
+  has := shape_of(followed, wanted);
   SELECT * INTO had FROM tables WHERE relid = followed AND is_present;
-  IF had IS NULL OR (had.schema, had.name, had.columns, had.types, had.typmods, had.identity, had.is_full)
-     IS DISTINCT FROM (now_has.schema, now_has.name, now_has.columns, now_has.types, now_has.typmods, now_has.identity, now_has.is_full)
-  THEN
+  has.shape := had.shape;
+  IF had IS DISTINCT FROM has THEN
     UPDATE tables SET is_present = false WHERE relid = followed AND is_present;
-    INSERT INTO tables (relid, schema, name, columns, types, typmods, identity, is_full)
-      VALUES (now_has.relid, now_has.schema, now_has.name, now_has.columns, now_has.types, now_has.typmods,
-              now_has.identity, now_has.is_full)
-      RETURNING shape INTO now_has.shape;
-    done := true;
-  ELSE
-    now_has.shape := had.shape;
+    has.shape := nextval('shape');
+    INSERT INTO tables SELECT has.*;
   END IF;
-
-  body := capture_body(now_has);
   SELECT string_agg(format(' SET %s = %s', setting.name, setting.value), '') INTO settings
-    FROM settings_of(now_has.types) AS setting;
-  IF NOT EXISTS (SELECT FROM pg_proc WHERE proname = function_name AND pronamespace = current_schema::regnamespace
-                   AND prosrc = body) THEN
-    EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER '
-                   'SET search_path = %I, pg_temp%s AS %L', function_name, current_schema, settings, body);
-    done := true;
-  END IF;
-
-  FOR part IN
-    SELECT relid, relid = followed AS is_root FROM (SELECT followed::oid UNION SELECT relid::oid FROM pg_partition_tree(followed)) AS tree(relid)
-  LOOP
-    done := add_triggers(part.relid, function_name, part.is_root) OR done;
+    FROM settings_of(has.types) AS setting;
+  EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %I, pg_temp%s AS %L',
+                 capture_name(followed), current_schema, settings, capture_body(has));
+  EXECUTE format('REVOKE ALL ON FUNCTION %I() FROM PUBLIC', capture_name(followed));
+  FOR missing IN SELECT * FROM triggers_of(followed) WHERE NOT is_there LOOP
+    EXECUTE format('CREATE OR REPLACE TRIGGER %I AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION %I()',
+                   missing.name, missing.op, missing.relation, missing.tables, capture_name(followed));
+    -- Also for sessions that replicate from elsewhere.
+    EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', missing.relation, missing.name);
   END LOOP;
-  RETURN done;
+  RETURN true;
 END
 $follow$;
-
--- The triggers of one table or partition, where they are missing or not as they should be.
-CREATE OR REPLACE FUNCTION add_triggers(relation regclass, function_name text, is_root boolean) RETURNS boolean
-LANGUAGE plpgsql SET search_path FROM CURRENT AS $add$
-DECLARE
-  kind record;
-  done boolean := false;
-BEGIN
-  FOR kind IN
-    SELECT format('%s_%s', left(current_schema, 50), op) AS name, op, tables
-    FROM (VALUES ('insert', 'REFERENCING NEW TABLE AS new_rows'),
-                 ('update', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
-                 ('delete', 'REFERENCING OLD TABLE AS old_rows'),
-                 ('truncate', '')) AS kinds(op, tables)
-    WHERE op <> 'truncate' OR is_root
-  LOOP
-    CONTINUE WHEN EXISTS (
-      SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-      WHERE t.tgrelid = relation AND t.tgname = kind.name AND t.tgenabled = 'A'
-        AND p.proname = function_name AND p.pronamespace = current_schema::regnamespace);
-    EXECUTE format('CREATE OR REPLACE TRIGGER %I AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION %I()',
-                   kind.name, kind.op, relation, kind.tables, function_name);
-    EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', relation, kind.name);
-    done := true;
-  END LOOP;
-  RETURN done;
-END
-$add$;
 
 -- The settings that the text of such values depends on.
 CREATE OR REPLACE FUNCTION settings_of(types oid[]) RETURNS TABLE (name text, value text)
@@ -280,20 +296,19 @@ END
 $body$;
 
 -- Follows a table no longer. Rows that are there stay.
-CREATE OR REPLACE FUNCTION forget(followed oid) RETURNS boolean
+CREATE OR REPLACE FUNCTION forget(followed oid) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $forget$
 DECLARE
-  trigger record;
+  found record;
 BEGIN
-  FOR trigger IN
-    SELECT t.tgname, t.tgrelid::regclass AS relation FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-    WHERE p.proname = format('capture_%s', followed) AND p.pronamespace = current_schema::regnamespace
+  FOR found IN
+    SELECT t.tgname AS name, t.tgrelid::regclass AS relation FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
+    WHERE p.proname = capture_name(followed) AND p.pronamespace = current_schema::regnamespace
   LOOP
-    EXECUTE format('DROP TRIGGER %I ON %s', trigger.tgname, trigger.relation);
+    EXECUTE format('DROP TRIGGER %I ON %s', found.name, found.relation);
   END LOOP;
-  EXECUTE format('DROP FUNCTION IF EXISTS %I()', format('capture_%s', followed));
+  EXECUTE format('DROP FUNCTION IF EXISTS %I()', capture_name(followed));
   UPDATE tables SET is_present = false WHERE relid = followed AND is_present;
-  RETURN FOUND;
 END
 $forget$;
 
@@ -342,12 +357,12 @@ BEGIN
   EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema, role);
   EXECUTE format('GRANT SELECT ON outbox, tables, state, gap TO %I', role);
   EXECUTE format('GRANT UPDATE (confirmed_lsn, asleep) ON state TO %I', role);
-  EXECUTE format('GRANT EXECUTE ON FUNCTION rotate(pg_snapshot), emit(text, text) TO %I', role);
+  EXECUTE format('GRANT EXECUTE ON FUNCTION rotate(pg_snapshot), emit(text, text), findings(regclass, text[]), '
+                 'shape_of(regclass, text[]), triggers_of(regclass), capture_name(oid), capture_body(tables) TO %I', role);
 END
 $admit$;
 
-REVOKE ALL ON FUNCTION follow(regclass, text[]), add_triggers(regclass, text, boolean), forget(oid), admit(text),
-  rotate(pg_snapshot), emit(text, text) FROM PUBLIC;
+REVOKE ALL ON ALL FUNCTIONS IN SCHEMA :"schema" FROM PUBLIC;
 SELECT admit(:'role') WHERE :'role' <> '';
 
 COMMIT;
