@@ -8,10 +8,10 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio_postgres::Client;
 
-use crate::config::{Config, TableName};
+use crate::config::{Config, OnFull, Outbox, Source, TableName};
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
-use crate::source::provision::{Executor, Plan, Wanted, execute, plan_setup, plan_teardown};
+use crate::source::provision::{Executor, Plan, Wanted, execute, outbox, plan_setup, plan_teardown};
 
 use super::{block_on, load, report};
 
@@ -44,7 +44,11 @@ pub(super) fn setup(config: &Path, arguments: &SetupArguments) -> Result<ExitCod
     block_on(async {
         let client = connect(&config).await?;
         let executor = if arguments.print { Executor::Dba } else { Executor::Role };
-        match plan_setup(&client, &wanted(&config, arguments.failover), executor).await {
+        let plan = match &config.postgres.source {
+            Source::Replication => plan_setup(&client, &wanted(&config, arguments.failover), executor).await,
+            Source::Outbox(settings) => outbox::plan_setup(&client, &wanted_outbox(&config, settings), executor).await,
+        };
+        match plan {
             Ok(plan) => carry_out(&client, &plan, arguments.print).await,
             Err(errors) => Ok(report_all(errors)),
         }
@@ -55,7 +59,10 @@ pub(super) fn teardown(config: &Path, arguments: &TeardownArguments) -> Result<E
     let config = load(config)?;
     block_on(async {
         let client = connect(&config).await?;
-        let plan = plan_teardown(&client, &wanted(&config, false)).await?;
+        let plan = match &config.postgres.source {
+            Source::Replication => plan_teardown(&client, &wanted(&config, false)).await?,
+            Source::Outbox(settings) => outbox::plan_teardown(&client, &wanted_outbox(&config, settings)).await?,
+        };
         carry_out(&client, &plan, arguments.print).await
     })?
 }
@@ -65,11 +72,24 @@ async fn connect(config: &Config) -> Result<Client> {
     Ok(client::connect(&info, STATEMENT_TIMEOUT).await?)
 }
 
-/// What the rules need.
-pub(super) fn wanted(config: &Config, failover: bool) -> Wanted {
+/// What the rules follow, each table once.
+fn tables(config: &Config) -> Vec<TableName> {
     let mut tables: Vec<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     tables.sort();
     tables.dedup();
+    tables
+}
+
+/// What the rules need of an outbox.
+pub(super) fn wanted_outbox(config: &Config, settings: &Outbox) -> outbox::Wanted {
+    let tables = tables(config).into_iter().map(|table| outbox::Followed { table, columns: None });
+    let limit = (settings.on_full == OnFull::Gap).then_some(config.postgres.max_retained);
+    outbox::Wanted { schema: config.postgres.slot.clone(), tables: tables.collect(), limit }
+}
+
+/// What the rules need.
+pub(super) fn wanted(config: &Config, failover: bool) -> Wanted {
+    let tables = tables(config);
     let (slot, publication) = (config.postgres.slot.clone(), config.postgres.publication.clone());
     Wanted { slot, publication, tables, failover }
 }

@@ -10,9 +10,12 @@ use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::mistake::Mistake;
 use super::section::Section;
-use super::{AdminConfig, MessageCommands, OnGap, PostgresConfig, RedisConfig, Secret, Spanned, quantity};
+use super::{
+    AdminConfig, MessageCommands, OnFull, OnGap, Outbox, PostgresConfig, RedisConfig, Secret, Source, Spanned, quantity,
+};
 
 const REPLAY_WINDOW: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const HEARTBEAT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_RETAINED_BYTES: u64 = 8 << 30;
