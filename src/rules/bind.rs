@@ -407,7 +407,7 @@ impl Scope<'_> {
                 (Some(hidden), Some(facts)) => BindProblem::HiddenColumn {
                     span,
                     column: hidden.clone(),
-                    publication: facts.publication.clone(),
+                    carrier: facts.carrier.clone(),
                     published: columns,
                     row_filter: facts.row_filter.clone(),
                 },
@@ -715,7 +715,7 @@ impl Scope<'_> {
         let hidden = self.facts.map(TableFacts::hidden_identity).unwrap_or_default();
         if let (Some(facts), false) = (self.facts, hidden.is_empty()) {
             let generated = facts.hidden.iter().any(|column| column.generated && hidden.contains(&column.name));
-            let publication = facts.publication.clone();
+            let publication = facts.carrier.name().to_owned();
             problems.push(BindProblem::HiddenIdentity { columns: hidden, generated, publication });
         } else if !self.has_identity() {
             problems

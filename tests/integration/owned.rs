@@ -216,6 +216,8 @@ fn checkpoint(end: u64, rules: &RuleSet) -> Checkpoint {
         owing: BTreeMap::new(),
         released: Position::default(),
         progress: None,
+        drains: Vec::new(),
+        gap: None,
     }
 }
 

@@ -34,8 +34,10 @@ impl Stage {
     /// `settings` are lines of `postgresql.conf`, `arguments` stand on the command line of Redis.
     pub(crate) fn set_with(settings: &str, arguments: &[&str]) -> Self {
         let templates = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        // Nothing of logical decoding is left there.
+        let settings = if reads_outbox() { format!("wal_level = replica\n{settings}") } else { settings.to_owned() };
         Stage {
-            postgres: Postgres::start_copy(templates, settings).unwrap(),
+            postgres: Postgres::start_copy(templates, &settings).unwrap(),
             redis: RedisServer::start(arguments).unwrap(),
             admin: free_port().unwrap(),
             folder: tempfile::tempdir().unwrap(),
@@ -56,8 +58,9 @@ impl Stage {
     pub(crate) fn rules_between(&self, postgres: &str, redis: &str, rules: &str) -> PathBuf {
         let path = self.folder().join("keepstep.toml");
         let (prefix, admin) = (Self::PREFIX, self.admin);
+        let source = if reads_outbox() { "source = \"outbox\"\n" } else { "" };
         let servers = format!(
-            "[postgres]\nurl = \"{postgres}\"\n\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n\n\
+            "[postgres]\nurl = \"{postgres}\"\n{source}\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n\n\
              [admin]\nlisten = \"127.0.0.1:{admin}\"\n\n"
         );
         fs::write(&path, servers + rules).unwrap();
@@ -127,6 +130,11 @@ impl Stage {
     pub(crate) async fn put(&self, key: &str, value: &str) {
         self.cache().await.set::<_, _, ()>(format!("{}{key}", Self::PREFIX), value).await.unwrap();
     }
+}
+
+/// Whether the suite is run for the outbox: with `KEEPSTEP_TEST_SOURCE=outbox` each rules file of a [`Stage`] has that source.
+pub(crate) fn reads_outbox() -> bool {
+    std::env::var_os("KEEPSTEP_TEST_SOURCE").is_some_and(|source| source == "outbox")
 }
 
 /// A new connection to a Redis server.

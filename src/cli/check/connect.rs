@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio_postgres::Client;
 
 use crate::cache::inspect;
-use crate::catalog::{self, Checked};
+use crate::catalog::{self, Carrier, Checked};
 use crate::config::diagnostic::Severity;
 use crate::config::{Config, Rule, TableName, Value};
 use crate::decode::types::Types;
@@ -131,7 +131,7 @@ async fn ask_postgres(config: &Config, answers: &mut Vec<Answer>) -> Result<Chec
     answers.extend(slot_answer(config, &client).await?);
     let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     let names: Vec<TableName> = names.into_iter().collect();
-    let catalog = catalog::load(&client, &config.postgres.publication, &names).await?;
+    let catalog = catalog::load(&client, &Carrier::of(&config.postgres), &names).await?;
     let types = Types::load(&client, &catalog.type_oids()).await?;
     let mut checked = catalog::check_rules(config, &catalog, &types);
     let queries = check_queries(&client, config, &checked).await?;
