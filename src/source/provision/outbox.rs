@@ -82,7 +82,7 @@ pub async fn plan_setup(client: &Client, wanted: &Wanted, executor: Executor) ->
 
 /// The script without what is psql's, for this schema and this role, which may be none.
 fn script(schema: &str, role: &str) -> String {
-    let sql = SCRIPT.lines().filter(|line| !line.starts_with('\\')).collect::<Vec<_>>().join("\n");
+    let sql = SCRIPT.lines().filter(|line| !line.trim_start().starts_with('\\')).collect::<Vec<_>>().join("\n");
     sql.replace(":\"schema\"", &identifier(schema)).replace(":'schema'", &literal(schema)).replace(":'role'", &literal(role))
 }
 
