@@ -496,7 +496,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Whoever comes to owe anew is read from the beginning.
         self.reads.progress.take_if(|progress| progress.rules.iter().any(|rule| self.debts.is_new(rule)));
         let progress = self.reads.progress.clone();
-        let drains = self.source.drains(low);
+        // A restart begins at the lower of the two.
+        let drains = self.source.drains(low.min(good.lsn));
         Checkpoint { applied, low, good, written_us, owing, progress, drains, ..self.checkpoint.clone() }
     }
 

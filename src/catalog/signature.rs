@@ -112,7 +112,7 @@ with recursive wanted as (
     from whole w
     join pg_catalog.pg_class c on c.oid = w.oid and c.relispartition
     join pg_catalog.pg_inherits i on i.inhrelid = w.oid
-), publication as ({publication}
+), publication(oid, pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot) as ({publication}
 ), published(root, publication, entry, contents) as ({published}
 ), fact(root, line) as (
   select p.root, pg_catalog.concat_ws(' ', 'part', c.oid, c.relfilenode, c.relkind, c.relpersistence, c.relreplident)

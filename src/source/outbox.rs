@@ -121,10 +121,13 @@ impl Outbox {
         let room = Arc::new(Semaphore::new(DRAINS_MAX));
         let drainer = drainer::Drainer::open(setting, owns, sender, heard, Arc::clone(&room)).await?;
         let (before, again): (Vec<&Drain>, Vec<&Drain>) = drains.iter().partition(|drain| drain.lsn <= from);
-        let base = match (before.last(), owns) {
-            (Some(base), _) => Drain::clone(base),
-            (None, true) => Drain { lsn: from, snapshot: Snapshot::of_nothing() },
-            (None, false) => drainer.now().await?,
+        let base = match (before.last(), again.is_empty(), owns) {
+            (Some(base), ..) => Drain::clone(base),
+            (None, true, true) => Drain { lsn: from, snapshot: Snapshot::of_nothing() },
+            (None, true, false) => drainer.now().await?,
+            (None, false, _) => {
+                return Err(Error::new(ErrorKind::Protocol, "the checkpoint does not say what came before its drains"));
+            }
         };
         let again: Vec<Drain> = again.into_iter().cloned().collect();
         let task = tokio::spawn(drainer.run(base.clone(), again));
@@ -150,7 +153,7 @@ impl Outbox {
             handed.bytes = next;
             return Some(Frame::Data { wal_start: part.lsn, wal_end: part.lsn, body });
         }
-        let idle = part.frames.is_empty() && !std::mem::replace(&mut handed.idle, true);
+        let idle = part.is_idle && !std::mem::replace(&mut handed.idle, true);
         idle.then_some(Frame::Keepalive { wal_end: part.lsn, reply_requested: false })
     }
 

@@ -159,6 +159,7 @@ async fn entries_say_what_happened() {
     let stage = Stage::set();
     let rules = set(&stage).await;
     stage.execute("alter table rows replica identity full").await;
+    stage.follow();
     let _daemon = started(&stage, &rules).await;
     stage.execute("begin; insert into rows values (1, 'a \"b\"'); update rows set cat = null; commit").await;
     stage.execute("delete from rows; truncate rows").await;

@@ -58,9 +58,10 @@ impl Stage {
     pub(crate) fn rules_between(&self, postgres: &str, redis: &str, rules: &str) -> PathBuf {
         let path = self.folder().join("keepstep.toml");
         let (prefix, admin) = (Self::PREFIX, self.admin);
-        let source = if reads_outbox() { "source = \"outbox\"\n" } else { "" };
+        // Behind them the rules stand in the same lines.
+        let (source, nothing) = if reads_outbox() { ("source = \"outbox\"\n", "") } else { ("", "\n") };
         let servers = format!(
-            "[postgres]\nurl = \"{postgres}\"\n{source}\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n\n\
+            "[postgres]\nurl = \"{postgres}\"\n{source}\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n{nothing}\
              [admin]\nlisten = \"127.0.0.1:{admin}\"\n\n"
         );
         fs::write(&path, servers + rules).unwrap();
@@ -96,6 +97,32 @@ impl Stage {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "keepstep {arguments:?}: {}\n{said}", output.status);
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// After tables have changed: what triggers store is for setup to say. A publication has its own ways.
+    pub(crate) fn follow(&self) {
+        if reads_outbox() {
+            self.keepstep(&["setup"]);
+        }
+    }
+
+    /// What the daemon has acknowledged.
+    pub(crate) async fn confirmed(&self) -> String {
+        let query = match reads_outbox() {
+            true => "select confirmed_lsn::text from keepstep.state",
+            false => "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = 'keepstep'",
+        };
+        self.sql().await.query_one(query, &[]).await.unwrap().get(0)
+    }
+
+    /// The server process that keepstep's changes come from.
+    pub(crate) async fn sender(&self) -> Option<u32> {
+        let query = match reads_outbox() {
+            true => "select pid from pg_locks where locktype = 'advisory' and granted",
+            false => "select active_pid from pg_replication_slots where slot_name = 'keepstep'",
+        };
+        let row = self.sql().await.query_opt(query, &[]).await.unwrap()?;
+        row.get::<_, Option<i32>>(0).map(|pid| pid.try_into().unwrap())
     }
 
     /// A new connection to Postgres, so that it works after a restart too.

@@ -28,10 +28,10 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(300);
 /// How many rows are read at once; a drain with more is read through a cursor.
 const PAGE_ROWS: usize = 1000;
 /// How many of them at a time.
-const FETCH_ROWS: usize = 5000;
+const FETCH_ROWS: usize = 1000;
 /// How large a part may grow, but for its last row.
 const PART_BYTES: usize = 256 << 10;
-/// How long a cursor's snapshot is held while nobody takes what was read.
+/// How long it says nothing to the server, and a cursor's snapshot is held while nobody takes what was read; at most.
 const HOLD_LIMIT: Duration = Duration::from_secs(20);
 /// How long it stays awake behind the last row, and how often it looks meanwhile.
 const AWAKE: Duration = Duration::from_millis(50);
@@ -49,8 +49,9 @@ const UNACKNOWLEDGED_APART: Duration = Duration::from_millis(500);
 pub(super) struct Part {
     /// It begins.
     pub(super) drain: Option<Drain>,
-    /// Empty, where nothing has changed.
     pub(super) frames: Frames,
+    /// Nothing has changed up to here.
+    pub(super) is_idle: bool,
     /// Where this is.
     pub(super) lsn: Lsn,
 }
@@ -253,7 +254,7 @@ impl Drainer {
     /// Nothing was to be read up to here.
     async fn idle(&mut self, lsn: Lsn) -> Outcome<()> {
         if lsn > self.said {
-            self.say(Part { drain: None, frames: Frames::default(), lsn }).await?;
+            self.say(Part { drain: None, frames: Frames::default(), is_idle: true, lsn }).await?;
             self.said = lsn;
         }
         Ok(())
@@ -281,7 +282,7 @@ impl Drainer {
         if let Ok(room) = self.room.try_acquire() {
             room.forget();
         }
-        let part = Part { drain: Some(drain.clone()), frames: Frames::default(), lsn: drain.lsn };
+        let part = Part { drain: Some(drain.clone()), frames: Frames::default(), is_idle: false, lsn: drain.lsn };
         let mut progress = Progress { id: i64::MIN, xid: None, time, part };
         let mut taken = self.read_page(&drain, &mut progress).await?;
         loop {
@@ -349,7 +350,7 @@ impl Drainer {
     /// Encodes what comes, and hands it out part by part.
     async fn take(&mut self, rows: RowStream, drain: &Drain, progress: &mut Progress) -> Outcome<Taken> {
         let mut rows = pin!(rows);
-        let mut count = 0;
+        let (until, mut count) = (tokio::time::Instant::now() + self.beat, 0);
         while let Some(row) = rows.try_next().await.map_err(failed)? {
             let shape: Option<i32> = row.try_get(2).map_err(failed)?;
             if let Some(unknown) = shape.filter(|shape| !self.shapes.contains_key(shape)) {
@@ -361,10 +362,13 @@ impl Drainer {
                 continue;
             }
             // No snapshot is held, and no word withheld from the server, for as long as Redis is away.
-            match tokio::time::timeout(self.beat, self.parts.reserve()).await {
+            match tokio::time::timeout_at(until, self.parts.reserve()).await {
                 Ok(Ok(permit)) => permit.send(Ok(progress.next_part())),
                 Ok(Err(_)) => return Err(Stop::Asked),
                 Err(_) => return Ok(Taken::Held),
+            }
+            if tokio::time::Instant::now() >= until {
+                return Ok(Taken::Held);
             }
         }
         Ok(Taken::Rows(count))
@@ -526,7 +530,7 @@ impl Drainer {
 
 impl Progress {
     fn next_part(&mut self) -> Part {
-        let next = Part { drain: None, frames: Frames::default(), lsn: self.part.lsn };
+        let next = Part { drain: None, frames: Frames::default(), is_idle: false, lsn: self.part.lsn };
         std::mem::replace(&mut self.part, next)
     }
 }
