@@ -9,10 +9,14 @@
 -- may be run again; rows, and tables that are followed, stay.
 --
 -- THE INTERFACE
---   state     one row. `confirmed_lsn`: what was drained up to there is in the cache. `asleep`: whoever writes sends NOTIFY on
---             the channel of the schema's name. `part`: the half of the outbox that is written to.
+--   state     one row. `confirmed_lsn`: what was drained up to there is in the cache.
+--   gate      a sequence, because every writer reads it and nobody may wait for it: the sum of 1 while the second half of the
+--             outbox is written to, 2 while the daemon is asleep (whoever writes sends NOTIFY on the channel of the schema's
+--             name), 4 while the outbox is full (nothing is written). Set by sleep(), rotate() and reopen().
+--   gap       a sequence. Its value changes when the outbox becomes full: what was not written then is lost.
 --   tables    one row for each shape that a followed table had: its stored columns in order. `is_present` says whether it is
 --             the table's shape of now. Rows name the shape, so that an old row is read by the shape of its time.
+--   retyped   a view: places in shapes where the table now has another type than it had. What rows have there may be of either.
 --   outbox    the rows. Within one transaction, and for one row of a table, the order of `id` is the order of what happened.
 --             op    i  inserted: `new`
 --                   u  updated: `new`; `old` where the identity changed or all old columns are stored
@@ -23,14 +27,16 @@
 --                   DateStyle ISO, TimeZone UTC, IntervalStyle postgres, extra_float_digits 1, bytea_output hex. `new` has
 --                   the columns of `tables.columns`; `old` has those too where `tables.is_full`, else only those of
 --                   `tables.identity`, in that order. NULL is no image.
---             gone  NULL, or places in `tables.columns` (from 1 on) that the table no longer has, or has with another type:
---                   what `old` and `new` have in these places means nothing.
+--             gone  NULL, or places in `tables.columns` (from 1 on) that the table no longer has: what `old` and `new` have in
+--                   these places means nothing.
 --             doubt true: a trigger of the application's changed the same table in the course of this statement. Which came
 --                   last is not known here; the row has to be read from the table.
---   gap       a sequence. Its value changes when rows could not be written: what they said is lost.
 --
--- WHAT IT COSTS, each statement that writes to a followed table: one INSERT into `outbox` with an entry in one index, one read
--- of `state`; nothing is locked that others wait for. See README for measured figures.
+-- Not seen: a function that changes the same table, called from inside an UPDATE of it (`UPDATE t SET a = f()`). What a trigger
+-- changes is seen.
+--
+-- WHAT IT COSTS, each statement that writes to a followed table: one INSERT into the outbox with an entry in one index, and one
+-- read of `gate`; nothing is locked that others wait for. The first such statement of a session compiles the trigger's function.
 
 \set ON_ERROR_STOP on
 \if :{?schema}
@@ -53,8 +59,6 @@ CREATE TABLE IF NOT EXISTS state (
   made_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
   made_lsn      pg_lsn      NOT NULL DEFAULT pg_current_wal_insert_lsn(),
   confirmed_lsn pg_lsn      NOT NULL DEFAULT pg_current_wal_insert_lsn(),
-  part          smallint    NOT NULL DEFAULT 0,
-  asleep        boolean     NOT NULL DEFAULT false,
   size_limit    bigint      NOT NULL DEFAULT 0
 );
 COMMENT ON TABLE state IS 'keepstep: what writers and the daemon tell each other';
@@ -69,6 +73,7 @@ CREATE TABLE IF NOT EXISTS tables (
   typmods    int[]    NOT NULL,
   identity   text[]   NOT NULL,
   is_full    boolean  NOT NULL,
+  by_row     boolean  NOT NULL,
   is_present boolean  NOT NULL DEFAULT true
 );
 CREATE UNIQUE INDEX IF NOT EXISTS tables_present ON tables (relid) WHERE is_present;
@@ -92,25 +97,28 @@ CREATE INDEX IF NOT EXISTS outbox_xid ON outbox (xid);
 CREATE SEQUENCE IF NOT EXISTS shape;
 CREATE SEQUENCE IF NOT EXISTS outbox_id;
 CREATE SEQUENCE IF NOT EXISTS gap;
+CREATE SEQUENCE IF NOT EXISTS gate MINVALUE 0 START 0;
 COMMENT ON TABLE outbox IS 'keepstep: what changed';
 
 INSERT INTO state (version) VALUES (1) ON CONFLICT (one) DO UPDATE SET version = excluded.version;
 
--- What each writer asks: which half is written to. Wakes the daemon if it sleeps; gives no row, and marks the gap, where the
--- outbox is full.
-CREATE OR REPLACE VIEW gate AS
-  SELECT part, CASE WHEN asleep THEN pg_notify(:'schema', '')::text END AS woken
-  FROM state
-  WHERE one AND (size_limit = 0
-    OR pg_relation_size(CASE part WHEN 0 THEN 'outbox_0'::regclass ELSE 'outbox_1'::regclass END) < size_limit
-    OR nextval('gap') IS NULL);
+SELECT setval('gate', 0) WHERE NOT EXISTS (SELECT FROM gate WHERE is_called);
 
+CREATE OR REPLACE VIEW retyped AS
+  SELECT t.shape, c.place::smallint AS place
+  FROM tables t CROSS JOIN unnest(t.columns, t.types) WITH ORDINALITY AS c(name, type, place)
+  JOIN pg_attribute a ON a.attrelid = t.relid AND a.attname = c.name AND NOT a.attisdropped AND a.atttypid <> c.type;
+
+-- Whether a column of a followed table is missing: what stands in its place is then of the type `state`. Both are evaluated when a
+-- statement is planned, and cost nothing when it runs.
+CREATE OR REPLACE FUNCTION gone(state) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT true';
+CREATE OR REPLACE FUNCTION gone(anyelement) RETURNS boolean LANGUAGE sql IMMUTABLE AS 'SELECT false';
 
 -- What is stored of a table: these of its columns (NULL is all) and those of its replica identity. `shape` is left open.
 CREATE OR REPLACE FUNCTION shape_of(followed regclass, wanted text[]) RETURNS tables
 LANGUAGE sql STABLE SET search_path FROM CURRENT AS $shape_of$
   SELECT ROW(NULL, c.oid, n.nspname, c.relname, columns.name, columns.type, columns.typmod, columns.identity,
-             c.relreplident = 'f', true)::tables
+             c.relreplident = 'f', rows.are_needed, true)::tables
   FROM pg_class c
   JOIN pg_namespace n ON n.oid = c.relnamespace
   CROSS JOIN LATERAL (
@@ -126,6 +134,13 @@ LANGUAGE sql STABLE SET search_path FROM CURRENT AS $shape_of$
     WHERE a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped AND a.attgenerated = ''
       AND (wanted IS NULL OR a.attname = ANY (wanted) OR is_key)
   ) AS columns
+  -- A change is told by statement, and by row where a statement does not say enough: with inheritance a parent's statement changes
+  -- rows of its children too; and where foreign keys of one table both delete its rows and change them, Postgres tells of
+  -- several statements as if they were one.
+  CROSS JOIN LATERAL (SELECT
+    c.relkind = 'r' AND NOT c.relispartition AND EXISTS (SELECT FROM pg_inherits WHERE c.oid IN (inhrelid, inhparent))
+    OR (SELECT bool_or(confdeltype = 'c') AND bool_or(confdeltype IN ('n', 'd') OR confupdtype IN ('c', 'n', 'd'))
+        FROM pg_constraint WHERE conrelid = c.oid AND contype = 'f') IS TRUE) AS rows(are_needed)
   WHERE c.oid = followed
 $shape_of$;
 
@@ -133,19 +148,23 @@ $shape_of$;
 CREATE OR REPLACE FUNCTION capture_name(followed oid) RETURNS text
 LANGUAGE sql IMMUTABLE AS $$ SELECT 'capture_' || followed $$;
 
--- The triggers that a followed table has, and each of its partitions: what is written to a partition itself fires no trigger of
--- the table's. TRUNCATE of a partition says nothing of the rest; keepstep sees it in the catalog.
-CREATE OR REPLACE FUNCTION triggers_of(followed regclass) RETURNS TABLE (relation regclass, name text, op text, tables text, is_there boolean)
+-- The triggers that a followed table has, and each of its partitions: what is written to a partition itself fires no statement
+-- trigger of the table's. TRUNCATE of a partition says nothing of the rest; keepstep sees it in the catalog.
+CREATE OR REPLACE FUNCTION triggers_of(followed regclass, by_row boolean)
+RETURNS TABLE (relation regclass, name text, clause text, is_there boolean)
 LANGUAGE sql STABLE SET search_path FROM CURRENT AS $triggers_of$
-  SELECT part.relid, wanted.name, kind.op, kind.tables,
+  SELECT part.relid, wanted.name,
+         format('AFTER %s ON %s %s', kind.op, part.relid, CASE WHEN triggers_of.by_row THEN kind.by_row ELSE kind.by_statement END),
          EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
                  WHERE t.tgrelid = part.relid AND t.tgname = wanted.name AND t.tgenabled = 'A'
+                   AND (t.tgtype & 1 = 1) = (triggers_of.by_row AND kind.op <> 'truncate')
                    AND p.proname = capture_name(followed) AND p.pronamespace = current_schema::regnamespace)
-  FROM (SELECT followed UNION SELECT relid FROM pg_partition_tree(followed)) AS part(relid)
-  CROSS JOIN (VALUES ('insert', 'REFERENCING NEW TABLE AS new_rows'),
-                     ('update', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows'),
-                     ('delete', 'REFERENCING OLD TABLE AS old_rows'),
-                     ('truncate', '')) AS kind(op, tables)
+  FROM (SELECT followed UNION SELECT relid FROM pg_partition_tree(followed) WHERE NOT triggers_of.by_row) AS part(relid)
+  CROSS JOIN (VALUES
+    ('insert', 'FOR EACH ROW', 'REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT'),
+    ('update', 'FOR EACH ROW', 'REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows FOR EACH STATEMENT'),
+    ('delete', 'FOR EACH ROW', 'REFERENCING OLD TABLE AS old_rows FOR EACH STATEMENT'),
+    ('truncate', 'FOR EACH STATEMENT', 'FOR EACH STATEMENT')) AS kind(op, by_row, by_statement)
   CROSS JOIN LATERAL (SELECT format('%s_%s', current_schema, kind.op)) AS wanted(name)
   WHERE kind.op <> 'truncate' OR part.relid = followed
 $triggers_of$;
@@ -170,7 +189,7 @@ BEGIN
     RETURN NEXT 'the function of its triggers is not the one of this version';
   END IF;
   RETURN QUERY SELECT format('trigger %I on %s is missing or not enabled', t.name, t.relation)
-    FROM triggers_of(followed) AS t WHERE NOT t.is_there;
+    FROM triggers_of(followed, has.by_row) AS t WHERE NOT t.is_there;
 END
 $findings$;
 
@@ -181,7 +200,6 @@ LANGUAGE plpgsql SET search_path FROM CURRENT AS $follow$
 DECLARE
   had tables;
   has tables;
-  settings text;
   missing record;
 BEGIN
   IF NOT EXISTS (SELECT FROM findings(followed, wanted)) THEN
@@ -197,14 +215,13 @@ BEGIN
     has.shape := nextval('shape');
     INSERT INTO tables SELECT has.*;
   END IF;
-  SELECT string_agg(format(' SET %s = %s', setting.name, setting.value), '') INTO settings
-    FROM settings_of(has.types) AS setting;
-  EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER SET search_path = %I, pg_temp%s AS %L',
-                 capture_name(followed), current_schema, settings, capture_body(has));
+  -- Its body names the schema of all that it uses, of operators too. A search_path fixed by SET would be as safe, and cost each
+  -- statement three times as much as reading `gate` does.
+  EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS %L',
+                 capture_name(followed), capture_body(has));
   EXECUTE format('REVOKE ALL ON FUNCTION %I() FROM PUBLIC', capture_name(followed));
-  FOR missing IN SELECT * FROM triggers_of(followed) WHERE NOT is_there LOOP
-    EXECUTE format('CREATE OR REPLACE TRIGGER %I AFTER %s ON %s %s FOR EACH STATEMENT EXECUTE FUNCTION %I()',
-                   missing.name, missing.op, missing.relation, missing.tables, capture_name(followed));
+  FOR missing IN SELECT * FROM triggers_of(followed, has.by_row) WHERE NOT is_there LOOP
+    EXECUTE format('CREATE OR REPLACE TRIGGER %I %s EXECUTE FUNCTION %I()', missing.name, missing.clause, capture_name(followed));
     -- Also for sessions that replicate from elsewhere.
     EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', missing.relation, missing.name);
   END LOOP;
@@ -212,8 +229,8 @@ BEGIN
 END
 $follow$;
 
--- The settings that the text of such values depends on.
-CREATE OR REPLACE FUNCTION settings_of(types oid[]) RETURNS TABLE (name text, value text)
+-- The settings that the text of such values depends on: name, value, and how a session's own is told from it.
+CREATE OR REPLACE FUNCTION settings_of(types oid[]) RETURNS TABLE (name text, value text, differs text)
 LANGUAGE sql STABLE SET search_path FROM CURRENT AS $settings$
   WITH RECURSIVE part(oid) AS (
     SELECT unnest(types)
@@ -226,74 +243,152 @@ LANGUAGE sql STABLE SET search_path FROM CURRENT AS $settings$
     ) AS inner_types(inner_type)
     WHERE inner_type <> 0
   )
-  SELECT setting, wanted FROM (VALUES
-    ('DateStyle', 'ISO', '{date,timestamp,timestamptz}'::regtype[]),
-    ('TimeZone', 'UTC', '{timestamptz}'),
-    ('IntervalStyle', 'postgres', '{interval}'),
-    ('extra_float_digits', '1', '{float4,float8,point,lseg,path,box,polygon,line,circle}'),
-    ('bytea_output', 'hex', '{bytea}')) AS known(setting, wanted, dependent)
-  WHERE EXISTS (SELECT FROM part WHERE oid = ANY (dependent)
+  SELECT known.name, known.value, known.differs FROM (VALUES
+    ('DateStyle', 'ISO', 'OPERATOR(pg_catalog.!~~) ''ISO%''', '{date,timestamp,timestamptz}'::regtype[]),
+    ('TimeZone', 'UTC', 'OPERATOR(pg_catalog.<>) ''UTC''', '{timestamptz}'),
+    ('IntervalStyle', 'postgres', 'OPERATOR(pg_catalog.<>) ''postgres''', '{interval}'),
+    ('extra_float_digits', '1', 'OPERATOR(pg_catalog.<>) ''1''', '{float4,float8,point,lseg,path,box,polygon,line,circle}'),
+    ('bytea_output', 'hex', 'OPERATOR(pg_catalog.<>) ''hex''', '{bytea}')) AS known(name, value, differs, dependent)
+  WHERE EXISTS (SELECT FROM part WHERE part.oid = ANY (dependent)
                 -- A type of an extension may contain anything.
                 OR EXISTS (SELECT FROM pg_type t WHERE t.oid = part.oid AND t.typtype = 'b' AND t.typelem = 0
-                           AND t.typnamespace <> 'pg_catalog'::regnamespace));
+                           AND t.typnamespace <> 'pg_catalog'::regnamespace))
 $settings$;
 
--- What the trigger function of a table does.
+-- SQL that writes rows to one half; `rest` is what comes behind the first five columns.
+CREATE OR REPLACE FUNCTION put(shape int, doubt text, half int, rest text) RETURNS text
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $put$
+  SELECT format('INSERT INTO %I.outbox_%s (id, xid, part, shape, doubt, op, old, new, gone)
+      SELECT pg_catalog.nextval(''%s''), pg_catalog.pg_current_xact_id(), %s, %s, %s, %s',
+                current_schema, half, 'outbox_id'::regclass::oid, half, shape, doubt, rest)
+$put$;
+
+-- The same for plpgsql and for the half whose turn it is: with a plan that is kept, or planned each time and given values.
+CREATE OR REPLACE FUNCTION step(shape int, rest text, given text DEFAULT NULL) RETURNS text
+LANGUAGE sql STABLE SET search_path FROM CURRENT AS $step$
+  SELECT format('IF gate OPERATOR(pg_catalog.&) 1 OPERATOR(pg_catalog.=) 0 THEN
+      %s;
+    ELSE
+      %s;
+    END IF;', string_agg(sql, '') FILTER (WHERE half = 0), string_agg(sql, '') FILTER (WHERE half = 1))
+  FROM (VALUES (0), (1)) AS halves(half)
+  CROSS JOIN LATERAL (SELECT CASE WHEN given IS NULL THEN put(shape, 'doubt', half, rest)
+                                  ELSE format('EXECUTE %L USING doubt, %s', put(shape, '$1', half, rest), given) END) AS s(sql)
+$step$;
+
+-- What the trigger function of a table does. Everything in it has its schema's name, see `follow`.
 CREATE OR REPLACE FUNCTION capture_body(shape tables) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $body$
 DECLARE
-  whole text := (SELECT string_agg(quote_ident(name), ', ') FROM unnest(shape.columns) AS name);
-  key   text := (SELECT string_agg(quote_ident(name), ', ') FROM unnest(shape.identity) AS name);
-  as_it_was text := (SELECT string_agg(format('pg_typeof(%I) = ''%s''::regtype', name, type), ' AND ')
-                     FROM unnest(shape.columns, shape.types) AS c(name, type));
-  gone text := (SELECT string_agg(format('CASE WHEN pg_typeof(%I) <> ''%s''::regtype THEN %s END', name, type, place), ', ')
-                FROM unnest(shape.columns, shape.types) WITH ORDINALITY AS c(name, type, place));
+  own    text := quote_ident(current_schema) || '.';
+  names  text := (SELECT string_agg(quote_ident(name), ', ') FROM unnest(shape.columns) AS name);
+  keys   text := CASE WHEN shape.is_full THEN names
+                      ELSE (SELECT string_agg(quote_ident(name), ', ') FROM unnest(shape.identity) AS name) END;
   -- A column that is no longer there is looked for one level further out, and found here: so nothing fails.
-  missing text := (SELECT string_agg(format('NULL::state AS %I', name), ', ') FROM unnest(shape.columns) AS name);
-  put text := format('INSERT INTO outbox (id, xid, part, shape, doubt, op, old, new, gone)
-    SELECT nextval(''outbox_id''), pg_current_xact_id(), gate.part, %s, $doubt$, ', shape.shape);
+  nulls  text := (SELECT string_agg(format('NULL::%sstate AS %I', own, name), ', ') FROM unnest(shape.columns) AS name);
+  gone   text := (SELECT format('CASE WHEN %s THEN pg_catalog.array_remove(ARRAY[%s], NULL) END',
+                                string_agg(format('%sgone(%I)', own, name), ' OR '),
+                                string_agg(format('CASE WHEN %sgone(%I) THEN %s::pg_catalog.int2 END', own, name, place), ', '))
+                  FROM unnest(shape.columns) WITH ORDINALITY AS c(name, place));
+  -- Rows as images, from one of the two tables of a statement's rows, or from the row itself.
+  image  text := format('(SELECT image.* FROM (SELECT %s) AS missing, LATERAL (
+          SELECT ROW(%s) AS key, ROW(%s)::pg_catalog.text AS whole, %s AS gone FROM ', nulls, keys, names, gone);
+  olds   text := image || CASE WHEN shape.by_row THEN '(SELECT ($2).*) AS r) AS image)' ELSE 'old_rows) AS image)' END;
+  news   text := image || CASE WHEN shape.by_row THEN '(SELECT ($3).*) AS r) AS image)' ELSE 'new_rows) AS image)' END;
+  -- The old key, if it is not the new one.
+  before text := CASE WHEN shape.is_full THEN 'o.key::pg_catalog.text'
+                      ELSE 'CASE WHEN o.key OPERATOR(pg_catalog.*<>) n.key THEN o.key::pg_catalog.text END' END;
+  inserted text := step(shape.shape, format($$'i', NULL, n.whole, n.gone FROM %s AS n$$, news),
+                        CASE WHEN shape.by_row THEN 'NULL::pg_catalog.text, NEW' END);
+  updated  text := step(shape.shape, format($$'u', %s, n.whole, n.gone FROM %s AS o, %s AS n$$, before, olds, news),
+                        CASE WHEN shape.by_row THEN 'OLD, NEW' END);
+  deleted  text := CASE WHEN shape.identity = '{}' THEN 'NULL;'
+                        ELSE step(shape.shape, format($$'d', o.key::pg_catalog.text, NULL, o.gone FROM %s AS o$$, olds),
+                                  CASE WHEN shape.by_row THEN 'OLD' END) END;
+  settings record;
 BEGIN
-  key := format('ROW(%s)::text', CASE WHEN shape.is_full THEN whole ELSE key END);
-  whole := format('ROW(%s)::text', whole);
-  gone := format('CASE WHEN %s THEN NULL ELSE array_remove(ARRAY[%s], NULL)::smallint[] END', as_it_was, gone);
-  missing := format('(SELECT %s) AS missing', missing);
-  put := replace(put, '$doubt$', 'depth < deepest');
-  RETURN format($text$
+  IF NOT shape.by_row THEN
+    -- Old and new rows come in the same order. Usually it is one of each, which Postgres knows of tables without partitions. A full
+    -- join, because none of its plans takes the square of the rows.
+    updated := format('IF pg_catalog.pg_stat_get_xact_tuples_updated(TG_RELID) OPERATOR(pg_catalog.=) 1
+       OR NOT EXISTS (SELECT FROM new_rows OFFSET 1) THEN
+    %s
+    ELSE
+    %s
+    END IF;', updated, step(shape.shape, format($$'u', pair.old, pair.whole, pair.gone FROM (
+        SELECT %s AS old, n.whole, n.gone
+        FROM (SELECT pg_catalog.row_number() OVER () AS place, o.* FROM %s AS o) AS o
+        FULL JOIN (SELECT pg_catalog.row_number() OVER () AS place, n.* FROM %s AS n) AS n ON o.place OPERATOR(pg_catalog.=) n.place
+        ORDER BY n.place) AS pair$$, before, olds, news)));
+  END IF;
+  IF EXISTS (SELECT FROM pg_partition_tree(shape.relid) WHERE NOT isleaf) THEN
+    -- A trigger can drop a row on its way to another partition. Then nothing says which rows belong together.
+    updated := format('IF (SELECT pg_catalog.count(*) FROM old_rows) OPERATOR(pg_catalog.<>) (SELECT pg_catalog.count(*) FROM new_rows) THEN
+    %s
+    %s
+    ELSE
+    %s
+    END IF;', deleted, inserted, updated);
+  END IF;
+  SELECT string_agg(format($$
+  had_%s pg_catalog.text := pg_catalog.current_setting(%L);$$, place, name), '') AS declared,
+         string_agg(format($$
+  IF had_%s %s THEN PERFORM pg_catalog.set_config(%L, %L, true); END IF;$$, place, differs, name, value), '') AS made,
+         string_agg(format($$
+  IF had_%s %s THEN PERFORM pg_catalog.set_config(%L, had_%s, true); END IF;$$, place, differs, name, place), '') AS restored
+    INTO settings
+    FROM settings_of(shape.types) WITH ORDINALITY AS s(name, value, differs, place);
+  RETURN format($$
 #variable_conflict use_column
 DECLARE
-  depth int := pg_trigger_depth();
-  deepest int := coalesce(nullif(current_setting('keepstep.depth_%1$s', true), '')::int, 1);
+  gate pg_catalog.int8 := pg_catalog.pg_sequence_last_value('%1$s');
+  depth pg_catalog.int4 := pg_catalog.pg_trigger_depth();
+  deepest pg_catalog.text := pg_catalog.current_setting('keepstep.depth_%2$s', true);
+  doubt pg_catalog.bool := coalesce(deepest OPERATOR(pg_catalog.<>) '' AND deepest::pg_catalog.int4 OPERATOR(pg_catalog.>) depth, false);
+  written pg_catalog.int8;%7$s
 BEGIN
-  IF depth > deepest THEN
-    PERFORM set_config('keepstep.depth_%1$s', depth::text, true);
-  END IF;
-  IF TG_OP = 'INSERT' THEN
-    %2$s'i', NULL, image.whole, image.gone
-    FROM gate, %3$s,
-         LATERAL (SELECT %4$s AS whole, %5$s AS gone FROM new_rows) AS image;
-  ELSIF TG_OP = 'UPDATE' THEN
-    %2$s'u', pair.old, pair.whole, pair.gone
-    FROM gate,
-         (SELECT CASE WHEN %7$s THEN before.key END AS old, after.whole, coalesce(after.gone, before.gone) AS gone
-          FROM (SELECT row_number() OVER () AS place, image.*
-                FROM %3$s, LATERAL (SELECT %6$s AS key, %5$s AS gone FROM old_rows) AS image) AS before
-          FULL JOIN (SELECT row_number() OVER () AS place, image.*
-                     FROM %3$s, LATERAL (SELECT %6$s AS key, %4$s AS whole, %5$s AS gone FROM new_rows) AS image) AS after
-          USING (place)
-          ORDER BY place) AS pair;
-  ELSIF TG_OP = 'DELETE' THEN
-    %2$s'd', image.key, NULL, image.gone
-    FROM gate, %3$s,
-         LATERAL (SELECT %6$s AS key, %5$s AS gone FROM old_rows) AS image;
+  IF gate OPERATOR(pg_catalog.>=) 4 THEN
+    PERFORM pg_catalog.nextval('%3$s');
+    RETURN NULL;
+  END IF;%8$s
+  IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
+    %4$s
+  ELSIF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
+    %5$s
+  ELSIF TG_OP OPERATOR(pg_catalog.=) 'DELETE' THEN
+    %6$s
   ELSE
-    %2$s't', NULL, NULL, NULL
-    FROM gate;
+    %10$s
+  END IF;
+  GET DIAGNOSTICS written = ROW_COUNT;%9$s
+  IF gate OPERATOR(pg_catalog.&) 2 OPERATOR(pg_catalog.<>) 0 THEN
+    PERFORM pg_catalog.pg_notify(%11$L, '');
+  END IF;
+  IF depth OPERATOR(pg_catalog.>) 1 AND NOT doubt THEN
+    PERFORM pg_catalog.set_config('keepstep.depth_%2$s', depth::pg_catalog.text, true);
+  END IF;
+  IF pg_catalog.random() OPERATOR(pg_catalog.*) 100 OPERATOR(pg_catalog.<) written THEN
+    PERFORM %12$smeasure();
   END IF;
   RETURN NULL;
 END
-$text$, shape.relid, put, missing, whole, gone, key, CASE WHEN shape.is_full THEN 'true' ELSE 'before.key <> after.key' END);
+$$, 'gate'::regclass::oid, shape.relid, 'gap'::regclass::oid, inserted, updated, deleted,
+    settings.declared, settings.made, settings.restored, step(shape.shape, $$'t', NULL, NULL, NULL$$), current_schema, own);
 END
 $body$;
+
+-- Closes the outbox where it is full. Who writes asks for this now and then, and always after many rows.
+CREATE OR REPLACE FUNCTION measure() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT AS $measure$
+DECLARE
+  gate_now bigint := pg_sequence_last_value('gate');
+BEGIN
+  IF gate_now < 4 AND pg_total_relation_size(format('outbox_%s', gate_now & 1)::regclass)
+                      >= (SELECT size_limit FROM state WHERE size_limit > 0) THEN
+    PERFORM setval('gate', gate_now | 4);
+  END IF;
+END
+$measure$;
 
 -- Follows a table no longer. Rows that are there stay.
 CREATE OR REPLACE FUNCTION forget(followed oid) RETURNS void
@@ -316,35 +411,50 @@ $forget$;
 CREATE OR REPLACE FUNCTION emit(prefix text, content text) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $emit$
   INSERT INTO outbox (id, xid, part, op, doubt, old, new)
-  SELECT nextval('outbox_id'), pg_current_xact_id(), part, 'm', false, prefix, content FROM state
+  VALUES (nextval('outbox_id'), pg_current_xact_id(), pg_sequence_last_value('gate') & 1, 'm', false, prefix, content)
   RETURNING id
 $emit$;
 
--- Empties the half that is not written to, if all of it was visible in `confirmed`, and has the next rows written there. To be
--- called by the daemon from time to time. Says whether that could be done: not while anybody else is at work in that half.
--- What it costs: ACCESS EXCLUSIVE on a table that hardly anybody writes to, waited for 50 ms at most. Nobody who writes to the
--- other half waits.
+-- Whether writers shall wake the daemon. They see it at once, however old their snapshot is.
+CREATE OR REPLACE FUNCTION sleep(asleep boolean) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $sleep$
+  SELECT FROM (SELECT setval('gate', CASE WHEN asleep THEN gate_now | 2 ELSE gate_now & ~2::bigint END)
+               FROM pg_sequence_last_value('gate') AS gate_now) AS done
+$sleep$;
+
+-- Opens an outbox that was full. What was not written meanwhile is lost; `gap` has changed with each such statement.
+CREATE OR REPLACE FUNCTION reopen() RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $reopen$
+  SELECT FROM (SELECT setval('gate', gate_now & ~4::bigint) FROM pg_sequence_last_value('gate') AS gate_now) AS done
+$reopen$;
+
+-- One step towards an empty outbox, to be called by the daemon from time to time: empties the half that is not written to, if all of
+-- it was visible in `confirmed`; or, where that half is empty, has the next rows written there. Says whether it did anything: not
+-- while anybody is at work in that half.
+-- What it costs: ACCESS EXCLUSIVE on a table that hardly anybody writes to, waited for 50 ms at most. Who writes to the other half
+-- does not wait.
 CREATE OR REPLACE FUNCTION rotate(confirmed pg_snapshot) RETURNS boolean
 LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT SET lock_timeout = '50ms' AS $rotate$
 DECLARE
-  resting smallint := (SELECT 1 - part FROM state);
-  half regclass := format('outbox_%s', resting)::regclass;
+  gate_now bigint := pg_sequence_last_value('gate');
+  written regclass := format('outbox_%s', gate_now & 1)::regclass;
+  resting regclass := format('outbox_%s', 1 - (gate_now & 1))::regclass;
   unread boolean;
 BEGIN
-  IF pg_relation_size(half) > 0 THEN
-    EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', half);
-    SELECT EXISTS (SELECT FROM outbox
-                   WHERE part = resting AND xid >= pg_snapshot_xmin(confirmed) AND NOT pg_visible_in_snapshot(xid, confirmed))
-      INTO unread;
-    IF unread THEN
-      RETURN false;
+  IF pg_relation_size(resting) = 0 THEN
+    IF pg_relation_size(written) > 0 THEN
+      PERFORM setval('gate', gate_now # 1);
+      RETURN true;
     END IF;
-    EXECUTE format('TRUNCATE %s', half);
+    RETURN false;
   END IF;
-  IF EXISTS (SELECT FROM outbox WHERE part = 1 - resting LIMIT 1) THEN
-    UPDATE state SET part = resting;
+  EXECUTE format('LOCK TABLE %s IN ACCESS EXCLUSIVE MODE', resting);
+  EXECUTE format('SELECT EXISTS (SELECT FROM %s WHERE xid >= pg_snapshot_xmin($1) AND NOT pg_visible_in_snapshot(xid, $1))', resting)
+    INTO unread USING confirmed;
+  IF NOT unread THEN
+    EXECUTE format('TRUNCATE %s', resting);
   END IF;
-  RETURN true;
+  RETURN NOT unread;
 EXCEPTION WHEN lock_not_available THEN
   RETURN false;
 END
@@ -355,10 +465,11 @@ CREATE OR REPLACE FUNCTION admit(role text) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $admit$
 BEGIN
   EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema, role);
-  EXECUTE format('GRANT SELECT ON outbox, tables, state, gap TO %I', role);
-  EXECUTE format('GRANT UPDATE (confirmed_lsn, asleep) ON state TO %I', role);
-  EXECUTE format('GRANT EXECUTE ON FUNCTION rotate(pg_snapshot), emit(text, text), findings(regclass, text[]), '
-                 'shape_of(regclass, text[]), triggers_of(regclass), capture_name(oid), capture_body(tables) TO %I', role);
+  EXECUTE format('GRANT SELECT ON outbox, tables, state, retyped, gap, gate TO %I', role);
+  EXECUTE format('GRANT UPDATE (confirmed_lsn) ON state TO %I', role);
+  EXECUTE format('GRANT EXECUTE ON FUNCTION rotate(pg_snapshot), emit(text, text), sleep(boolean), reopen(), '
+                 'findings(regclass, text[]), shape_of(regclass, text[]), triggers_of(regclass, boolean), capture_name(oid), '
+                 'capture_body(tables), settings_of(oid[]), step(int, text, text), put(int, text, int, text) TO %I', role);
 END
 $admit$;
 
