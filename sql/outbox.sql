@@ -410,6 +410,7 @@ $forget$;
 -- A message that comes in its place among the changes, like pg_logical_emit_message(true, …); the row's id.
 CREATE OR REPLACE FUNCTION emit(prefix text, content text) RETURNS bigint
 LANGUAGE sql SECURITY DEFINER SET search_path FROM CURRENT AS $emit$
+  SELECT pg_notify(current_schema::text, '') WHERE pg_sequence_last_value('gate') & 2 <> 0;
   INSERT INTO outbox (id, xid, part, op, doubt, old, new)
   VALUES (nextval('outbox_id'), pg_current_xact_id(), pg_sequence_last_value('gate') & 1, 'm', false, prefix, content)
   RETURNING id

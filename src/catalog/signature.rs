@@ -76,7 +76,7 @@ const FOLLOWED: &str = "
    cross join lateral (
       select pg_catalog.string_agg(pg_catalog.concat_ws(' ', g.tgrelid, g.oid, g.xmin), ',' order by g.oid) as facts,
              pg_catalog.bool_and(k.is_there) as are_there
-        from {schema}.triggers_of(w.oid) k
+        from {schema}.triggers_of(w.oid, t.by_row) k
         left join pg_catalog.pg_trigger g on g.tgrelid = k.relation and g.tgname = k.name
    ) triggers
    where triggers.are_there";

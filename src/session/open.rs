@@ -74,13 +74,17 @@ pub(super) async fn open(daemon: &Daemon, options: Options, seen: Option<&Checkp
         (Start::Anew { from: Place::NewSlot, .. }, old) => renewal::renew(daemon, &info, &client, old.as_ref()).await?,
         (_, slot) => (slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default(), Vec::new()),
     };
+    let gap = match start {
+        // Nothing that was marked before counts.
+        Start::Anew { from: Place::NewSlot, .. } => Standing::look(&client, &config.postgres).await?.gap(),
+        _ => standing.gap(),
+    };
     let before = stored.iter().chain(seen).map(|checkpoint| checkpoint.epoch).max().unwrap_or_default();
     let first = match start {
         Start::Resume { stored, new_epoch: true } => Checkpoint { epoch: epoch_now(before), ..stored.clone() },
         Start::Resume { stored, new_epoch: false } => stored.clone(),
         Start::Anew { .. } => Checkpoint { drains, ..anew(confirmed, epoch_now(before), origin) },
     };
-    let gap = standing.gap();
     let first = Checkpoint { gap, ..first };
     let first = Checkpoint { rules: daemon.rules.digest_with(&config.redis.also_prefix), owing, ..first };
 

@@ -41,6 +41,8 @@ const DRAINS_MAX: usize = 64;
 const PARTS_MAX: usize = 2;
 /// How long [`Outbox::close`] waits for the last words.
 const CLOSE_LIMIT: Duration = Duration::from_secs(5);
+/// How many steps it takes to empty both halves of an outbox.
+const ROTATIONS_MAX: usize = 3;
 /// The first half of the advisory lock's key; the other is the schema's OID.
 const LOCK_CLASS: i32 = 0x6b65_6570;
 
@@ -271,11 +273,15 @@ pub async fn renew(client: &Client, schema: &str) -> Result<Drain> {
         returning confirmed_lsn::text, pg_catalog.pg_current_snapshot()::text");
     let row = client.query_typed_one(&sql, &[]).await.map_err(failed)?;
     let snapshot: &str = row.try_get(1).map_err(failed)?;
-    // Once for each half. What cannot go now, because somebody still writes there, goes later.
-    for _ in 0..2 {
+    // What cannot go now, because somebody still writes there, goes later.
+    for _ in 0..ROTATIONS_MAX {
         let rotate = format!("select {schema}.rotate($1::text::pg_catalog.pg_snapshot)");
-        client.query_typed_one(&rotate, &[(&snapshot, Type::TEXT)]).await.map_err(failed)?;
+        let rotated = client.query_typed_one(&rotate, &[(&snapshot, Type::TEXT)]).await.map_err(failed)?;
+        if !rotated.try_get::<_, bool>(0).map_err(failed)? {
+            break;
+        }
     }
+    client.query_typed(&format!("select {schema}.reopen()"), &[]).await.map_err(failed)?;
     Ok(Drain { lsn: lsn(row.try_get(0).map_err(failed)?)?, snapshot: self::snapshot(snapshot)? })
 }
 

@@ -417,7 +417,7 @@ async fn a_table_that_is_dropped_ahead_of_the_stream_leaves_no_key() {
     let daemon = Daemon::start(&stage, &rules).await;
     warm(&stage).await;
     let sql = stage.sql().await;
-    let walsender = Stopped::walsender(&sql).await;
+    let sender = Stopped::sender(&stage).await;
     stage.execute("update rows set version = 2 where id = 1; insert into rows values (101)").await;
     stage.execute("drop table rows").await;
     let logged = async |text: &str| daemon.log().contains(text).then_some(());

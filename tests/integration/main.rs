@@ -20,6 +20,7 @@ mod kinds;
 mod large;
 mod lookup;
 mod orders;
+mod outbox;
 mod owned;
 mod pgbench;
 mod provision;

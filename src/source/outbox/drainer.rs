@@ -15,7 +15,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use super::encode::{self, Frames, Shape};
-use super::{Drain, LOCK_CLASS, Setting, Told, lsn, nonsense, snapshot};
+use super::{Drain, LOCK_CLASS, ROTATIONS_MAX, Setting, Told, lsn, nonsense, snapshot};
 use crate::catalog::sql_identifier;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Column, Lsn, Relation, Snapshot, Timestamp, Xid};
@@ -38,7 +38,7 @@ const AWAKE: Duration = Duration::from_millis(50);
 const AWAKE_PAUSE: Duration = Duration::from_millis(2);
 /// So many drains with rows in a row, and being woken is not worth a writer's while.
 const BUSY_DRAINS: u32 = 20;
-/// How often what was read is removed.
+/// How often what was read is removed, and how long types may have been others before that is noticed.
 const REMOVE_EVERY: Duration = Duration::from_secs(1);
 /// How many drains are remembered until they are acknowledged, and how far apart they are then.
 const UNACKNOWLEDGED_MAX: usize = 4096;
@@ -68,6 +68,8 @@ pub(super) struct Drainer {
     boundary: Statement,
     page: Statement,
     shapes: HashMap<i32, Shape>,
+    /// Places in them that may hold values of a type that the table did not have then.
+    retyped: HashMap<i32, Vec<i16>>,
     /// Those that were described in the stream.
     described: HashMap<u32, i32>,
     /// Whether anything is written: it has the lock.
@@ -150,8 +152,10 @@ impl Drainer {
         let row = client.query_typed_one(sql, &[]).await.map_err(failed)?;
         let timeout_ms: i64 = row.try_get(0).map_err(failed)?;
         let beat = if timeout_ms > 0 { Duration::from_millis(timeout_ms.unsigned_abs() / 3) } else { HOLD_LIMIT };
-        let state = format!("select asleep from {schema}.state");
-        let state = client.query_typed_one(&state, &[]).await.map_err(failed)?;
+        if owns {
+            // Whoever read it before may have left it so.
+            run(&client, &format!("select {schema}.sleep(false)")).await?;
+        }
         // Only the index says where the new rows are, and nobody keeps statistics of them. What is written waits for no standby.
         run(&client, "set enable_seqscan = off; set synchronous_commit = local").await?;
         let unseen = UNSEEN.replace("{from}", "$1::text").replace("{running}", "$2::text");
@@ -175,13 +179,14 @@ impl Drainer {
             beat: beat.min(HOLD_LIMIT),
             at: Drain { lsn: Lsn::default(), snapshot: Snapshot::of_nothing() },
             said: Lsn::default(),
-            asleep: state.try_get(0).map_err(failed)?,
+            asleep: false,
             busy: 0,
             rows_at: now,
             unacknowledged: VecDeque::new(),
             removed_at: now,
             unremoved: None,
             shapes: HashMap::new(),
+            retyped: HashMap::new(),
             described: HashMap::new(),
             setting,
             client,
@@ -213,6 +218,7 @@ impl Drainer {
     }
 
     async fn drain_all(&mut self, again: Vec<Drain>) -> Outcome<()> {
+        self.look_at_types().await?;
         for drain in again {
             self.wait_for_room().await?;
             let time = self.clock().await?;
@@ -403,9 +409,10 @@ impl Drainer {
             frames.truncate(known.relation.oid);
             return Ok(());
         }
-        let gone: Option<Vec<i16>> = row.try_get(5).map_err(failed)?;
+        let mut gone = row.try_get::<_, Option<Vec<i16>>>(5).map_err(failed)?.unwrap_or_default();
+        gone.extend(self.retyped.get(&shape).into_iter().flatten());
         let doubt = row.try_get(4).map_err(failed)?;
-        let change = encode::Row { op, doubt, gone: gone.as_deref().unwrap_or_default(), old, new };
+        let change = encode::Row { op, doubt, gone: &gone, old, new };
         frames.row(known, &change).map_err(invalid)
     }
 
@@ -417,6 +424,17 @@ impl Drainer {
         }
         let unknown = || Error::new(ErrorKind::Protocol, format!("the outbox has rows of an unknown shape ({wanted})"));
         self.shapes.contains_key(&wanted).then_some(()).ok_or_else(unknown)
+    }
+
+    /// What tables have become meanwhile. Whatever changes them reconciles their rules too, so this may come a little late.
+    async fn look_at_types(&mut self) -> Result<()> {
+        self.retyped.clear();
+        let sql = format!("select shape, place from {}.retyped", self.schema);
+        for row in self.client.query_typed(&sql, &[]).await.map_err(failed)? {
+            let (shape, place) = (row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?);
+            self.retyped.entry(shape).or_default().push(place);
+        }
+        Ok(())
     }
 
     /// Hands it out, as soon as somebody takes it.
@@ -479,17 +497,19 @@ impl Drainer {
 
     /// Whether writers are to wake it.
     async fn declare(&mut self, asleep: bool) -> Result<()> {
-        let sql = format!("update {}.state set asleep = {asleep}", self.schema);
-        run(&self.client, &sql).await?;
+        run(&self.client, &format!("select {}.sleep({asleep})", self.schema)).await?;
         self.asleep = asleep;
         Ok(())
     }
 
     /// Has removed what was acknowledged, now and then.
     async fn remove(&mut self) -> Outcome<()> {
-        if self.owns && self.removed_at.elapsed() >= REMOVE_EVERY {
+        if self.removed_at.elapsed() >= REMOVE_EVERY {
             self.removed_at = Instant::now();
-            self.confirm().await?;
+            self.look_at_types().await?;
+            if self.owns {
+                self.confirm().await?;
+            }
         }
         Ok(())
     }
@@ -504,12 +524,22 @@ impl Drainer {
             self.unremoved = Some(last.snapshot);
         }
         if let Some(confirmed) = &self.unremoved {
-            let sql = format!("select {schema}.rotate('{confirmed}')", schema = self.schema);
-            self.client.query_typed(&sql, &[]).await.map_err(failed)?;
-            let left = format!("select exists(select from {}.outbox)", self.schema);
+            let schema = &self.schema;
+            for _ in 0..ROTATIONS_MAX {
+                let rotated = self.client.query_typed_one(&format!("select {schema}.rotate('{confirmed}')"), &[]).await;
+                if !rotated.map_err(failed)?.try_get::<_, bool>(0).map_err(failed)? {
+                    break;
+                }
+            }
+            let left = format!("select exists(select from {schema}.outbox), last_value >= 4 from {schema}.gate");
             let row = self.client.query_typed_one(&left, &[]).await.map_err(failed)?;
-            if !row.try_get::<_, bool>(0).map_err(failed)? {
+            let (is_left, is_full): (bool, bool) = (row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?);
+            if !is_left {
                 self.unremoved = None;
+            }
+            if !is_left && is_full {
+                // If anything was lost meanwhile, that is marked, and found elsewhere.
+                run(&self.client, &format!("select {schema}.reopen()")).await?;
             }
         }
         Ok(())
