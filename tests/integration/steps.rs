@@ -285,6 +285,7 @@ columns = ["*"]
     stage.execute("update other set name = 'b'").await;
     holds(&stage, "product:2", None).await;
     stage.follow();
+    stage.execute("update products set price = 3").await;
     assert_in_step(&stage, &[others()]).await;
     wait_for("the rule to be paused", async || {
         (daemon.metric("keepstep_rule_paused").await == Some(1.0)).then_some(())
