@@ -144,21 +144,24 @@ LANGUAGE sql STABLE SET search_path FROM CURRENT AS $shape_of$
   WHERE c.oid = followed
 $shape_of$;
 
--- The name of the function that the triggers of a table call.
-CREATE OR REPLACE FUNCTION capture_name(followed oid) RETURNS text
-LANGUAGE sql IMMUTABLE AS $$ SELECT 'capture_' || followed $$;
+CREATE OR REPLACE FUNCTION ops() RETURNS SETOF text
+LANGUAGE sql IMMUTABLE AS $$ VALUES ('insert'), ('update'), ('delete'), ('truncate') $$;
+
+-- The name of the function that a table's triggers for INSERT, UPDATE, DELETE or TRUNCATE call.
+CREATE OR REPLACE FUNCTION capture_name(followed oid, op text) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$ SELECT format('capture_%s_%s', followed, op) $$;
 
 -- The triggers that a followed table has, and each of its partitions: what is written to a partition itself fires no statement
 -- trigger of the table's. TRUNCATE of a partition says nothing of the rest; keepstep sees it in the catalog.
 CREATE OR REPLACE FUNCTION triggers_of(followed regclass, by_row boolean)
-RETURNS TABLE (relation regclass, name text, clause text, is_there boolean)
+RETURNS TABLE (relation regclass, op text, name text, clause text, is_there boolean)
 LANGUAGE sql STABLE SET search_path FROM CURRENT AS $triggers_of$
-  SELECT part.relid, wanted.name,
+  SELECT part.relid, kind.op, wanted.name,
          format('AFTER %s ON %s %s', kind.op, part.relid, CASE WHEN triggers_of.by_row THEN kind.by_row ELSE kind.by_statement END),
          EXISTS (SELECT FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
                  WHERE t.tgrelid = part.relid AND t.tgname = wanted.name AND t.tgenabled = 'A'
                    AND (t.tgtype & 1 = 1) = (triggers_of.by_row AND kind.op <> 'truncate')
-                   AND p.proname = capture_name(followed) AND p.pronamespace = current_schema::regnamespace)
+                   AND p.proname = capture_name(followed, kind.op) AND p.pronamespace = current_schema::regnamespace)
   FROM (SELECT followed UNION SELECT relid FROM pg_partition_tree(followed) WHERE NOT triggers_of.by_row) AS part(relid)
   CROSS JOIN (VALUES
     ('insert', 'FOR EACH ROW', 'REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT'),
@@ -184,9 +187,10 @@ BEGIN
   has.shape := had.shape;
   IF had IS DISTINCT FROM has THEN
     RETURN NEXT 'its name, its columns, its replica identity or what is wanted of it is no longer what it was';
-  ELSIF NOT EXISTS (SELECT FROM pg_proc WHERE proname = capture_name(followed) AND pronamespace = current_schema::regnamespace
-                      AND prosrc = capture_body(has)) THEN
-    RETURN NEXT 'the function of its triggers is not the one of this version';
+  ELSIF EXISTS (SELECT FROM ops() AS op WHERE NOT EXISTS (
+                  SELECT FROM pg_proc WHERE proname = capture_name(followed, op) AND pronamespace = current_schema::regnamespace
+                    AND prosrc = capture_body(has, op))) THEN
+    RETURN NEXT 'the functions of its triggers are not those of this version';
   END IF;
   RETURN QUERY SELECT format('trigger %I on %s is missing or not enabled', t.name, t.relation)
     FROM triggers_of(followed, has.by_row) AS t WHERE NOT t.is_there;
@@ -200,6 +204,7 @@ LANGUAGE plpgsql SET search_path FROM CURRENT AS $follow$
 DECLARE
   had tables;
   has tables;
+  name text;
   missing record;
 BEGIN
   IF NOT EXISTS (SELECT FROM findings(followed, wanted)) THEN
@@ -215,13 +220,16 @@ BEGIN
     has.shape := nextval('shape');
     INSERT INTO tables SELECT has.*;
   END IF;
-  -- Its body names the schema of all that it uses, of operators too. A search_path fixed by SET would be as safe, and cost each
+  -- Their bodies name the schema of all that they use, of operators too. A search_path fixed by SET would be as safe, and cost each
   -- statement three times as much as reading `gate` does.
-  EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS %L',
-                 capture_name(followed), capture_body(has));
-  EXECUTE format('REVOKE ALL ON FUNCTION %I() FROM PUBLIC', capture_name(followed));
+  FOR name IN SELECT op FROM ops() AS op LOOP
+    EXECUTE format('CREATE OR REPLACE FUNCTION %I() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS %L',
+                   capture_name(followed, name), capture_body(has, name));
+    EXECUTE format('REVOKE ALL ON FUNCTION %I() FROM PUBLIC', capture_name(followed, name));
+  END LOOP;
   FOR missing IN SELECT * FROM triggers_of(followed, has.by_row) WHERE NOT is_there LOOP
-    EXECUTE format('CREATE OR REPLACE TRIGGER %I %s EXECUTE FUNCTION %I()', missing.name, missing.clause, capture_name(followed));
+    EXECUTE format('CREATE OR REPLACE TRIGGER %I %s EXECUTE FUNCTION %I()', missing.name, missing.clause,
+                   capture_name(followed, missing.op));
     -- Also for sessions that replicate from elsewhere.
     EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', missing.relation, missing.name);
   END LOOP;
@@ -266,7 +274,7 @@ $put$;
 -- The same for plpgsql and for the half whose turn it is: with a plan that is kept, or planned each time and given values.
 CREATE OR REPLACE FUNCTION step(shape int, rest text, given text DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE SET search_path FROM CURRENT AS $step$
-  SELECT format('IF gate OPERATOR(pg_catalog.&) 1 OPERATOR(pg_catalog.=) 0 THEN
+  SELECT format('IF signs OPERATOR(pg_catalog.&) 1 OPERATOR(pg_catalog.=) 0 THEN
       %s;
     ELSE
       %s;
@@ -276,14 +284,19 @@ LANGUAGE sql STABLE SET search_path FROM CURRENT AS $step$
                                   ELSE format('EXECUTE %L USING doubt, %s', put(shape, '$1', half, rest), given) END) AS s(sql)
 $step$;
 
--- What the trigger function of a table does. Everything in it has its schema's name, see `follow`.
-CREATE OR REPLACE FUNCTION capture_body(shape tables) RETURNS text
+-- What the function of one of a table's triggers does. Everything in it has its schema's name, see `follow`.
+CREATE OR REPLACE FUNCTION capture_body(shape tables, op text) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path FROM CURRENT AS $body$
 DECLARE
   own    text := quote_ident(current_schema) || '.';
   names  text := (SELECT string_agg(quote_ident(name), ', ') FROM unnest(shape.columns) AS name);
   keys   text := CASE WHEN shape.is_full THEN names
                       ELSE (SELECT string_agg(quote_ident(name), ', ') FROM unnest(shape.identity) AS name) END;
+  -- Each part of the key by itself too: texts are compared, because every type has one, and equal values can have different ones.
+  parts  text := (SELECT string_agg(format(', %I::pg_catalog.text COLLATE pg_catalog."C" AS k%s', name, place), '')
+                  FROM unnest(shape.identity) WITH ORDINALITY AS k(name, place) WHERE NOT shape.is_full);
+  moved  text := (SELECT string_agg(format('o.k%1$s OPERATOR(pg_catalog.<>) n.k%1$s', place), ' OR ')
+                  FROM generate_series(1, cardinality(shape.identity)) AS place);
   -- A column that is no longer there is looked for one level further out, and found here: so nothing fails.
   nulls  text := (SELECT string_agg(format('NULL::%sstate AS %I', own, name), ', ') FROM unnest(shape.columns) AS name);
   gone   text := (SELECT format('CASE WHEN %s THEN pg_catalog.array_remove(ARRAY[%s], NULL) END',
@@ -292,90 +305,111 @@ DECLARE
                   FROM unnest(shape.columns) WITH ORDINALITY AS c(name, place));
   -- Rows as images, from one of the two tables of a statement's rows, or from the row itself.
   image  text := format('(SELECT image.* FROM (SELECT %s) AS missing, LATERAL (
-          SELECT ROW(%s) AS key, ROW(%s)::pg_catalog.text AS whole, %s AS gone FROM ', nulls, keys, names, gone);
+      SELECT ROW(%s) AS key%s, ROW(%s)::pg_catalog.text AS whole, %s AS gone FROM ', nulls, keys, parts, names, gone);
   olds   text := image || CASE WHEN shape.by_row THEN '(SELECT ($2).*) AS r) AS image)' ELSE 'old_rows) AS image)' END;
   news   text := image || CASE WHEN shape.by_row THEN '(SELECT ($3).*) AS r) AS image)' ELSE 'new_rows) AS image)' END;
   -- The old key, if it is not the new one.
   before text := CASE WHEN shape.is_full THEN 'o.key::pg_catalog.text'
-                      ELSE 'CASE WHEN o.key OPERATOR(pg_catalog.*<>) n.key THEN o.key::pg_catalog.text END' END;
+                      WHEN shape.identity = '{}' THEN 'NULL'
+                      ELSE format('CASE WHEN %s THEN o.key::pg_catalog.text END', moved) END;
   inserted text := step(shape.shape, format($$'i', NULL, n.whole, n.gone FROM %s AS n$$, news),
                         CASE WHEN shape.by_row THEN 'NULL::pg_catalog.text, NEW' END);
-  updated  text := step(shape.shape, format($$'u', %s, n.whole, n.gone FROM %s AS o, %s AS n$$, before, olds, news),
-                        CASE WHEN shape.by_row THEN 'OLD, NEW' END);
   deleted  text := CASE WHEN shape.identity = '{}' THEN 'NULL;'
                         ELSE step(shape.shape, format($$'d', o.key::pg_catalog.text, NULL, o.gone FROM %s AS o$$, olds),
                                   CASE WHEN shape.by_row THEN 'OLD' END) END;
+  updated  text := step(shape.shape, format($$'u', %s, n.whole, n.gone FROM %s AS o, %s AS n$$, before, olds, news),
+                        CASE WHEN shape.by_row THEN 'OLD, NEW' END);
   settings record;
 BEGIN
   IF NOT shape.by_row THEN
     -- Old and new rows come in the same order. Usually it is one of each, which Postgres knows of tables without partitions. A full
     -- join, because none of its plans takes the square of the rows.
-    updated := format('IF pg_catalog.pg_stat_get_xact_tuples_updated(TG_RELID) OPERATOR(pg_catalog.=) 1
-       OR NOT EXISTS (SELECT FROM new_rows OFFSET 1) THEN
-    %s
-    ELSE
-    %s
-    END IF;', updated, step(shape.shape, format($$'u', pair.old, pair.whole, pair.gone FROM (
-        SELECT %s AS old, n.whole, n.gone
-        FROM (SELECT pg_catalog.row_number() OVER () AS place, o.* FROM %s AS o) AS o
-        FULL JOIN (SELECT pg_catalog.row_number() OVER () AS place, n.* FROM %s AS n) AS n ON o.place OPERATOR(pg_catalog.=) n.place
-        ORDER BY n.place) AS pair$$, before, olds, news)));
+    updated := format('IF signs OPERATOR(pg_catalog.&) 32 OPERATOR(pg_catalog.=) 0 OR NOT EXISTS (SELECT FROM new_rows OFFSET 1) THEN
+  %s
+  ELSE
+  %s
+  END IF;', updated, step(shape.shape, format($$'u', pair.old, pair.whole, pair.gone FROM (
+      SELECT %s AS old, n.whole, n.gone
+      FROM (SELECT pg_catalog.row_number() OVER () AS place, o.* FROM %s AS o) AS o
+      FULL JOIN (SELECT pg_catalog.row_number() OVER () AS place, n.* FROM %s AS n) AS n ON o.place OPERATOR(pg_catalog.=) n.place
+      ORDER BY n.place) AS pair$$, before, olds, news)));
   END IF;
   IF EXISTS (SELECT FROM pg_partition_tree(shape.relid) WHERE NOT isleaf) THEN
     -- A trigger can drop a row on its way to another partition. Then nothing says which rows belong together.
     updated := format('IF (SELECT pg_catalog.count(*) FROM old_rows) OPERATOR(pg_catalog.<>) (SELECT pg_catalog.count(*) FROM new_rows) THEN
-    %s
-    %s
-    ELSE
-    %s
-    END IF;', deleted, inserted, updated);
+  %s
+  %s
+  ELSE
+  %s
+  END IF;', deleted, inserted, updated);
   END IF;
-  SELECT string_agg(format($$
-  had_%s pg_catalog.text := pg_catalog.current_setting(%L);$$, place, name), '') AS declared,
-         string_agg(format($$
-  IF had_%s %s THEN PERFORM pg_catalog.set_config(%L, %L, true); END IF;$$, place, differs, name, value), '') AS made,
-         string_agg(format($$
-  IF had_%s %s THEN PERFORM pg_catalog.set_config(%L, had_%s, true); END IF;$$, place, differs, name, place), '') AS restored
+  SELECT string_agg(format('pg_catalog.current_setting(%L) %s', name, differs), ' OR ') AS differ,
+         string_agg(format('pg_catalog.current_setting(%L)', name), ', ') AS had,
+         string_agg(format('PERFORM pg_catalog.set_config(%L, %L, true);', name, value), ' ') AS made,
+         string_agg(format('PERFORM pg_catalog.set_config(%L, had[%s], true);', name, place), ' ') AS restored
     INTO settings
     FROM settings_of(shape.types) WITH ORDINALITY AS s(name, value, differs, place);
+  -- What is out of the ordinary is found out in one expression, a sum, because each expression that asks for something costs a snapshot.
   RETURN format($$
 #variable_conflict use_column
 DECLARE
-  gate pg_catalog.int8 := pg_catalog.pg_sequence_last_value('%1$s');
-  depth pg_catalog.int4 := pg_catalog.pg_trigger_depth();
-  deepest pg_catalog.text := pg_catalog.current_setting('keepstep.depth_%2$s', true);
-  doubt pg_catalog.bool := coalesce(deepest OPERATOR(pg_catalog.<>) '' AND deepest::pg_catalog.int4 OPERATOR(pg_catalog.>) depth, false);
-  written pg_catalog.int8;%7$s
+  signs pg_catalog.int8 := pg_catalog.pg_sequence_last_value('%1$s')
+    OPERATOR(pg_catalog.+) CASE WHEN pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.>) 1
+         OR coalesce(pg_catalog.current_setting('keepstep.depth_%3$s', true) OPERATOR(pg_catalog.<>) '', false) THEN 8 ELSE 0 END
+    OPERATOR(pg_catalog.+) CASE WHEN %4$s THEN 16 ELSE 0 END
+    OPERATOR(pg_catalog.+) CASE WHEN %5$s THEN 0 ELSE 32 END
+    OPERATOR(pg_catalog.+) CASE WHEN pg_catalog.random() OPERATOR(pg_catalog.<) 0.001 THEN 64 ELSE 0 END;
+  doubt pg_catalog.bool := false;
+  had pg_catalog.text[];
+  written pg_catalog.int8;
 BEGIN
-  IF gate OPERATOR(pg_catalog.>=) 4 THEN
-    PERFORM pg_catalog.nextval('%3$s');
-    RETURN NULL;
-  END IF;%8$s
-  IF TG_OP OPERATOR(pg_catalog.=) 'INSERT' THEN
-    %4$s
-  ELSIF TG_OP OPERATOR(pg_catalog.=) 'UPDATE' THEN
-    %5$s
-  ELSIF TG_OP OPERATOR(pg_catalog.=) 'DELETE' THEN
-    %6$s
-  ELSE
+  IF signs OPERATOR(pg_catalog.&) 30 OPERATOR(pg_catalog.<>) 0 THEN
+    IF signs OPERATOR(pg_catalog.&) 4 OPERATOR(pg_catalog.<>) 0 THEN
+      PERFORM pg_catalog.nextval('%2$s');
+      RETURN NULL;
+    END IF;
+    IF signs OPERATOR(pg_catalog.&) 2 OPERATOR(pg_catalog.<>) 0 THEN
+      PERFORM pg_catalog.pg_notify(%6$L, '');
+    END IF;
+    IF signs OPERATOR(pg_catalog.&) 8 OPERATOR(pg_catalog.<>) 0 THEN
+      doubt := %7$sdoubts('keepstep.depth_%3$s', pg_catalog.pg_trigger_depth());
+    END IF;
+    IF signs OPERATOR(pg_catalog.&) 16 OPERATOR(pg_catalog.<>) 0 THEN
+      had := ARRAY[%8$s]::pg_catalog.text[];
+      %9$s
+    END IF;
+  END IF;
+  %11$s
+  GET DIAGNOSTICS written = ROW_COUNT;
+  IF signs OPERATOR(pg_catalog.&) 16 OPERATOR(pg_catalog.<>) 0 THEN
     %10$s
   END IF;
-  GET DIAGNOSTICS written = ROW_COUNT;%9$s
-  IF gate OPERATOR(pg_catalog.&) 2 OPERATOR(pg_catalog.<>) 0 THEN
-    PERFORM pg_catalog.pg_notify(%11$L, '');
-  END IF;
-  IF depth OPERATOR(pg_catalog.>) 1 AND NOT doubt THEN
-    PERFORM pg_catalog.set_config('keepstep.depth_%2$s', depth::pg_catalog.text, true);
-  END IF;
-  IF pg_catalog.random() OPERATOR(pg_catalog.*) 100 OPERATOR(pg_catalog.<) written THEN
-    PERFORM %12$smeasure();
+  IF signs OPERATOR(pg_catalog.&) 64 OPERATOR(pg_catalog.<>) 0 OR written OPERATOR(pg_catalog.>) 1000 THEN
+    PERFORM %7$smeasure();
   END IF;
   RETURN NULL;
 END
-$$, 'gate'::regclass::oid, shape.relid, 'gap'::regclass::oid, inserted, updated, deleted,
-    settings.declared, settings.made, settings.restored, step(shape.shape, $$'t', NULL, NULL, NULL$$), current_schema, own);
+$$, 'gate'::regclass::oid, 'gap'::regclass::oid, shape.relid, coalesce(settings.differ, 'false'),
+    CASE WHEN op = 'update' THEN 'pg_catalog.pg_stat_get_xact_tuples_updated(TG_RELID) OPERATOR(pg_catalog.=) 1' ELSE 'true' END,
+    current_schema, own, settings.had, coalesce(settings.made, 'NULL;'), coalesce(settings.restored, 'NULL;'),
+    CASE op WHEN 'insert' THEN inserted WHEN 'update' THEN updated WHEN 'delete' THEN deleted
+            ELSE step(shape.shape, $$'t', NULL, NULL, NULL$$) END);
 END
 $body$;
+
+-- Whether a table was changed in this transaction at a deeper level of triggers than this one: then what this level has to tell may be
+-- older. `setting` is the deepest level so far.
+CREATE OR REPLACE FUNCTION doubts(setting text, depth int) RETURNS boolean
+LANGUAGE plpgsql SET search_path FROM CURRENT AS $doubts$
+DECLARE
+  deepest int := coalesce(nullif(current_setting(setting, true), '')::int, 1);
+BEGIN
+  IF depth > deepest THEN
+    PERFORM set_config(setting, depth::text, true);
+  END IF;
+  RETURN depth < deepest;
+END
+$doubts$;
 
 -- Closes the outbox where it is full. Who writes asks for this now and then, and always after many rows.
 CREATE OR REPLACE FUNCTION measure() RETURNS void
@@ -398,11 +432,13 @@ DECLARE
 BEGIN
   FOR found IN
     SELECT t.tgname AS name, t.tgrelid::regclass AS relation FROM pg_trigger t JOIN pg_proc p ON p.oid = t.tgfoid
-    WHERE p.proname = capture_name(followed) AND p.pronamespace = current_schema::regnamespace
+    WHERE p.proname IN (SELECT capture_name(followed, op) FROM ops() AS op) AND p.pronamespace = current_schema::regnamespace
   LOOP
     EXECUTE format('DROP TRIGGER %I ON %s', found.name, found.relation);
   END LOOP;
-  EXECUTE format('DROP FUNCTION IF EXISTS %I()', capture_name(followed));
+  FOR found IN SELECT op FROM ops() AS op LOOP
+    EXECUTE format('DROP FUNCTION IF EXISTS %I()', capture_name(followed, found.op));
+  END LOOP;
   UPDATE tables SET is_present = false WHERE relid = followed AND is_present;
 END
 $forget$;
@@ -469,8 +505,8 @@ BEGIN
   EXECUTE format('GRANT SELECT ON outbox, tables, state, retyped, gap, gate TO %I', role);
   EXECUTE format('GRANT UPDATE (confirmed_lsn) ON state TO %I', role);
   EXECUTE format('GRANT EXECUTE ON FUNCTION rotate(pg_snapshot), emit(text, text), sleep(boolean), reopen(), '
-                 'findings(regclass, text[]), shape_of(regclass, text[]), triggers_of(regclass, boolean), capture_name(oid), '
-                 'capture_body(tables), settings_of(oid[]), step(int, text, text), put(int, text, int, text) TO %I', role);
+                 'findings(regclass, text[]), shape_of(regclass, text[]), triggers_of(regclass, boolean), capture_name(oid, text), '
+                 'ops(), capture_body(tables, text), settings_of(oid[]), step(int, text, text), put(int, text, int, text) TO %I', role);
 END
 $admit$;
 
