@@ -1,5 +1,6 @@
-//! `keepstep setup` and `keepstep teardown`: the publication and the slot that the rules need.
+//! `keepstep setup` and `keepstep teardown`: what the rules need in the database, a publication and a slot or an outbox.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -8,7 +9,10 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio_postgres::Client;
 
+use crate::catalog;
 use crate::config::{Config, OnFull, Outbox, Source, TableName};
+use crate::decode::types::Types;
+use crate::error::Error;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
 use crate::source::provision::{Executor, Plan, Wanted, execute, outbox, plan_setup, plan_teardown};
@@ -46,7 +50,9 @@ pub(super) fn setup(config: &Path, arguments: &SetupArguments) -> Result<ExitCod
         let executor = if arguments.print { Executor::Dba } else { Executor::Role };
         let plan = match &config.postgres.source {
             Source::Replication => plan_setup(&client, &wanted(&config, arguments.failover), executor).await,
-            Source::Outbox(settings) => outbox::plan_setup(&client, &wanted_outbox(&config, settings), executor).await,
+            Source::Outbox(settings) => {
+                outbox::plan_setup(&client, &wanted_outbox(&client, &config, settings).await?, executor).await
+            }
         };
         match plan {
             Ok(plan) => carry_out(&client, &plan, arguments.print).await,
@@ -61,7 +67,7 @@ pub(super) fn teardown(config: &Path, arguments: &TeardownArguments) -> Result<E
         let client = connect(&config).await?;
         let plan = match &config.postgres.source {
             Source::Replication => plan_teardown(&client, &wanted(&config, false)).await?,
-            Source::Outbox(settings) => outbox::plan_teardown(&client, &wanted_outbox(&config, settings)).await?,
+            Source::Outbox(_) => outbox::plan_teardown(&client, &config.postgres.slot).await?,
         };
         carry_out(&client, &plan, arguments.print).await
     })?
@@ -80,11 +86,24 @@ fn tables(config: &Config) -> Vec<TableName> {
     tables
 }
 
-/// What the rules need of an outbox.
-pub(super) fn wanted_outbox(config: &Config, settings: &Outbox) -> outbox::Wanted {
-    let tables = tables(config).into_iter().map(|table| outbox::Followed { table, columns: None });
+/// What the rules need of an outbox: of each table the columns that they use; all of them where a rule does not fit its table, and
+/// so cannot say.
+pub(super) async fn wanted_outbox(client: &Client, config: &Config, settings: &Outbox) -> Result<outbox::Wanted, Error> {
+    let names = tables(config);
+    // No publication has this name: so none leaves a column out.
+    let catalog = catalog::load(client, "", &names).await?;
+    let types = Types::load(client, &catalog.type_oids()).await?;
+    let bound = catalog::check_rules(config, &catalog, &types).rules;
+    let used = |table: &TableName| {
+        let columns = &catalog.tables.get(table)?.relation.columns;
+        let of_table = config.rules.iter().zip(&bound).filter(|(rule, _)| rule.table.value == *table);
+        let places: Option<Vec<_>> = of_table.map(|(_, bound)| Some(bound.as_ref()?.columns())).collect();
+        let places: BTreeSet<usize> = places?.into_iter().flatten().collect();
+        Some(places.into_iter().filter_map(|place| Some(columns.get(place)?.name.clone())).collect())
+    };
+    let followed = names.iter().map(|table| outbox::Followed { table: table.clone(), columns: used(table) }).collect();
     let limit = (settings.on_full == OnFull::Gap).then_some(config.postgres.max_retained);
-    outbox::Wanted { schema: config.postgres.slot.clone(), tables: tables.collect(), limit }
+    Ok(outbox::Wanted { schema: config.postgres.slot.clone(), tables: followed, limit })
 }
 
 /// What the rules need.
@@ -115,7 +134,7 @@ async fn carry_out(client: &Client, plan: &Plan, print: bool) -> Result<ExitCode
 }
 
 /// Every error; the exit code is the last one's.
-fn report_all(errors: Vec<crate::error::Error>) -> ExitCode {
+fn report_all(errors: Vec<Error>) -> ExitCode {
     let mut code = ExitCode::FAILURE;
     for (index, error) in errors.into_iter().enumerate() {
         if index > 0 {

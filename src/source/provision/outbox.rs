@@ -121,12 +121,8 @@ fn setup_plan(wanted: &Wanted, facts: &Facts, executor: Executor) -> Plan {
             sql: format!("SELECT {schema}.follow({}, {columns});", literal(&table.name)),
         });
     }
-    for (oid, name) in there.iter().flat_map(|schema| &schema.left) {
-        plan.statements.push(Statement {
-            purpose: format!("follow table {name} no longer"),
-            sql: format!("SELECT {schema}.forget({oid});"),
-        });
-    }
+    let left = there.iter().flat_map(|schema| &schema.left);
+    plan.statements.extend(left.map(|left| forget(&wanted.schema, left)));
     with_lock_timeout(plan)
 }
 
@@ -203,7 +199,7 @@ async fn read(client: &Client, wanted: &Wanted) -> Result<Facts> {
     let row = client.query_typed_one(sql, &[]).await.map_err(failed)?;
     let (role, in_recovery, may_create) = (row.get(0), row.get(1), row.get(2));
     let mut tables = tables(client, wanted).await?;
-    let schema = schema(client, wanted, &tables).await?;
+    let schema = schema(client, &wanted.schema, &tables).await?;
     for (followed, table) in wanted.tables.iter().zip(&mut tables) {
         table.findings = match (&schema, table.oid) {
             (Some(Schema { version: Some(VERSION), .. }), Some(oid)) => findings(client, wanted, oid, followed).await?,
@@ -213,17 +209,17 @@ async fn read(client: &Client, wanted: &Wanted) -> Result<Facts> {
     Ok(Facts { role, in_recovery, may_create, schema, tables })
 }
 
-async fn schema(client: &Client, wanted: &Wanted, tables: &[Table]) -> Result<Option<Schema>> {
+async fn schema(client: &Client, name: &str, tables: &[Table]) -> Result<Option<Schema>> {
     let sql = "select pg_has_role(nspowner, 'usage'),
                       exists (select from pg_class where relnamespace = n.oid and relname = 'state')
                from pg_namespace n where nspname = $1::text";
-    let row = client.query_typed_opt(sql, &[(&wanted.schema, Type::TEXT)]).await.map_err(failed)?;
+    let row = client.query_typed_opt(sql, &[(&name, Type::TEXT)]).await.map_err(failed)?;
     let Some(row) = row else { return Ok(None) };
     let (owned, is_outbox): (bool, bool) = (row.get(0), row.get(1));
     if !is_outbox {
         return Ok(Some(Schema { owned, version: None, limit: None, left: Vec::new() }));
     }
-    let schema = identifier(&wanted.schema);
+    let schema = identifier(name);
     let sql = format!("select version, size_limit from {schema}.state");
     let state = client.query_typed_opt(&sql, &[]).await.map_err(failed)?;
     let followed: Vec<u32> = tables.iter().filter_map(|table| table.oid).collect();
@@ -275,25 +271,24 @@ async fn tables(client: &Client, wanted: &Wanted) -> Result<Vec<Table>> {
 ///
 /// # Errors
 /// What Postgres says.
-pub async fn plan_teardown(client: &Client, wanted: &Wanted) -> Result<Plan> {
+pub async fn plan_teardown(client: &Client, schema: &str) -> Result<Plan> {
     let mut plan = Plan::default();
-    let schema = identifier(&wanted.schema);
-    let none = Wanted { tables: Vec::new(), ..wanted.clone() };
-    match self::schema(client, &none, &[]).await? {
-        None => plan.remarks.push(format!("schema `{}` is not there", wanted.schema)),
-        Some(Schema { version: None, .. }) => {
-            plan.remarks.push(format!("schema `{}` holds no outbox and stays", wanted.schema));
-        }
+    let quoted = identifier(schema);
+    match self::schema(client, schema, &[]).await? {
+        None => plan.remarks.push(format!("schema `{schema}` is not there")),
+        Some(Schema { version: None, .. }) => plan.remarks.push(format!("schema `{schema}` holds no outbox and stays")),
         Some(Schema { left, .. }) => {
-            plan.statements.extend(left.into_iter().map(|(oid, name)| Statement {
-                purpose: format!("follow table {name} no longer"),
-                sql: format!("SELECT {schema}.forget({oid});"),
-            }));
+            plan.statements.extend(left.into_iter().map(|left| forget(schema, &left)));
             plan.statements.push(Statement {
-                purpose: format!("drop the outbox in schema `{}`", wanted.schema),
-                sql: format!("DROP SCHEMA {schema} CASCADE;"),
+                purpose: format!("drop the outbox in schema `{schema}`"),
+                sql: format!("DROP SCHEMA {quoted} CASCADE;"),
             });
         }
     }
     Ok(with_lock_timeout(plan))
+}
+
+fn forget(schema: &str, (oid, name): &(u32, String)) -> Statement {
+    let sql = format!("SELECT {}.forget({oid});", identifier(schema));
+    Statement { purpose: format!("follow table {name} no longer"), sql }
 }
