@@ -129,9 +129,7 @@ impl Ready {
     /// As [`Ready::start`].
     pub async fn start_temporary(self, config: &PostgresConfig) -> Result<Source> {
         Ok(match self {
-            Ready::Replication(walsender) => {
-                Source::Replication(walsender.start_temporary(&config.publication).await?)
-            }
+            Ready::Replication(walsender) => Source::Replication(walsender.start_temporary(&config.publication).await?),
             Ready::Outbox(setting) => Source::Outbox(Outbox::watch(setting).await?),
         })
     }

@@ -196,7 +196,8 @@ fn operations(rule: &Rule, publication: Publication, facts: &TableFacts) -> Opti
     let shown = missing.join(", ").to_uppercase();
     let title = format!(
         "rule `{}` follows {shown}, which publication `{}` does not publish",
-        rule.name.value, facts.carrier.name()
+        rule.name.value,
+        facts.carrier.name()
     );
     let help = format!(
         "publish it:  ALTER PUBLICATION {} SET (publish = '{}');",

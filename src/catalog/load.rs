@@ -5,7 +5,10 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::types::Oid;
 use tokio_postgres::{Client, Row};
 
-use super::{Carrier, Catalog, HiddenColumn, Leaf, Persistence, Publication, Published, TableFacts, TableKind, UniqueIndex, sql_identifier};
+use super::{
+    Carrier, Catalog, HiddenColumn, Leaf, Persistence, Publication, Published, TableFacts, TableKind, UniqueIndex,
+    sql_identifier,
+};
 use crate::config::TableName;
 use crate::error::Result;
 use crate::model::{Column, Relation, ReplicaIdentity};
@@ -177,7 +180,8 @@ async fn publication(client: &Client, carrier: &Carrier) -> Answer<Option<Public
             client.query_opt(PUBLICATION, &[name]).await?.map(|row| publication_of(&row)).transpose()
         }
         Carrier::Outbox(schema) => {
-            let all = Publication { insert: true, update: true, delete: true, truncate: true, via_partition_root: true };
+            let all =
+                Publication { insert: true, update: true, delete: true, truncate: true, via_partition_root: true };
             Ok(client.query_opt(OUTBOX, &[schema]).await?.map(|_| all))
         }
     }

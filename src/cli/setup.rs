@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio_postgres::Client;
 
-use crate::catalog;
+use crate::catalog::{self, Carrier};
 use crate::config::{Config, OnFull, Outbox, Source, TableName};
 use crate::decode::types::Types;
 use crate::error::Error;
@@ -88,10 +88,14 @@ fn tables(config: &Config) -> Vec<TableName> {
 
 /// What the rules need of an outbox: of each table the columns that they use; all of them where a rule does not fit its table, and
 /// so cannot say.
-pub(super) async fn wanted_outbox(client: &Client, config: &Config, settings: &Outbox) -> Result<outbox::Wanted, Error> {
+pub(super) async fn wanted_outbox(
+    client: &Client,
+    config: &Config,
+    settings: &Outbox,
+) -> Result<outbox::Wanted, Error> {
     let names = tables(config);
     // No publication has this name: so none leaves a column out.
-    let catalog = catalog::load(client, "", &names).await?;
+    let catalog = catalog::load(client, &Carrier::Publication(String::new()), &names).await?;
     let types = Types::load(client, &catalog.type_oids()).await?;
     let bound = catalog::check_rules(config, &catalog, &types).rules;
     let used = |table: &TableName| {

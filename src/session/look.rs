@@ -61,7 +61,10 @@ impl<C: Cache + Send + 'static> Session<C> {
             report::slot(&slot, postgres.max_retained, &self.metrics, &self.shared);
             let is_slot = postgres.source == config::Source::Replication;
             if let Some(why) = slot.invalidation_reason.filter(|_| !is_slot) {
-                return Err(Error::new(ErrorKind::Gap, format!("the {} misses something: {why}", Carrier::stream(postgres))));
+                return Err(Error::new(
+                    ErrorKind::Gap,
+                    format!("the {} misses something: {why}", Carrier::stream(postgres)),
+                ));
             }
             if is_slot && postgres.on_gap == OnGap::Reconcile && slot.retained_bytes > Some(postgres.max_retained) {
                 // The next session drops it: nobody streams it then.

@@ -325,12 +325,7 @@ fn origin(identity: &SystemIdentity, config: &Config) -> Origin {
         config::Source::Replication => config.postgres.slot.clone(),
         config::Source::Outbox(_) => Carrier::stream(&config.postgres),
     };
-    Origin {
-        system: identity.system.clone(),
-        timeline: identity.timeline,
-        database: identity.database.clone(),
-        slot,
-    }
+    Origin { system: identity.system.clone(), timeline: identity.timeline, database: identity.database.clone(), slot }
 }
 
 fn slot_facts(slot: &SlotState) -> SlotFacts<'_> {

@@ -60,9 +60,9 @@ impl Tables {
             let carrier = Carrier::of(&config.postgres);
             let uncarried = match (carried.get(&rule.table.value), &carrier) {
                 (None, Carrier::Publication(_)) => Some(format!("{carrier} does not carry its table")),
-                (None, Carrier::Outbox(_)) => {
-                    Some(format!("{carrier} does not follow its table with all triggers; `keepstep setup` sees to that"))
-                }
+                (None, Carrier::Outbox(_)) => Some(format!(
+                    "{carrier} does not follow its table with all triggers; `keepstep setup` sees to that"
+                )),
                 (Some(carried), _) if !rule.on.is_within(*carried) => {
                     Some(format!("{carrier} leaves out operations that it follows"))
                 }

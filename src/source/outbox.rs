@@ -269,8 +269,10 @@ pub async fn state(client: &Client, schema: &str) -> Result<Option<State>> {
 pub async fn renew(client: &Client, schema: &str) -> Result<Drain> {
     let failed = |error| query_error("cannot empty the outbox", error);
     let schema = sql_identifier(schema);
-    let sql = format!("update {schema}.state set confirmed_lsn = pg_catalog.pg_current_wal_insert_lsn()
-        returning confirmed_lsn::text, pg_catalog.pg_current_snapshot()::text");
+    let sql = format!(
+        "update {schema}.state set confirmed_lsn = pg_catalog.pg_current_wal_insert_lsn()
+        returning confirmed_lsn::text, pg_catalog.pg_current_snapshot()::text"
+    );
     let row = client.query_typed_one(&sql, &[]).await.map_err(failed)?;
     let snapshot: &str = row.try_get(1).map_err(failed)?;
     // What cannot go now, because somebody still writes there, goes later.

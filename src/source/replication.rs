@@ -5,8 +5,8 @@
 
 use std::time::{Duration, SystemTime};
 
-use super::connect;
 pub use super::Frame;
+use super::connect;
 use super::conninfo::ConnInfo;
 use super::login::ReplicationStartup;
 use super::server_error::{NOT_IN_PREREQUISITE_STATE, OBJECT_IN_USE, ServerError, UNDEFINED_OBJECT};

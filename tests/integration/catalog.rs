@@ -143,7 +143,13 @@ async fn tables_are_told_apart() {
     assert_eq!(catalog.tables[&public("leaf_1")].published, Published::Directly);
     let publication = catalog.publication.unwrap();
     assert!(publication.insert && !publication.update && !publication.delete && !publication.truncate);
-    assert!(load(&stage.sql().await, &Carrier::Publication("other".to_owned()), &tables).await.unwrap().publication.is_none());
+    assert!(
+        load(&stage.sql().await, &Carrier::Publication("other".to_owned()), &tables)
+            .await
+            .unwrap()
+            .publication
+            .is_none()
+    );
 }
 
 #[tokio::test]

@@ -49,15 +49,21 @@ async fn what_commits_late_is_neither_lost_nor_undone() {
     let reader = Reader::follow(&stage, "row:1");
     stage.execute("insert into rows values (1, 1, 'x')").await;
     let late = stage.sql().await;
-    late.batch_execute("begin; insert into rows values (2, 1, 'late'); savepoint s; insert into rows values (3, 1, 'never')")
-        .await
-        .unwrap();
+    late.batch_execute(
+        "begin; insert into rows values (2, 1, 'late'); savepoint s; insert into rows values (3, 1, 'never')",
+    )
+    .await
+    .unwrap();
     late.batch_execute("rollback to s; insert into rows values (4, 1, 'later')").await.unwrap();
     let prepared = "begin; insert into rows values (5, 1, 'prepared'); update rows set version = 2 where id = 1;
                     prepare transaction 'p'";
     stage.execute(prepared).await;
     for version in 1..=20 {
-        stage.execute(&format!("insert into rows values (100, {version}, 'y') on conflict (id) do update set version = {version}")).await;
+        stage
+            .execute(&format!(
+                "insert into rows values (100, {version}, 'y') on conflict (id) do update set version = {version}"
+            ))
+            .await;
         match version {
             7 => late.batch_execute("update rows set filler = 'still open' where id = 2").await.unwrap(),
             10 => {
@@ -92,8 +98,12 @@ async fn a_kill_between_applying_and_removing_loses_nothing() {
     let rules = set(&stage, "replay_window = \"0s\"").await;
     let mut daemon = Daemon::start(&stage, &rules).await;
     for kill in 0..8_u64 {
-        stage.execute(&format!("insert into rows select i, {kill}, 'x' from generate_series(1, 3000) i
-            on conflict (id) do update set version = excluded.version")).await;
+        stage
+            .execute(&format!(
+                "insert into rows select i, {kill}, 'x' from generate_series(1, 3000) i
+            on conflict (id) do update set version = excluded.version"
+            ))
+            .await;
         // Rows are removed once a second.
         lasts(Duration::from_millis(300 * (kill % 5))).await;
         daemon.kill();
@@ -161,7 +171,11 @@ async fn what_a_full_outbox_left_out_is_reconciled() {
     assert_in_step(&stage, &[MIRROR]).await;
     daemon.kill();
     for version in 1..=20 {
-        stage.execute(&format!("insert into rows select {version} * 1000 + i, 1, repeat('x', 200) from generate_series(1, 999) i")).await;
+        stage
+            .execute(&format!(
+                "insert into rows select {version} * 1000 + i, 1, repeat('x', 200) from generate_series(1, 999) i"
+            ))
+            .await;
     }
     stage.execute("delete from rows where id % 3 = 0").await;
     assert!(bytes(&stage).await < 4 << 20, "{}", bytes(&stage).await);
@@ -202,6 +216,9 @@ async fn another_source_is_another_history() {
     if !reads_outbox() {
         stage.keepstep(&["setup"]);
         let daemon = Daemon::spawn(&stage, &rules, &[]);
-        assert!(comes_within(Duration::from_secs(30), async || daemon.log().contains("its slot is outbox `keepstep`")).await);
+        assert!(
+            comes_within(Duration::from_secs(30), async || daemon.log().contains("its slot is outbox `keepstep`"))
+                .await
+        );
     }
 }

@@ -131,7 +131,8 @@ async fn what_the_publication_carries() {
     // TRUNCATE counts where DELETE does.
     let insert_only = Operations { insert: true, update: false, delete: false };
     assert_eq!(carried(&found, "parted"), Some(insert_only));
-    let publication_gone = signature::look(&stage.sql().await, &Carrier::Publication("q".to_owned()), &tables()).await.unwrap();
+    let publication_gone =
+        signature::look(&stage.sql().await, &Carrier::Publication("q".to_owned()), &tables()).await.unwrap();
     assert!(publication_gone.carried.is_empty());
 }
 

@@ -277,7 +277,8 @@ impl Drainer {
     }
 
     async fn clock(&self) -> Result<Timestamp> {
-        let row = self.client.query_typed_one("select (extract(epoch from clock_timestamp()) * 1000000)::int8", &[]).await;
+        let row =
+            self.client.query_typed_one("select (extract(epoch from clock_timestamp()) * 1000000)::int8", &[]).await;
         let now_us: i64 = row.map_err(failed)?.try_get(0).map_err(failed)?;
         Ok(Timestamp::from_unix_us(now_us.unsigned_abs()))
     }
@@ -419,7 +420,10 @@ impl Drainer {
 
     /// What tables look, or looked like; `wanted` must be among them.
     async fn load_shapes(&mut self, wanted: i32) -> Result<()> {
-        let sql = format!("select shape, relid, schema, name, columns, types, typmods, identity, is_full from {}.tables", self.schema);
+        let sql = format!(
+            "select shape, relid, schema, name, columns, types, typmods, identity, is_full from {}.tables",
+            self.schema
+        );
         for row in self.client.query_typed(&sql, &[]).await.map_err(failed)? {
             self.shapes.insert(row.try_get(0).map_err(failed)?, shape(&row).map_err(failed)?);
         }
@@ -578,7 +582,10 @@ async fn lock(client: &Client, schema: &str) -> Result<()> {
     let row = client.query_typed_one(sql, &parameters).await.map_err(failed)?;
     match row.try_get(0).map_err(failed)? {
         true => Ok(()),
-        false => Err(Error::new(ErrorKind::Fenced, format!("another daemon, or one that just ended, reads outbox `{schema}`"))),
+        false => Err(Error::new(
+            ErrorKind::Fenced,
+            format!("another daemon, or one that just ended, reads outbox `{schema}`"),
+        )),
     }
 }
 
