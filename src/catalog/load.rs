@@ -254,6 +254,11 @@ fn table(row: &Row, carrier: &Carrier, columns: Vec<TableColumn>) -> Answer<Tabl
     let is_listed = |name: &String| listed.as_ref().is_none_or(|names| names.contains(name));
     let is_published = |column: &TableColumn| column.sendable && is_listed(&column.column.name);
     let (shown, hidden): (Vec<_>, Vec<_>) = columns.into_iter().partition(is_published);
+    let identity_columns = match carrier {
+        Carrier::Publication(_) => identity_columns,
+        // What it does not store keeps nobody from changing rows.
+        Carrier::Outbox(_) => self::identity_columns(&shown),
+    };
     let hide = |column: TableColumn| HiddenColumn { name: column.column.name, generated: column.generated };
     let relation = Relation {
         oid: row.try_get("oid")?,

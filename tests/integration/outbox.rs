@@ -19,7 +19,7 @@ columns = ["id", "version", "filler"]
 
 const MIRROR: Mirror<'_> = Mirror { table: "rows", key: "'row:' || id", columns: "id, version, filler" };
 const TABLE: &str = "create table rows (id int primary key, version bigint not null, filler text)";
-const SETTINGS: &str = "wal_level = replica\nmax_prepared_transactions = 10";
+const SETTINGS: &str = "wal_level = replica";
 
 /// A rules file for an outbox, with more lines for `[postgres]`, and what setup makes of it.
 async fn set(stage: &Stage, lines: &str) -> PathBuf {
@@ -43,7 +43,7 @@ async fn emptied(stage: &Stage) {
 
 #[tokio::test]
 async fn what_commits_late_is_neither_lost_nor_undone() {
-    let mut stage = Stage::set_with(SETTINGS, &[]);
+    let mut stage = Stage::set_with("wal_level = replica\nmax_prepared_transactions = 10", &[]);
     let rules = set(&stage, "replay_window = \"0s\"").await;
     let mut daemon = Daemon::start(&stage, &rules).await;
     let reader = Reader::follow(&stage, "row:1");
@@ -173,7 +173,7 @@ async fn what_a_full_outbox_left_out_is_reconciled() {
     for version in 1..=20 {
         stage
             .execute(&format!(
-                "insert into rows select {version} * 1000 + i, 1, repeat('x', 200) from generate_series(1, 999) i"
+                "insert into rows select {version} * 2000 + i, 1, repeat('x', 200) from generate_series(1, 1500) i"
             ))
             .await;
     }
@@ -185,7 +185,7 @@ async fn what_a_full_outbox_left_out_is_reconciled() {
     emptied(&stage).await;
     // From now on it is written to again.
     let gaps = daemon.metric("keepstep_reconciles_total").await;
-    stage.execute("update rows set version = 3 where id < 2000").await;
+    stage.execute("update rows set version = 3 where id < 3000").await;
     assert_in_step(&stage, &[MIRROR]).await;
     assert_eq!(daemon.metric("keepstep_reconciles_total").await, gaps);
 }

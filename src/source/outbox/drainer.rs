@@ -142,6 +142,7 @@ impl Drainer {
         if owns {
             lock(&client, &setting.schema).await?;
         }
+        let setting = Setting { notify: setting.notify && may_notify(&client).await?, ..setting };
         if setting.notify {
             run(&client, &format!("listen {schema}")).await?;
         }
@@ -320,7 +321,9 @@ impl Drainer {
     fn drained(&mut self, drain: Drain) {
         let apart = |since: &Instant| since.elapsed() >= UNACKNOWLEDGED_APART;
         let room = self.unacknowledged.len() < UNACKNOWLEDGED_MAX;
-        if !self.unacknowledged.back().is_none_or(|(since, _)| room && apart(since)) {
+        // The oldest stays: it may be acknowledged already.
+        let crowded = self.unacknowledged.back().is_some_and(|(since, _)| !(room && apart(since)));
+        if crowded && self.unacknowledged.len() > 1 {
             self.unacknowledged.pop_back();
         }
         self.unacknowledged.push_back((Instant::now(), drain.clone()));
@@ -358,7 +361,7 @@ impl Drainer {
     /// Encodes what comes, and hands it out part by part.
     async fn take(&mut self, rows: RowStream, drain: &Drain, progress: &mut Progress) -> Outcome<Taken> {
         let mut rows = pin!(rows);
-        let (until, mut count) = (tokio::time::Instant::now() + self.beat, 0);
+        let (mut until, mut count) = (None, 0);
         while let Some(row) = rows.try_next().await.map_err(failed)? {
             let shape: Option<i32> = row.try_get(2).map_err(failed)?;
             if let Some(unknown) = shape.filter(|shape| !self.shapes.contains_key(shape)) {
@@ -370,13 +373,11 @@ impl Drainer {
                 continue;
             }
             // No snapshot is held, and no word withheld from the server, for as long as Redis is away.
+            let until = *until.get_or_insert_with(|| tokio::time::Instant::now() + self.beat);
             match tokio::time::timeout_at(until, self.parts.reserve()).await {
                 Ok(Ok(permit)) => permit.send(Ok(progress.next_part())),
                 Ok(Err(_)) => return Err(Stop::Asked),
                 Err(_) => return Ok(Taken::Held),
-            }
-            if tokio::time::Instant::now() >= until {
-                return Ok(Taken::Held);
             }
         }
         Ok(Taken::Rows(count))
@@ -587,6 +588,19 @@ async fn lock(client: &Client, schema: &str) -> Result<()> {
             format!("another daemon, or one that just ended, reads outbox `{schema}`"),
         )),
     }
+}
+
+/// A transaction that has sent NOTIFY cannot be prepared: where that is done at all, writers send none.
+async fn may_notify(client: &Client) -> Result<bool> {
+    let sql = "select current_setting('max_prepared_transactions')::int4 = 0";
+    let may_notify: bool = client.query_typed_one(sql, &[]).await.map_err(failed)?.try_get(0).map_err(failed)?;
+    if !may_notify {
+        tracing::info!(
+            "writers do not wake keepstep, because NOTIFY and prepared transactions (`max_prepared_transactions`) exclude \
+             each other: the outbox is looked into every `poll_interval`"
+        );
+    }
+    Ok(may_notify)
 }
 
 fn shape(row: &Row) -> std::result::Result<Shape, tokio_postgres::Error> {
