@@ -5,6 +5,10 @@
 --   psql -d shop -v role=keepstep -f outbox.sql
 --   psql -d shop -c "SELECT keepstep.follow('public.products', '{id,name,price}')"      for each table of the rules
 --
+-- and away with it, after the daemon has ended:
+--
+--   psql -d shop -c "SELECT keepstep.forget(relid) FROM keepstep.tables WHERE is_present" -c "DROP SCHEMA keepstep CASCADE"
+--
 -- -v schema=other gives another name than keepstep; it is `slot` of the rules file. `role` is what the daemon connects as. It
 -- may be run again; rows, and tables that are followed, stay.
 --

@@ -146,7 +146,19 @@ impl Dice {
 
 /// One statement about a table with the columns id, n and t; whether it succeeds does not matter.
 fn statement(dice: &mut Dice, merge: bool) -> String {
-    let table = dice.pick(&["plain", "bare", "indexed", "parts", "parts_0", "parts_1", "parts_0_low", "parent", "child", "owned", "noisy"]);
+    let table = dice.pick(&[
+        "plain",
+        "bare",
+        "indexed",
+        "parts",
+        "parts_0",
+        "parts_1",
+        "parts_0_low",
+        "parent",
+        "child",
+        "owned",
+        "noisy",
+    ]);
     let (id, other, n) = (dice.below(100), dice.below(100), dice.below(8));
     let text = dice.pick(&["null", "''", "'a \"b\"'", "E'x\\\\y,\\n(z)'", "repeat('long', 800)"]);
     let rows = format!("(select g, {n}, {text} from generate_series({id}, {id} + {n}) g)");
@@ -167,11 +179,18 @@ fn statement(dice: &mut Dice, merge: bool) -> String {
         9 => format!("update {table} set n = n + 1 where id < {id}"),
         10 => format!("delete from {table} where id = {id}"),
         11 => format!("delete from {table} where id between {id} and {id} + {n}"),
-        12 => format!("with gone as (delete from {table} where id < {n} * 5 returning id, t) insert into {table} {columns} select id, {n}, t from gone"),
-        13 if id < 8 => format!("truncate {}", dice.pick(&["plain", "bare", "indexed", "parts", "only parent", "noisy"])),
-        13 if owned || id < 50 => {
-            dice.pick(&["insert into owner select generate_series(0, 7) on conflict do nothing", "delete from owner where id % 3 = 1"]).to_owned()
+        12 => format!(
+            "with gone as (delete from {table} where id < {n} * 5 returning id, t) insert into {table} {columns} select id, {n}, t from gone"
+        ),
+        13 if id < 8 => {
+            format!("truncate {}", dice.pick(&["plain", "bare", "indexed", "parts", "only parent", "noisy"]))
         }
+        13 if owned || id < 50 => dice
+            .pick(&[
+                "insert into owner select generate_series(0, 7) on conflict do nothing",
+                "delete from owner where id % 3 = 1",
+            ])
+            .to_owned(),
         13 => format!("update owned set m = {n}, n = {n} % 3 where id % 5 = {n} % 5"),
         14 => format!(
             "merge into {table} as t using {rows} as s(i, n, t) on t.id = s.i + 1
@@ -193,22 +212,36 @@ fn odd_statement(dice: &mut Dice) -> String {
     );
     let names = "\"new\", \"old\", id, signs, doubt, \"a,b\", \"ROW\", at, stamp, span, bytes, mood, \"found\", \"key\", k1, spans";
     match dice.below(6) {
-        0..3 => format!("insert into \"Odd \"\"t\"\"\" ({names}) values ({values}) on conflict (id, \"new\") do update set signs = 1.0, \"old\" = null"),
-        3 => format!("update \"Odd \"\"t\"\"\" set \"new\" = \"new\" + 5, doubt = 'nan', at = now() where id = 'k{id}'"),
-        4 => format!("update \"Odd \"\"t\"\"\" set span = span * {n}, \"found\" = null, bytes = bytes || bytes where \"new\" % 3 = {n}"),
+        0..3 => format!(
+            "insert into \"Odd \"\"t\"\"\" ({names}) values ({values}) on conflict (id, \"new\") do update set signs = 1.0, \"old\" = null"
+        ),
+        3 => {
+            format!("update \"Odd \"\"t\"\"\" set \"new\" = \"new\" + 5, doubt = 'nan', at = now() where id = 'k{id}'")
+        }
+        4 => format!(
+            "update \"Odd \"\"t\"\"\" set span = span * {n}, \"found\" = null, bytes = bytes || bytes where \"new\" % 3 = {n}"
+        ),
         _ => format!("delete from \"Odd \"\"t\"\"\" where id = 'k{id}'"),
     }
 }
 
 /// Random transactions, with savepoints that are rolled back, and sessions with settings of their own.
 async fn churn(client: &Client, dice: &mut Dice, transactions: usize) {
-    let version: i32 =
-        client.query_one("select current_setting('server_version_num')::int", &[]).await.unwrap().get(0);
+    let version: i32 = client.query_one("select current_setting('server_version_num')::int", &[]).await.unwrap().get(0);
     for _ in 0..transactions {
         let settings = [
             dice.pick(&["datestyle = 'German'", "datestyle = 'ISO'", "timezone = 'Asia/Kolkata'", "timezone = 'UTC'"]),
-            dice.pick(&["intervalstyle = iso_8601", "bytea_output = escape", "extra_float_digits = 0", "search_path = pg_temp, public"]),
-            dice.pick(&["session_replication_role = replica", "session_replication_role = origin", "quote_all_identifiers = on"]),
+            dice.pick(&[
+                "intervalstyle = iso_8601",
+                "bytea_output = escape",
+                "extra_float_digits = 0",
+                "search_path = pg_temp, public",
+            ]),
+            dice.pick(&[
+                "session_replication_role = replica",
+                "session_replication_role = origin",
+                "quote_all_identifiers = on",
+            ]),
         ];
         for setting in settings {
             client.batch_execute(&format!("set {setting}")).await.unwrap();
@@ -220,7 +253,10 @@ async fn churn(client: &Client, dice: &mut Dice, transactions: usize) {
             if let Err(error) = client.batch_execute(&sql).await {
                 let code = error.code().map(|code| code.code().to_owned()).unwrap_or_default();
                 // A key that is there already, no partition for a row, a foreign key, a row changed twice: the application's own mistakes.
-                assert!(["23", "21", "27"].iter().any(|class| code.starts_with(class)) || code == "0A000", "{sql}: {error:?}");
+                assert!(
+                    ["23", "21", "27"].iter().any(|class| code.starts_with(class)) || code == "0A000",
+                    "{sql}: {error:?}"
+                );
                 client.batch_execute("rollback to s").await.unwrap();
             } else if dice.below(6) == 0 {
                 client.batch_execute("rollback to s").await.unwrap();
@@ -255,5 +291,218 @@ async fn the_rows_in_their_order_make_the_tables() {
     }
     let counts = client.query_one("select count(*), count(*) filter (where doubt), count(*) filter (where old is not null and op = 'u') from keepstep.outbox", &[]).await.unwrap();
     let (all, doubted, moved): (i64, i64, i64) = (counts.get(0), counts.get(1), counts.get(2));
-    assert!(all > 1_000 && doubted > 10 && doubted < all / 2 && moved > 10, "{all} rows, {doubted} in doubt, {moved} moved");
+    assert!(
+        all > 1_000 && doubted > 10 && doubted < all / 2 && moved > 10,
+        "{all} rows, {doubted} in doubt, {moved} moved"
+    );
+}
+
+/// What setup leaves in the database: triggers, functions, relations, and who may do what with them.
+async fn objects(client: &Client) -> String {
+    let sql = "select coalesce(string_agg(line, E'\n' order by line), '') from (
+        select format('trigger %s on %s %s', tgname, tgrelid::regclass, tgenabled) as line from pg_trigger where not tgisinternal
+        union all select format('function %s.%s %s', nspname, proname, proacl) from pg_proc join pg_namespace n on n.oid = pronamespace
+          where nspname !~ '^(pg_|information_)'
+        union all select format('relation %s.%s %s', nspname, relname, relacl) from pg_class join pg_namespace n on n.oid = relnamespace
+          where nspname !~ '^(pg_|information_)' and relkind <> 'i') objects";
+    client.query_one(sql, &[]).await.unwrap().get(0)
+}
+
+async fn tear_down(client: &Client) -> usize {
+    let plan = plan_teardown(client, "keepstep").await.unwrap();
+    for statement in &plan.statements {
+        execute(client, statement).await.unwrap();
+    }
+    plan.statements.len()
+}
+
+#[tokio::test]
+async fn setup_does_what_is_missing_and_teardown_leaves_nothing() {
+    let (stage, client) = stage().await;
+    let before = objects(&client).await;
+    assert_eq!(set_up(&client, &wanted(&["plain", "Odd \"t\"", "parts"])).await, 6);
+    let made = objects(&client).await;
+    assert_eq!(set_up(&client, &wanted(&["plain", "Odd \"t\"", "parts"])).await, 0);
+    // The lock timeout counts as a step: a table more, a table less, and fewer columns of one.
+    assert_eq!(set_up(&client, &wanted(&["plain", "parts", "bare"])).await, 3);
+    let mut fewer = wanted(&["plain", "Odd \"t\"", "parts"]);
+    fewer.tables[0].columns = Some(vec!["t".to_owned()]);
+    assert_eq!(set_up(&client, &fewer).await, 4);
+    assert_eq!(objects(&client).await, made);
+    client.batch_execute("insert into plain values (7, 8, 'a')").await.unwrap();
+    let image: String = client.query_one("select new from keepstep.outbox", &[]).await.unwrap().get(0);
+    assert_eq!(image, "(7,a)");
+
+    client.batch_execute("select pg_advisory_lock(7, 'keepstep'::regnamespace::oid::int)").await.unwrap();
+    let busy = plan_teardown(&client, "keepstep").await.unwrap_err();
+    assert!(busy.to_string().contains("pid"), "{busy}");
+    client.batch_execute("select pg_advisory_unlock_all()").await.unwrap();
+    assert!(tear_down(&client).await > 0);
+    assert_eq!(objects(&client).await, before);
+    assert_eq!(tear_down(&client).await, 0);
+
+    // What is printed does the same in psql.
+    let script = plan_setup(&client, &fewer, Executor::Dba).await.unwrap().script();
+    psql(&stage, &script);
+    assert_eq!(set_up(&client, &fewer).await, 0);
+    psql(&stage, &plan_teardown(&client, "keepstep").await.unwrap().script());
+    assert_eq!(objects(&client).await, before);
+
+    client.batch_execute("create schema keepstep").await.unwrap();
+    let taken = plan_setup(&client, &fewer, Executor::Role).await.unwrap_err();
+    assert!(taken[0].to_string().contains("holds no outbox"), "{taken:?}");
+    assert_eq!(tear_down(&client).await, 0);
+}
+
+fn psql(stage: &Stage, script: &str) {
+    let path = stage.folder().join("script.sql");
+    std::fs::write(&path, script).unwrap();
+    let output = stage.postgres.command("psql").args(["--no-psqlrc", "--quiet", "-f"]).arg(path).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[tokio::test]
+async fn nobody_needs_to_be_a_superuser_and_nobody_gets_more_than_he_needs() {
+    let (stage, superuser) = stage().await;
+    let roles = "create role holder login; create role app login; create role reader login; grant create on database postgres to holder;
+        grant all on schema public to holder; alter table plain owner to holder; grant select, insert, update, delete on plain to app";
+    superuser.batch_execute(roles).await.unwrap();
+    let as_role = async |role: &str| client::connect(&info(&url(&stage.postgres, role, "")), Duration::ZERO).await.unwrap();
+    let (holder, app, reader) = (as_role("holder").await, as_role("app").await, as_role("reader").await);
+    let refused = plan_setup(&app, &wanted(&["plain", "bare"]), Executor::Role).await.unwrap_err();
+    assert_eq!(refused.len(), 3, "{refused:?}");
+    set_up(&holder, &wanted(&["plain"])).await;
+    holder.batch_execute("select keepstep.admit('reader')").await.unwrap();
+
+    app.batch_execute("insert into plain values (1, 2, 'x'); update plain set id = 2; delete from plain").await.unwrap();
+    for sql in ["select from keepstep.outbox", "select keepstep.rotate(pg_current_snapshot())", "insert into keepstep.outbox_0 select",
+        "select nextval('keepstep.gap')", "select keepstep.emit('', '')", "create table keepstep.mine ()"]
+    {
+        let denied = app.batch_execute(sql).await.unwrap_err();
+        assert_eq!(denied.code().unwrap().code(), "42501", "{sql}");
+    }
+    let rows: i64 = reader.query_one("select count(*) from keepstep.outbox", &[]).await.unwrap().get(0);
+    assert_eq!(rows, 3);
+    let works = "select keepstep.emit('a', 'b'), keepstep.sleep(true), keepstep.sleep(false), keepstep.reopen();
+        update keepstep.state set confirmed_lsn = pg_current_wal_insert_lsn(); select * from keepstep.retyped, keepstep.gap, keepstep.gate;
+        select t.name, f from keepstep.tables t, keepstep.findings(t.relid, t.columns) f; select keepstep.rotate(pg_current_snapshot())";
+    reader.batch_execute(works).await.unwrap();
+    for sql in ["select from plain", "delete from keepstep.outbox", "update keepstep.state set size_limit = 1", "select keepstep.follow('plain')"] {
+        let denied = reader.batch_execute(sql).await.unwrap_err();
+        assert_eq!(denied.code().unwrap().code(), "42501", "{sql}");
+    }
+}
+
+#[tokio::test]
+async fn ddl_of_the_application_fails_nothing_and_is_marked() {
+    let (stage, client) = stage().await;
+    set_up(&client, &wanted(&["plain", "parent", "parts"])).await;
+    // One session whose plans are kept, and one that is new each time.
+    let write = async |table: &str, id: i32| {
+        let sql = format!("insert into {table} (id) values ({id}); update {table} set id = {id} + 1 where id = {id}");
+        client.batch_execute(&sql).await.unwrap();
+        stage.execute(&sql.replace(&id.to_string(), &(id + 10).to_string())).await;
+    };
+    let marks = async |table: &str| -> (i64, Option<String>) {
+        let sql = format!("select count(*), string_agg(distinct gone::text, ' ') from keepstep.outbox join keepstep.tables t using (shape)
+            where t.name = '{table}' and outbox.id > (select coalesce(max(id), 0) from keepstep.outbox where op = 'm')");
+        let row = client.query_one(&sql, &[]).await.unwrap();
+        client.batch_execute("select keepstep.emit('', '')").await.unwrap();
+        (row.get(0), row.get(1))
+    };
+    for table in ["plain", "parent"] {
+        write(table, 100).await;
+        assert_eq!(marks(table).await, (4, None));
+        client.batch_execute(&format!("alter table {table} drop column n")).await.unwrap();
+        write(table, 200).await;
+        assert_eq!(marks(table).await, (4, Some("{2}".to_owned())));
+        client.batch_execute(&format!("alter table {table} rename t to u; alter table {table} add column n text")).await.unwrap();
+        write(table, 300).await;
+        assert_eq!(marks(table).await, (4, Some("{3}".to_owned())));
+        client.batch_execute(&format!("alter table {table} alter u type varchar, alter n type bytea using null")).await.unwrap();
+        write(table, 400).await;
+        assert_eq!(marks(table).await, (4, Some("{3}".to_owned())));
+        let sql = format!("select array_agg(place) from keepstep.retyped join keepstep.tables using (shape) where name = '{table}'");
+        assert_eq!(client.query_one(&sql, &[]).await.unwrap().get::<_, Vec<i16>>(0), [2]);
+        client.batch_execute(&format!("alter table {table} rename to other; alter table other rename to {table}")).await.unwrap();
+        write(table, 500).await;
+    }
+    // A column of the identity may go too; its rows still come.
+    client.batch_execute("alter table plain drop column id, add column id int").await.unwrap();
+    write("plain", 600).await;
+    client.batch_execute("create table parts_2 partition of parts for values in (2)").await.unwrap();
+    let findings = "select f from keepstep.tables t, keepstep.findings(t.relid) f where name = $1 order by f";
+    let found: Vec<String> =
+        client.query(findings, &[&"parts"]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    assert_eq!(found.len(), 3, "{found:?}");
+    assert!(found[0].contains("trigger keepstep_delete on public.parts_2 is missing"), "{found:?}");
+    assert_eq!(set_up(&client, &wanted(&["plain", "parent", "parts"])).await, 4);
+    assert_eq!(set_up(&client, &wanted(&["plain", "parent", "parts"])).await, 0);
+    client.batch_execute("alter table parts disable trigger keepstep_update").await.unwrap();
+    assert_eq!(set_up(&client, &wanted(&["plain", "parent", "parts"])).await, 2);
+    client.batch_execute("drop table plain, parts, parent cascade").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_full_outbox_takes_no_more_and_says_so() {
+    let (_stage, client) = stage().await;
+    let limited = Wanted { limit: Some(1 << 20), ..wanted(&["plain"]) };
+    set_up(&client, &limited).await;
+    let gap = async || client.query_one("select last_value, is_called from keepstep.gap", &[]).await.map(|row| (row.get::<_, i64>(0), row.get::<_, bool>(1))).unwrap();
+    let rows = async || client.query_one("select count(*) from keepstep.outbox", &[]).await.unwrap().get::<_, i64>(0);
+    let fill = "insert into plain select g, 1, repeat('long', 30) from generate_series(1, 20000) g; delete from plain";
+    let none = gap().await;
+    client.batch_execute(fill).await.unwrap();
+    let (full, first) = (rows().await, gap().await);
+    assert!(full >= 20_000, "{full}");
+    client.batch_execute("begin; insert into plain values (1); rollback").await.unwrap();
+    assert_eq!(rows().await, full);
+    // Also what was rolled back is marked: a gap too many does no harm.
+    assert!(gap().await != first && gap().await != none);
+    client.batch_execute("select keepstep.rotate(pg_current_snapshot()), keepstep.reopen()").await.unwrap();
+    let reopened = gap().await;
+    client.batch_execute("insert into plain values (1)").await.unwrap();
+    assert_eq!((rows().await, gap().await), (full + 1, reopened));
+}
+
+#[tokio::test]
+async fn rotation_loses_nothing_and_lets_nobody_wait() {
+    let (stage, client) = stage().await;
+    set_up(&client, &wanted(&["plain"])).await;
+    let old = stage.sql().await;
+    old.batch_execute("begin isolation level repeatable read; insert into plain values (1)").await.unwrap();
+    client.batch_execute("insert into plain values (2)").await.unwrap();
+    let rotate = async |snapshot: &str| -> bool {
+        client.query_one(&format!("select keepstep.rotate({snapshot})"), &[]).await.unwrap().get(0)
+    };
+    let rows = async || client.query_one("select count(*) from keepstep.outbox", &[]).await.unwrap().get::<_, i64>(0);
+    let before: String = client.query_one("select pg_current_snapshot()::text", &[]).await.unwrap().get(0);
+    assert!(rotate("pg_current_snapshot()").await, "writers go to the other half");
+    // Somebody is at work in the first half, and does not wait, nor does anybody else.
+    assert!(!rotate("pg_current_snapshot()").await);
+    old.batch_execute("set local lock_timeout = '1s'; insert into plain values (3)").await.unwrap();
+    client.batch_execute("insert into plain values (4)").await.unwrap();
+    assert!(!rotate("pg_current_snapshot()").await);
+    old.batch_execute("commit").await.unwrap();
+    // What was not seen then stays.
+    assert!(!rotate(&format!("'{before}'")).await);
+    assert_eq!(rows().await, 4);
+    for _ in 0..3 {
+        rotate("pg_current_snapshot()").await;
+    }
+    assert_eq!(rows().await, 0);
+    let size: i64 = client.query_one("select sum(pg_relation_size(c))::int8 from unnest('{keepstep.outbox_0,keepstep.outbox_1}'::regclass[]) c", &[]).await.unwrap().get(0);
+    assert_eq!(size, 0);
+}
+
+#[tokio::test]
+async fn subscriptions_are_refused() {
+    let (_stage, client) = stage().await;
+    let subscribed = "set allow_system_table_mods = on; create subscription s connection 'dbname=none' publication p with (connect = false);
+        insert into pg_subscription_rel (srsubid, srrelid, srsubstate) select oid, 'parts_1'::regclass, 'r' from pg_subscription";
+    for sql in subscribed.split(';') {
+        client.batch_execute(sql).await.unwrap();
+    }
+    let refused = plan_setup(&client, &wanted(&["parts", "plain"]), Executor::Role).await.unwrap_err();
+    assert!(refused.len() == 1 && refused[0].to_string().contains("filled by a subscription"), "{refused:?}");
 }

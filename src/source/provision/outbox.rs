@@ -83,7 +83,9 @@ pub async fn plan_setup(client: &Client, wanted: &Wanted, executor: Executor) ->
 /// The script without what is psql's, for this schema and this role, which may be none.
 fn script(schema: &str, role: &str) -> String {
     let sql = SCRIPT.lines().filter(|line| !line.trim_start().starts_with('\\')).collect::<Vec<_>>().join("\n");
-    sql.replace(":\"schema\"", &identifier(schema)).replace(":'schema'", &literal(schema)).replace(":'role'", &literal(role))
+    sql.replace(":\"schema\"", &identifier(schema))
+        .replace(":'schema'", &literal(schema))
+        .replace(":'role'", &literal(role))
 }
 
 fn setup_plan(wanted: &Wanted, facts: &Facts, executor: Executor) -> Plan {
@@ -270,7 +272,7 @@ async fn tables(client: &Client, wanted: &Wanted) -> Result<Vec<Table>> {
 /// What teardown has to do.
 ///
 /// # Errors
-/// What Postgres says.
+/// [`ErrorKind::PostgresDenied`] while a daemon reads the outbox.
 pub async fn plan_teardown(client: &Client, schema: &str) -> Result<Plan> {
     let mut plan = Plan::default();
     let quoted = identifier(schema);
@@ -278,6 +280,10 @@ pub async fn plan_teardown(client: &Client, schema: &str) -> Result<Plan> {
         None => plan.remarks.push(format!("schema `{schema}` is not there")),
         Some(Schema { version: None, .. }) => plan.remarks.push(format!("schema `{schema}` holds no outbox and stays")),
         Some(Schema { left, .. }) => {
+            if let Some(pid) = reader(client, schema).await? {
+                let message = format!("outbox `{schema}` is being read by the session with pid {pid}");
+                return Err(denied(message).hint("stop the daemon first"));
+            }
             plan.statements.extend(left.into_iter().map(|left| forget(schema, &left)));
             plan.statements.push(Statement {
                 purpose: format!("drop the outbox in schema `{schema}`"),
@@ -286,6 +292,15 @@ pub async fn plan_teardown(client: &Client, schema: &str) -> Result<Plan> {
         }
     }
     Ok(with_lock_timeout(plan))
+}
+
+/// Who holds the advisory lock whose second half is the schema's OID.
+async fn reader(client: &Client, schema: &str) -> Result<Option<i32>> {
+    let sql = "select l.pid from pg_locks l join pg_namespace n on l.objid = n.oid
+        join pg_database d on d.oid = l.database and d.datname = current_database()
+        where l.locktype = 'advisory' and l.objsubid = 2 and n.nspname = $1::text";
+    let row = client.query_typed_opt(sql, &[(&schema, Type::TEXT)]).await.map_err(failed)?;
+    Ok(row.map(|row| row.get(0)))
 }
 
 fn forget(schema: &str, (oid, name): &(u32, String)) -> Statement {
