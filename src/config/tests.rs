@@ -500,9 +500,9 @@ fn every_field_of_the_table_is_read_and_takes_its_example() {
 #[test]
 fn the_defaults_of_the_table_are_those_that_hold() {
     let needed = |field: &fields::Field| match (field.table, field.name) {
-        (Table::Postgres | Table::Redis, "url") | (Table::Postgres, "source") | (Table::Rule, "table" | "key" | "value" | "columns" | "delete") => {
-            Some(field.example)
-        }
+        (Table::Postgres | Table::Redis, "url")
+        | (Table::Postgres, "source")
+        | (Table::Rule, "table" | "key" | "value" | "columns" | "delete") => Some(field.example),
         (Table::Query, _) => Some(field.example),
         _ => None,
     };

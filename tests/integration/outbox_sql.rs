@@ -295,6 +295,14 @@ async fn the_rows_in_their_order_make_the_tables() {
         all > 1_000 && doubted > 10 && doubted < all / 2 && moved > 10,
         "{all} rows, {doubted} in doubt, {moved} moved"
     );
+    // It is seen where they do not.
+    for (table, broken) in
+        [("noisy", "update keepstep.outbox set doubt = false"), ("plain", "delete from keepstep.outbox where op = 'i'")]
+    {
+        client.batch_execute(broken).await.unwrap();
+        let found = client.query(&format!("select replay('{table}')"), &[]).await;
+        assert!(found.is_err() || !found.unwrap().is_empty(), "{table}: nothing was wrong after {broken}");
+    }
 }
 
 /// What setup leaves in the database: triggers, functions, relations, and who may do what with them.
@@ -367,17 +375,25 @@ async fn nobody_needs_to_be_a_superuser_and_nobody_gets_more_than_he_needs() {
     let roles = "create role holder login; create role app login; create role reader login; grant create on database postgres to holder;
         grant all on schema public to holder; alter table plain owner to holder; grant select, insert, update, delete on plain to app";
     superuser.batch_execute(roles).await.unwrap();
-    let as_role = async |role: &str| client::connect(&info(&url(&stage.postgres, role, "")), Duration::ZERO).await.unwrap();
+    let as_role =
+        async |role: &str| client::connect(&info(&url(&stage.postgres, role, "")), Duration::ZERO).await.unwrap();
     let (holder, app, reader) = (as_role("holder").await, as_role("app").await, as_role("reader").await);
     let refused = plan_setup(&app, &wanted(&["plain", "bare"]), Executor::Role).await.unwrap_err();
     assert_eq!(refused.len(), 3, "{refused:?}");
     set_up(&holder, &wanted(&["plain"])).await;
     holder.batch_execute("select keepstep.admit('reader')").await.unwrap();
 
-    app.batch_execute("insert into plain values (1, 2, 'x'); update plain set id = 2; delete from plain").await.unwrap();
-    for sql in ["select from keepstep.outbox", "select keepstep.rotate(pg_current_snapshot())", "insert into keepstep.outbox_0 select",
-        "select nextval('keepstep.gap')", "select keepstep.emit('', '')", "create table keepstep.mine ()"]
-    {
+    app.batch_execute("insert into plain values (1, 2, 'x'); update plain set id = 2; delete from plain")
+        .await
+        .unwrap();
+    for sql in [
+        "select from keepstep.outbox",
+        "select keepstep.rotate(pg_current_snapshot())",
+        "insert into keepstep.outbox_0 select",
+        "select nextval('keepstep.gap')",
+        "select keepstep.emit('', '')",
+        "create table keepstep.mine ()",
+    ] {
         let denied = app.batch_execute(sql).await.unwrap_err();
         assert_eq!(denied.code().unwrap().code(), "42501", "{sql}");
     }
@@ -387,7 +403,12 @@ async fn nobody_needs_to_be_a_superuser_and_nobody_gets_more_than_he_needs() {
         update keepstep.state set confirmed_lsn = pg_current_wal_insert_lsn(); select * from keepstep.retyped, keepstep.gap, keepstep.gate;
         select t.name, f from keepstep.tables t, keepstep.findings(t.relid, t.columns) f; select keepstep.rotate(pg_current_snapshot())";
     reader.batch_execute(works).await.unwrap();
-    for sql in ["select from plain", "delete from keepstep.outbox", "update keepstep.state set size_limit = 1", "select keepstep.follow('plain')"] {
+    for sql in [
+        "select from plain",
+        "delete from keepstep.outbox",
+        "update keepstep.state set size_limit = 1",
+        "select keepstep.follow('plain')",
+    ] {
         let denied = reader.batch_execute(sql).await.unwrap_err();
         assert_eq!(denied.code().unwrap().code(), "42501", "{sql}");
     }
@@ -416,15 +437,26 @@ async fn ddl_of_the_application_fails_nothing_and_is_marked() {
         client.batch_execute(&format!("alter table {table} drop column n")).await.unwrap();
         write(table, 200).await;
         assert_eq!(marks(table).await, (4, Some("{2}".to_owned())));
-        client.batch_execute(&format!("alter table {table} rename t to u; alter table {table} add column n text")).await.unwrap();
+        client
+            .batch_execute(&format!("alter table {table} rename t to u; alter table {table} add column n text"))
+            .await
+            .unwrap();
         write(table, 300).await;
         assert_eq!(marks(table).await, (4, Some("{3}".to_owned())));
-        client.batch_execute(&format!("alter table {table} alter u type varchar, alter n type bytea using null")).await.unwrap();
+        client
+            .batch_execute(&format!("alter table {table} alter u type varchar, alter n type bytea using null"))
+            .await
+            .unwrap();
         write(table, 400).await;
         assert_eq!(marks(table).await, (4, Some("{3}".to_owned())));
-        let sql = format!("select array_agg(place) from keepstep.retyped join keepstep.tables using (shape) where name = '{table}'");
+        let sql = format!(
+            "select array_agg(place) from keepstep.retyped join keepstep.tables using (shape) where name = '{table}'"
+        );
         assert_eq!(client.query_one(&sql, &[]).await.unwrap().get::<_, Vec<i16>>(0), [2]);
-        client.batch_execute(&format!("alter table {table} rename to other; alter table other rename to {table}")).await.unwrap();
+        client
+            .batch_execute(&format!("alter table {table} rename to other; alter table other rename to {table}"))
+            .await
+            .unwrap();
         write(table, 500).await;
     }
     // A column of the identity may go too; its rows still come.
@@ -432,8 +464,7 @@ async fn ddl_of_the_application_fails_nothing_and_is_marked() {
     write("plain", 600).await;
     client.batch_execute("create table parts_2 partition of parts for values in (2)").await.unwrap();
     let findings = "select f from keepstep.tables t, keepstep.findings(t.relid) f where name = $1 order by f";
-    let found: Vec<String> =
-        client.query(findings, &[&"parts"]).await.unwrap().iter().map(|row| row.get(0)).collect();
+    let found: Vec<String> = client.query(findings, &[&"parts"]).await.unwrap().iter().map(|row| row.get(0)).collect();
     assert_eq!(found.len(), 3, "{found:?}");
     assert!(found[0].contains("trigger keepstep_delete on public.parts_2 is missing"), "{found:?}");
     assert_eq!(set_up(&client, &wanted(&["plain", "parent", "parts"])).await, 4);
@@ -448,7 +479,13 @@ async fn a_full_outbox_takes_no_more_and_says_so() {
     let (_stage, client) = stage().await;
     let limited = Wanted { limit: Some(1 << 20), ..wanted(&["plain"]) };
     set_up(&client, &limited).await;
-    let gap = async || client.query_one("select last_value, is_called from keepstep.gap", &[]).await.map(|row| (row.get::<_, i64>(0), row.get::<_, bool>(1))).unwrap();
+    let gap = async || {
+        client
+            .query_one("select last_value, is_called from keepstep.gap", &[])
+            .await
+            .map(|row| (row.get::<_, i64>(0), row.get::<_, bool>(1)))
+            .unwrap()
+    };
     let rows = async || client.query_one("select count(*) from keepstep.outbox", &[]).await.unwrap().get::<_, i64>(0);
     let fill = "insert into plain select g, 1, repeat('long', 30) from generate_series(1, 20000) g; delete from plain";
     let none = gap().await;
@@ -491,7 +528,14 @@ async fn rotation_loses_nothing_and_lets_nobody_wait() {
         rotate("pg_current_snapshot()").await;
     }
     assert_eq!(rows().await, 0);
-    let size: i64 = client.query_one("select sum(pg_relation_size(c))::int8 from unnest('{keepstep.outbox_0,keepstep.outbox_1}'::regclass[]) c", &[]).await.unwrap().get(0);
+    let size: i64 = client
+        .query_one(
+            "select sum(pg_relation_size(c))::int8 from unnest('{keepstep.outbox_0,keepstep.outbox_1}'::regclass[]) c",
+            &[],
+        )
+        .await
+        .unwrap()
+        .get(0);
     assert_eq!(size, 0);
 }
 
