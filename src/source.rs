@@ -137,7 +137,6 @@ impl Ready {
 
 /// What streams.
 #[derive(Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one of it")]
 pub enum Source {
     /// A slot, over a replication connection.
     Replication(Replication),

@@ -449,7 +449,7 @@ impl Scope<'_> {
                 (Some(hidden), Some(facts)) => BindProblem::HiddenColumn {
                     span,
                     column: hidden.clone(),
-                    carrier: facts.carrier.clone(),
+                    carrier: Box::new(facts.carrier.clone()),
                     published: columns,
                     row_filter: facts.row_filter.clone(),
                 },

@@ -36,7 +36,7 @@ pub enum BindProblem {
         /// The column.
         column: HiddenColumn,
         /// What leaves it out.
-        carrier: Carrier,
+        carrier: Box<Carrier>,
         /// The columns that are published.
         published: Vec<String>,
         /// The row filter that the table is published with.

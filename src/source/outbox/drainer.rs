@@ -523,7 +523,7 @@ impl Drainer {
     async fn confirm(&mut self) -> Result<()> {
         let acknowledged = self.told.borrow().acknowledged;
         let behind = self.unacknowledged.iter().take_while(|(_, drain)| drain.lsn <= acknowledged).count();
-        if let Some((_, last)) = self.unacknowledged.drain(..behind).last() {
+        if let Some((_, last)) = self.unacknowledged.drain(..behind).next_back() {
             // Before anything goes: what was confirmed cannot be asked for again.
             let sql = format!("update {}.state set confirmed_lsn = '{}'", self.schema, last.lsn);
             run(&self.client, &sql).await?;
