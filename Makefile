@@ -3,12 +3,15 @@
 help: ## Show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
 
-demo: servers ## Watch Redis keep in step with a throw-away Postgres; Ctrl-C ends it and leaves nothing behind
+demo: servers ## Watch Redis keep in step with a throw-away Postgres; Ctrl-C ends it and leaves nothing behind; SOURCE=outbox for one without logical decoding
 	cargo build --release
-	target/release/keepstep demo
+	target/release/keepstep demo $(if $(SOURCE),--source $(SOURCE))
 
 test: servers ## Run every test, those against real servers too
 	cargo test
+
+test-outbox: servers ## The tests against real servers once more, with an outbox as the source of changes
+	KEEPSTEP_TEST_SOURCE=outbox cargo test --test integration -- $$(sed 's/ .*//; s/^/--skip /' tests/not-for-the-outbox.txt)
 
 test-matrix: servers ## The tests against Postgres 14 to 18 and Valkey 8, fetched into .matrix/
 	tests/matrix.sh
@@ -39,4 +42,4 @@ fuzz: ## Fuzz each parser of outside bytes for a minute (needs nightly Rust and 
 servers: ## Install Postgres and Redis where they are missing (Debian, Ubuntu)
 	@tests/install.sh
 
-.PHONY: help demo test test-matrix bench bench-micro instructions fuzz soak lint servers
+.PHONY: help demo test test-outbox test-matrix bench bench-micro instructions fuzz soak lint servers

@@ -7,12 +7,18 @@
 --
 --   psql -d shop -c '\password keepstep'
 --
+-- With -v source=outbox it gets no REPLICATION, and reads the outbox once outbox.sql has been run for it.
+--
 -- It may be run again, with more tables for example. Nothing is ever taken away; teardown.sql does that.
 
 \set ON_ERROR_STOP on
 \if :{?role}
 \else
   \set role keepstep
+\endif
+\if :{?source}
+\else
+  \set source replication
 \endif
 \if :{?tables}
 \else
@@ -31,7 +37,8 @@ WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = :'role') \gexec
 -- Amazon RDS and Aurora give this right by membership in rds_replication.
 SELECT CASE WHEN EXISTS (SELECT FROM pg_roles WHERE rolname = 'rds_replication')
             THEN format('GRANT rds_replication TO %I', :'role')
-            ELSE format('ALTER ROLE %I REPLICATION', :'role') END \gexec
+            ELSE format('ALTER ROLE %I REPLICATION', :'role') END
+WHERE :'source' <> 'outbox' \gexec
 
 -- CONNECT and USAGE, to get at the tables at all. What they cost: nothing that PUBLIC does not have by default.
 SELECT format('GRANT CONNECT ON DATABASE %I TO %I', current_database(), :'role') \gexec

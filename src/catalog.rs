@@ -6,8 +6,9 @@
 //! [`TableFacts`], which say whether a rule can keep its keys right (see [`crate::rules::bind`]).
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 
-use crate::config::TableName;
+use crate::config::{PostgresConfig, Source, TableName};
 use crate::model::{Relation, ReplicaIdentity};
 
 mod check;
@@ -19,13 +20,56 @@ pub use check::{Checked, check_rules};
 pub use load::load;
 pub use matching::{RULES_MAX, with_tables};
 
+/// What carries changes out of the database.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Carrier {
+    /// A publication, by its name.
+    Publication(String),
+    /// An outbox, by its schema.
+    Outbox(String),
+}
+
+impl Carrier {
+    /// As the rules file says.
+    pub fn of(config: &PostgresConfig) -> Self {
+        match config.source {
+            Source::Replication => Carrier::Publication(config.publication.clone()),
+            Source::Outbox(_) => Carrier::Outbox(config.slot.clone()),
+        }
+    }
+
+    /// What is read of it: where it stands is what a checkpoint is about.
+    pub fn stream(config: &PostgresConfig) -> String {
+        match config.source {
+            Source::Replication => format!("replication slot `{}`", config.slot),
+            Source::Outbox(_) => format!("outbox `{}`", config.slot),
+        }
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &str {
+        match self {
+            Carrier::Publication(name) | Carrier::Outbox(name) => name,
+        }
+    }
+}
+
+impl fmt::Display for Carrier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Carrier::Publication(name) => write!(f, "publication `{name}`"),
+            Carrier::Outbox(name) => write!(f, "outbox `{name}`"),
+        }
+    }
+}
+
 /// The publication and the tables, as the catalog has them at one moment.
 #[derive(Clone, Debug)]
 pub struct Catalog {
     /// The publication; `None` while it does not exist.
     pub publication: Option<Publication>,
-    /// The publication's name.
-    pub publication_name: String,
+    /// What it is, or stands in for it.
+    pub carrier: Carrier,
     /// The tables that exist, of those asked for.
     pub tables: BTreeMap<TableName, TableFacts>,
     /// Every table of the database, for suggestions; filled only if one asked for does not exist.
@@ -75,8 +119,8 @@ pub struct TableFacts {
     pub leaves: Vec<Leaf>,
     /// How its changes are published.
     pub published: Published,
-    /// The publication's name.
-    pub publication: String,
+    /// What does, or should.
+    pub carrier: Carrier,
     /// The row filter it is published with, as SQL in parentheses.
     pub row_filter: Option<String>,
     /// Whether row security is enabled: what a read sees may be smaller than the table.

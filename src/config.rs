@@ -160,7 +160,9 @@ pub fn parse(file: RulesFile, env: &Environment<'_>) -> Result<(Config, Vec<Diag
 pub struct PostgresConfig {
     /// The URL, environment and files filled in.
     pub url: Secret,
-    /// The replication slot. Default `keepstep`.
+    /// How changes are received. Default by logical replication.
+    pub source: Source,
+    /// The replication slot, or the schema of the outbox. Default `keepstep`.
     pub slot: String,
     /// The publication. Default `keepstep`.
     pub publication: String,
@@ -173,7 +175,8 @@ pub struct PostgresConfig {
     pub heartbeat: Option<Duration>,
     /// How long connecting may take. Default 10 s.
     pub connect_timeout: Duration,
-    /// Beyond this many bytes of retained WAL the slot is given up, or with [`OnGap::Stop`] reported. Default 8 GiB.
+    /// Beyond this many bytes of retained WAL the slot is given up, or with [`OnGap::Stop`] reported; of the outbox, see
+    /// [`OnFull`]. Default 8 GiB.
     pub max_retained: u64,
     /// How many connections may read tables at a time. Default 2.
     pub query_connections: usize,
@@ -181,6 +184,35 @@ pub struct PostgresConfig {
     pub warm_rate: Option<u64>,
     /// What logical messages may command. Default nothing.
     pub message_commands: MessageCommands,
+}
+
+/// `source`: how changes are received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// By logical replication.
+    Replication,
+    /// From a table that triggers fill.
+    Outbox(Outbox),
+}
+
+/// What the outbox alone has to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outbox {
+    /// It is looked into at least that often. Default 1 s.
+    pub poll_interval: Duration,
+    /// Writers wake an idle daemon with NOTIFY. Default true.
+    pub notify: bool,
+    /// What happens when it holds more than `max_retained`. Default [`OnFull::Gap`].
+    pub on_full: OnFull,
+}
+
+/// `on_full`: what happens to a full outbox.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnFull {
+    /// It grows, and that is reported.
+    Keep,
+    /// Changes are no longer written to it, and the cache is reconciled later.
+    Gap,
 }
 
 /// `message_commands`: which commands are obeyed that come as logical messages in the stream.

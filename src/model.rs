@@ -8,6 +8,10 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub use snapshot::{InvalidSnapshot, Snapshot};
+
+mod snapshot;
+
 /// A position in Postgres's write-ahead log, in bytes (`pg_lsn`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Lsn(pub u64);

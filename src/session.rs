@@ -37,7 +37,7 @@ use crate::rules::bind::BoundRule;
 use crate::rules::pattern::Pattern;
 use crate::shutdown::Shutdown;
 use crate::snapshot::visibility::{self, Snapshot};
-use crate::source::replication::{Frame, Replication};
+use crate::source::{Frame, Source};
 
 use acks::Acks;
 use debts::Debts;
@@ -287,7 +287,7 @@ pub struct Session<C> {
     shared: Arc<Shared>,
     rule_metrics: Vec<RuleMetrics>,
     client: Arc<tokio_postgres::Client>,
-    replication: Replication,
+    source: Source,
     tables: Tables,
     intake: Intake,
     messages: Messages,
@@ -410,7 +410,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                     }
                     Order::Pass(pass) => self.reads.ask(pass),
                 },
-                filled = readable(&mut self.replication, self.more_buffered, dispatched), if reading => {
+                filled = readable(&mut self.source, self.more_buffered, dispatched), if reading => {
                     filled?;
                     self.take_frames().await?;
                 }
@@ -429,7 +429,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     async fn take_frames(&mut self) -> Result<()> {
         self.more_buffered = true;
         while self.has_room() {
-            let ask = match self.replication.next_buffered()? {
+            let ask = match self.source.next_buffered()? {
                 None => {
                     self.more_buffered = false;
                     break;
@@ -438,6 +438,10 @@ impl<C: Cache + Send + 'static> Session<C> {
                     self.received = self.received.max(wal_end);
                     self.reply_requested |= reply_requested;
                     self.intake.idle(wal_end, &mut self.batch);
+                    None
+                }
+                Some(Frame::Visible(snapshot)) => {
+                    self.intake.settle(snapshot.clone());
                     None
                 }
                 Some(Frame::Data { wal_end, body, .. }) => {
@@ -522,7 +526,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         // Whoever comes to owe anew is read from the beginning.
         self.reads.progress.take_if(|progress| progress.rules.iter().any(|rule| self.debts.is_new(rule)));
         let progress = self.reads.progress.clone();
-        Checkpoint { applied, low, good, written_us, owing, progress, ..self.checkpoint.clone() }
+        // A restart begins at the lower of the two.
+        let drains = self.source.drains(low.min(good.lsn));
+        Checkpoint { applied, low, good, written_us, owing, progress, drains, ..self.checkpoint.clone() }
     }
 
     /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
@@ -719,7 +725,7 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     async fn send_status(&mut self, request_reply: bool) -> Result<()> {
         self.reply_requested = false;
-        self.replication.send_status(self.acks.acknowledged(), request_reply).await
+        self.source.send_status(self.acks.acknowledged(), request_reply).await
     }
 
     /// What `/status` and the gauges say now.
@@ -771,7 +777,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.acks.advance(Instant::now(), self.checkpoint.low);
         self.show();
         tracing::info!(applied = %self.checkpoint.applied, "ended; the next start goes on from here");
-        if let Err(error) = self.replication.close(self.acks.acknowledged()).await {
+        if let Err(error) = self.source.close(self.acks.acknowledged()).await {
             tracing::warn!(%error, "Postgres has not heard the last acknowledgement; it sends a little again");
         }
     }
@@ -779,11 +785,11 @@ impl<C: Cache + Send + 'static> Session<C> {
 
 /// Returns when there is something to take. A batch just dispatched goes first: on this one thread its commands reach
 /// the socket only once nothing else is ready, and while Redis works on them the next batch fills.
-async fn readable(replication: &mut Replication, more_buffered: bool, dispatched: bool) -> Result<()> {
+async fn readable(source: &mut Source, more_buffered: bool, dispatched: bool) -> Result<()> {
     if dispatched {
         tokio::task::yield_now().await;
     }
-    if more_buffered { Ok(()) } else { replication.fill().await }
+    if more_buffered { Ok(()) } else { source.fill().await }
 }
 
 /// The future's output, or never while there is none.

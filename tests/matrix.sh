@@ -38,8 +38,8 @@ fetch_valkey() {
     ln -sfn usr/bin "$1/bin"
 }
 
-of_postgres=(steps:: gaps:: uncarried:: values:: catalog:: source provision:: holes:: large::)
-of_redis=(steps:: checkpoint:: redis_side:: owned:: verify:: heals::after_flushall heals::after_redis)
+of_postgres=(steps:: uncarried:: values:: catalog:: source provision:: outbox_sql:: gaps::a_)
+of_redis=(steps:: checkpoint:: redis_side:: owned:: cases::)
 
 # Runs tests, those of the names in the arguments unless all are wanted.
 tests() {

@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 use crate::config::Rule;
 use crate::model::{Lsn, Position};
 use crate::rules::template::RESERVED;
+use crate::source::outbox::Drain;
 
 /// The one state that the cache and the slot share. Stored as JSON.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,6 +42,12 @@ pub struct Checkpoint {
     /// How far the read of a table has come that a debt asks for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
+    /// What makes the same changes of the outbox again behind `low`: the drains since, and the last one before.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drains: Vec<Drain>,
+    /// The mark of the outbox up to which nothing is missing from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gap: Option<i64>,
 }
 
 /// What a read that rules owe has behind it.
@@ -220,12 +227,17 @@ pub(crate) mod tests {
             owing: BTreeMap::new(),
             released: Position::default(),
             progress: None,
+            drains: Vec::new(),
+            gap: None,
         }
     }
 
     #[test]
     fn it_reads_what_it_writes() {
         let written = checkpoint(0x16_B374_D848);
+        assert_eq!(Checkpoint::decode(&written.encode()).expect("valid"), written);
+        let drain = Drain { lsn: Lsn(7), snapshot: "10:20:10,14".parse().expect("a snapshot") };
+        let written = Checkpoint { drains: vec![drain], ..written };
         assert_eq!(Checkpoint::decode(&written.encode()).expect("valid"), written);
     }
 

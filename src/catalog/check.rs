@@ -1,6 +1,6 @@
 //! Every rule against the catalog: what `check --connect` reports and what `run` refuses to start with.
 
-use super::{Catalog, Persistence, Publication, Published, TableFacts, TableKind, sql_identifier, sql_table};
+use super::{Carrier, Catalog, Persistence, Publication, Published, TableFacts, TableKind, sql_identifier, sql_table};
 use std::collections::BTreeSet;
 
 use crate::config::code::Code;
@@ -145,7 +145,13 @@ fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic
     tables.sort();
     tables.dedup();
     let tables: Vec<String> = tables.into_iter().map(sql_table).collect();
-    let name = &catalog.publication_name;
+    if let Carrier::Outbox(schema) = &catalog.carrier {
+        let title = format!("there is no outbox in schema `{schema}`");
+        let label = "without it no change of this table is stored";
+        return Diagnostic::error(Code::NoPublication, title, rule.table.span.clone(), label)
+            .help("let keepstep make it:  keepstep setup");
+    }
+    let name = catalog.carrier.name();
     Diagnostic::error(
         Code::NoPublication,
         format!("publication `{name}` does not exist"),
@@ -197,7 +203,7 @@ fn unpublishable(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
 
 /// What is not published under the name that the rule uses.
 fn unpublished(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
-    let (name, table, publication) = (&rule.name.value, &facts.name, &facts.publication);
+    let (name, table, publication) = (&rule.name.value, &facts.name, facts.carrier.name());
     let error =
         |title: String, label: &str| Diagnostic::error(Code::Unpublished, title, rule.table.span.clone(), label);
     let quoted = sql_identifier(publication);
@@ -213,6 +219,10 @@ fn unpublished(rule: &Rule, facts: &TableFacts) -> Option<Diagnostic> {
             let set = format!("ALTER PUBLICATION {quoted} SET (publish_via_partition_root = true);");
             let label = format!("publication `{publication}` does not publish through the root");
             Some(error(title, &label).help(format!("publish them under the table's own name:  {set}")))
+        }
+        Published::No if matches!(facts.carrier, Carrier::Outbox(_)) => {
+            let title = format!("rule `{name}` follows {table}, which {} does not", facts.carrier);
+            Some(error(title, "no change of it is stored").help("let keepstep add its triggers:  keepstep setup"))
         }
         Published::No => {
             let title = format!("rule `{name}` follows {table}, which publication `{publication}` does not publish");
@@ -241,11 +251,12 @@ fn operations(rule: &Rule, publication: Publication, facts: &TableFacts) -> Opti
     let shown = missing.join(", ").to_uppercase();
     let title = format!(
         "rule `{}` follows {shown}, which publication `{}` does not publish",
-        rule.name.value, facts.publication
+        rule.name.value,
+        facts.carrier.name()
     );
     let help = format!(
         "publish it:  ALTER PUBLICATION {} SET (publish = '{}');",
-        sql_identifier(&facts.publication),
+        sql_identifier(facts.carrier.name()),
         publish.join(", ")
     );
     Some(

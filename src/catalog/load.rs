@@ -5,11 +5,14 @@ use std::collections::{BTreeMap, HashMap};
 use tokio_postgres::types::Oid;
 use tokio_postgres::{Client, Row};
 
-use super::{Catalog, HiddenColumn, Leaf, Persistence, Publication, Published, TableFacts, TableKind, UniqueIndex};
+use super::{
+    Carrier, Catalog, HiddenColumn, Leaf, Persistence, Publication, Published, TableFacts, TableKind, UniqueIndex,
+    sql_identifier,
+};
 use crate::config::TableName;
 use crate::error::Result;
 use crate::model::{Column, Relation, ReplicaIdentity};
-use crate::source::query_error;
+use crate::source::{outbox, query_error};
 
 /// How many names are read for suggestions at most.
 const NAMES_MAX: i64 = 10_000;
@@ -19,24 +22,18 @@ select pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot
   from pg_catalog.pg_publication
  where pubname = $1";
 
+const OUTBOX: &str = "
+select from pg_catalog.pg_namespace n
+  join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = 'outbox'
+ where n.nspname = $1";
+
 /// `pg_publication_tables` lists what is published under its own name: roots where `publish_via_partition_root` is
 /// set, leaves where it is not. Its columns `attnames` and `rowfilter` exist from Postgres 15 on, so they are read
 /// through JSON. `through` is the ancestor under whose name a partition is published, `as_leaves` says whether a
 /// partitioned table's leaves are published under their own. `listed` is read first: thousands of tables of one name, a schema
 /// each, are otherwise joined with each other.
 const TABLES: &str = "
-with listed as materialized (
-  select p.schemaname, p.tablename,
-         pg_catalog.to_jsonb(p) -> 'attnames' as attnames,
-         pg_catalog.to_jsonb(p) ->> 'rowfilter' as rowfilter
-    from pg_catalog.pg_publication_tables p
-   where p.pubname = $3
-), published as (
-  select c.oid, p.*
-    from listed p
-    join pg_catalog.pg_namespace n on n.nspname = p.schemaname
-    join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = p.tablename
-)
+with published as ({published})
 select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.relpersistence, c.relreplident,
        c.relrowsecurity, p.oid is not null as is_published,
        case when pg_catalog.jsonb_typeof(p.attnames) = 'array'
@@ -55,6 +52,26 @@ select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.r
   join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = wanted.name
   left join published p on p.oid = c.oid
  where c.relkind in ('r', 'p', 'v', 'm', 'f')";
+
+const PUBLISHED: &str = "
+  with listed as materialized (
+    select p.schemaname, p.tablename,
+           pg_catalog.to_jsonb(p) -> 'attnames' as attnames,
+           pg_catalog.to_jsonb(p) ->> 'rowfilter' as rowfilter
+      from pg_catalog.pg_publication_tables p
+     where p.pubname = $3
+  )
+  select c.oid, p.*
+    from listed p
+    join pg_catalog.pg_namespace n on n.nspname = p.schemaname
+    join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = p.tablename";
+
+/// The same of an outbox: what it follows, and which columns of that it stores.
+const FOLLOWED: &str = "
+  select t.relid as oid, t.schema as schemaname, t.name as tablename, pg_catalog.to_jsonb(t.columns) as attnames,
+         null::text as rowfilter
+    from {schema}.tables t
+   where t.is_present and $3::text is not null";
 
 /// Every column of the tables and of their leaves, and whether it belongs to its table's replica identity: under FULL
 /// all do, else the key columns of the index that `RelationGetIndexList` (`src/backend/utils/cache/relcache.c`) takes.
@@ -122,27 +139,35 @@ select n.nspname::text as schema, c.relname::text as name
  order by c.relispartition, n.nspname, c.relname
  limit $1";
 
-/// Asks the catalog about the publication and these tables.
+/// Asks the catalog about what carries changes, and about these tables.
 ///
 /// # Errors
 /// [`crate::error::ErrorKind::PostgresAway`] when the connection breaks, and what Postgres refuses.
-pub async fn load(client: &Client, publication: &str, tables: &[TableName]) -> Result<Catalog> {
-    read(client, publication, tables).await.map_err(|error| query_error("cannot read the catalog", error))
+pub async fn load(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Result<Catalog> {
+    read(client, carrier, tables).await.map_err(|error| query_error("cannot read the catalog", error))
 }
 
 type Answer<T> = std::result::Result<T, tokio_postgres::Error>;
 
-async fn read(client: &Client, publication: &str, tables: &[TableName]) -> Answer<Catalog> {
+async fn read(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Answer<Catalog> {
     let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
     let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
-    let found = client.query(TABLES, &[&schemas, &names, &publication]).await?;
+    let publication = publication(client, carrier).await?;
+    let published = match (carrier, publication) {
+        (Carrier::Outbox(schema), Some(_)) => FOLLOWED.replace("{schema}", &sql_identifier(schema)),
+        // It lists nothing where there is none.
+        _ => PUBLISHED.to_owned(),
+    };
+    // No publication has the empty name.
+    let listed_by = if published == PUBLISHED && matches!(carrier, Carrier::Outbox(_)) { "" } else { carrier.name() };
+    let found = client.query(&TABLES.replace("{published}", &published), &[&schemas, &names, &listed_by]).await?;
     let oids: Vec<Oid> = found.iter().map(|row| row.try_get("oid")).collect::<Answer<_>>()?;
     let mut columns = columns(client, &oids).await?;
     let mut leaves = leaves(client, &oids, &columns).await?;
     let mut unique = unique_indexes(client, &oids).await?;
     let mut facts = BTreeMap::new();
     for (row, oid) in found.iter().zip(oids) {
-        let table = table(row, publication, columns.remove(&oid).unwrap_or_default())?;
+        let table = table(row, carrier, columns.remove(&oid).unwrap_or_default())?;
         let unique = unique.remove(&oid).unwrap_or_default();
         let leaves = leaves.remove(&oid).unwrap_or_default();
         facts.insert(table.name.clone(), TableFacts { unique, leaves, ..table });
@@ -152,13 +177,21 @@ async fn read(client: &Client, publication: &str, tables: &[TableName]) -> Answe
     } else {
         client.query(NAMES, &[&NAMES_MAX]).await?.iter().map(table_name).collect::<Answer<_>>()?
     };
-    let found = client.query_opt(PUBLICATION, &[&publication]).await?;
-    Ok(Catalog {
-        publication: found.map(|row| publication_of(&row)).transpose()?,
-        publication_name: publication.to_owned(),
-        tables: facts,
-        others,
-    })
+    Ok(Catalog { publication, carrier: carrier.clone(), tables: facts, others })
+}
+
+/// What is carried; `None` if nothing is. An outbox leaves no operation out.
+async fn publication(client: &Client, carrier: &Carrier) -> Answer<Option<Publication>> {
+    match carrier {
+        Carrier::Publication(name) => {
+            client.query_opt(PUBLICATION, &[name]).await?.map(|row| publication_of(&row)).transpose()
+        }
+        Carrier::Outbox(schema) => {
+            let all =
+                Publication { insert: true, update: true, delete: true, truncate: true, via_partition_root: true };
+            Ok(client.query_opt(OUTBOX, &[schema]).await?.map(|_| all))
+        }
+    }
 }
 
 fn publication_of(row: &Row) -> Answer<Publication> {
@@ -221,19 +254,27 @@ async fn leaves(
 }
 
 /// The table of a row of [`TABLES`]; indexes and leaves are added by the caller.
-fn table(row: &Row, publication: &str, columns: Vec<TableColumn>) -> Answer<TableFacts> {
+fn table(row: &Row, carrier: &Carrier, columns: Vec<TableColumn>) -> Answer<TableFacts> {
     let name = table_name(row)?;
     let listed: Option<Vec<String>> = row.try_get("attnames")?;
     let identity_columns = identity_columns(&columns);
     let is_listed = |name: &String| listed.as_ref().is_none_or(|names| names.contains(name));
     let is_published = |column: &TableColumn| column.sendable && is_listed(&column.column.name);
     let (shown, hidden): (Vec<_>, Vec<_>) = columns.into_iter().partition(is_published);
+    let identity_columns = match carrier {
+        Carrier::Publication(_) => identity_columns,
+        // What it does not store keeps nobody from changing rows.
+        Carrier::Outbox(_) => self::identity_columns(&shown),
+    };
     let hide = |column: TableColumn| HiddenColumn { name: column.column.name, generated: column.generated };
     let relation = Relation {
         oid: row.try_get("oid")?,
         schema: name.schema.clone(),
         name: name.name.clone(),
-        identity: identity(row)?,
+        identity: match carrier {
+            Carrier::Publication(_) => identity(row)?,
+            Carrier::Outbox(_) => outbox::identity(identity(row)? == ReplicaIdentity::Full, &identity_columns),
+        },
         columns: shown.into_iter().map(|column| column.column).collect(),
     };
     Ok(TableFacts {
@@ -246,7 +287,7 @@ fn table(row: &Row, publication: &str, columns: Vec<TableColumn>) -> Answer<Tabl
         identity_columns,
         leaves: Vec::new(),
         published: published(row)?,
-        publication: publication.to_owned(),
+        carrier: carrier.clone(),
         row_filter: row.try_get("rowfilter")?,
         row_security: row.try_get("relrowsecurity")?,
     })

@@ -13,7 +13,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
-use super::sql_table;
+use super::{Carrier, sql_identifier, sql_table};
 use crate::config::{Operations, TableName};
 use crate::error::Result;
 use crate::source::query_error;
@@ -52,6 +52,35 @@ pub struct Look {
     pub carried: BTreeMap<TableName, Operations>,
 }
 
+const PUBLICATION: &str = "
+  select oid, pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot from pg_catalog.pg_publication where pubname = $3";
+
+const PUBLISHED: &str = "
+  select w.root, p.oid, r.oid, pg_catalog.to_jsonb(r)::text
+    from whole w
+    join pg_catalog.pg_publication_rel r on r.prrelid = w.oid
+    join pg_catalog.pg_publication p on p.oid = r.prpubid and p.pubname = $3
+  union all
+  select w.oid, p.oid, null, null from wanted w, pg_catalog.pg_publication p where p.pubname = $3 and p.puballtables";
+
+/// An outbox leaves no operation out.
+const OUTBOX: &str = "
+  select 0::oid, true, true, true, true, true where $3::text is not null";
+
+/// What an outbox stores of a table, by triggers of which none may be missing or disabled. One that was so for a moment has
+/// another `xmin`.
+const FOLLOWED: &str = "
+  select w.oid, null::oid, null::oid, pg_catalog.concat_ws(' ', pg_catalog.to_jsonb(t), triggers.facts)
+    from wanted w
+    join {schema}.tables t on t.relid = w.oid and t.is_present
+   cross join lateral (
+      select pg_catalog.string_agg(pg_catalog.concat_ws(' ', g.tgrelid, g.oid, g.xmin), ',' order by g.oid) as facts,
+             pg_catalog.bool_and(k.is_there) as are_there
+        from {schema}.triggers_of(w.oid, t.by_row) k
+        left join pg_catalog.pg_trigger g on g.tgrelid = k.relation and g.tgname = k.name
+   ) triggers
+   where triggers.are_there";
+
 /// `pg_publication_namespace` exists from Postgres 15 on. Its rows are counted by OID: a schema that was taken out and
 /// put back has another.
 const SCHEMAS_PUBLISHED: &str = "
@@ -83,14 +112,8 @@ with recursive wanted as (
     from whole w
     join pg_catalog.pg_class c on c.oid = w.oid and c.relispartition
     join pg_catalog.pg_inherits i on i.inhrelid = w.oid
-), published(root, publication, entry, contents) as (
-  select w.root, p.oid, r.oid, pg_catalog.to_jsonb(r)::text
-    from whole w
-    join pg_catalog.pg_publication_rel r on r.prrelid = w.oid
-    join pg_catalog.pg_publication p on p.oid = r.prpubid and p.pubname = $3
-  union all
-  select w.oid, p.oid, null, null from wanted w, pg_catalog.pg_publication p where p.pubname = $3 and p.puballtables
-  {schemas}
+), publication(oid, pubinsert, pubupdate, pubdelete, pubtruncate, pubviaroot) as ({publication}
+), published(root, publication, entry, contents) as ({published}
 ), fact(root, line) as (
   select p.root, pg_catalog.concat_ws(' ', 'part', c.oid, c.relfilenode, c.relkind, c.relpersistence, c.relreplident)
     from part p
@@ -109,8 +132,7 @@ with recursive wanted as (
   union all
   select w.oid, pg_catalog.concat_ws(' ', 'publication', p.oid, p.pubinsert, p.pubupdate, p.pubdelete, p.pubtruncate,
                                      p.pubviaroot)
-    from wanted w, pg_catalog.pg_publication p
-   where p.pubname = $3
+    from wanted w, publication p
   union all
   select root, pg_catalog.concat_ws(' ', 'published', publication, entry, contents) from published
 )
@@ -121,26 +143,30 @@ select w.schema::text, w.name::text,
        p.pubinsert, p.pubupdate, p.pubdelete and p.pubtruncate as pubdelete
   from wanted w
   join fact f on f.root = w.oid
-  left join pg_catalog.pg_publication p on p.pubname = $3
+  left join publication p on true
  group by w.schema, w.name, w.oid, w.logged, p.pubinsert, p.pubupdate, p.pubdelete, p.pubtruncate";
 
-/// Looks at these tables and how the publication carries them.
+/// Looks at these tables and how their changes are carried.
 ///
 /// # Errors
 /// [`crate::error::ErrorKind::PostgresAway`] when the connection breaks.
-pub async fn look(client: &Client, publication: &str, tables: &[TableName]) -> Result<Look> {
-    read(client, publication, tables).await.map_err(|error| query_error("cannot look at the catalog", error))
+pub async fn look(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Result<Look> {
+    read(client, carrier, tables).await.map_err(|error| query_error("cannot look at the catalog", error))
 }
 
-async fn read(client: &Client, publication: &str, tables: &[TableName]) -> Result<Look, tokio_postgres::Error> {
+async fn read(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Result<Look, tokio_postgres::Error> {
     let version = client.query_one("select pg_catalog.current_setting('server_version_num')::int4", &[]).await?;
     let schemas_published = if version.try_get::<_, i32>(0)? >= 150_000 { SCHEMAS_PUBLISHED } else { "" };
-    let query = QUERY.replace("{schemas}", schemas_published);
+    let (publication, published) = match carrier {
+        Carrier::Publication(_) => (PUBLICATION, format!("{PUBLISHED}{schemas_published}")),
+        Carrier::Outbox(schema) => (OUTBOX, FOLLOWED.replace("{schema}", &sql_identifier(schema))),
+    };
+    let query = QUERY.replace("{publication}", publication).replace("{published}", &published);
     let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
     let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
     let mut look = Look::default();
     look.signatures.0.extend(tables.iter().map(|table| (sql_table(table), None)));
-    for row in client.query(&query, &[&schemas, &names, &publication]).await? {
+    for row in client.query(&query, &[&schemas, &names, &carrier.name()]).await? {
         let table = TableName { schema: row.try_get("schema")?, name: row.try_get("name")? };
         look.signatures.0.insert(sql_table(&table), Some(row.try_get("digest")?));
         if row.try_get("published")? {

@@ -27,6 +27,16 @@ pub(super) struct Arguments {
     /// How long pgbench runs, in seconds
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=3600))]
     seconds: u32,
+    /// How changes are received: by logical replication, or from an outbox that triggers fill
+    #[arg(long, value_enum, default_value_t = Source::Replication)]
+    source: Source,
+}
+
+/// As `source` in the rules file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum Source {
+    Replication,
+    Outbox,
 }
 
 /// What is done to the shop, what it shows, and the key that tells.
@@ -83,7 +93,7 @@ async fn run(arguments: &Arguments) -> Result<()> {
 async fn show(arguments: &Arguments) -> Result<()> {
     say("Starting Postgres and Redis, loading a small shop and pgbench's tables ...")?;
     let began = Instant::now();
-    let mut stand = Stand::start().await?;
+    let mut stand = Stand::start(arguments.source == Source::Outbox).await?;
     say(format!("keepstep follows the changes of {} (after {:.1?}).\n", stand.names(), began.elapsed()))?;
 
     fill(&mut stand).await?;

@@ -1,5 +1,6 @@
-//! `keepstep setup` and `keepstep teardown`: the publication and the slot that the rules need.
+//! `keepstep setup` and `keepstep teardown`: what the rules need in the database, a publication and a slot or an outbox.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
@@ -8,11 +9,13 @@ use std::time::Duration;
 use anyhow::Result;
 use tokio_postgres::Client;
 
-use crate::catalog;
-use crate::config::{Config, TableName};
+use crate::catalog::{self, Carrier};
+use crate::config::{Config, OnFull, Outbox, Source, TableName};
+use crate::decode::types::Types;
+use crate::error::Error;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
-use crate::source::provision::{Executor, Plan, Wanted, execute, plan_setup, plan_teardown};
+use crate::source::provision::{Executor, Plan, Wanted, execute, outbox, plan_setup, plan_teardown};
 
 use super::{block_on, load, report};
 
@@ -46,7 +49,13 @@ pub(super) fn setup(config: &Path, arguments: &SetupArguments) -> Result<ExitCod
         let client = connect(&config).await?;
         let config = catalog::with_tables(&client, &config).await?;
         let executor = if arguments.print { Executor::Dba } else { Executor::Role };
-        match plan_setup(&client, &wanted(&config, arguments.failover), executor).await {
+        let plan = match &config.postgres.source {
+            Source::Replication => plan_setup(&client, &wanted(&config, arguments.failover), executor).await,
+            Source::Outbox(settings) => {
+                outbox::plan_setup(&client, &wanted_outbox(&client, &config, settings).await?, executor).await
+            }
+        };
+        match plan {
             Ok(plan) => carry_out(&client, &plan, arguments.print).await,
             Err(errors) => Ok(report_all(errors)),
         }
@@ -57,7 +66,10 @@ pub(super) fn teardown(config: &Path, arguments: &TeardownArguments) -> Result<E
     let config = load(config)?;
     block_on(async {
         let client = connect(&config).await?;
-        let plan = plan_teardown(&client, &wanted(&config, false)).await?;
+        let plan = match &config.postgres.source {
+            Source::Replication => plan_teardown(&client, &wanted(&config, false)).await?,
+            Source::Outbox(_) => outbox::plan_teardown(&client, &config.postgres.slot).await?,
+        };
         carry_out(&client, &plan, arguments.print).await
     })?
 }
@@ -67,11 +79,41 @@ async fn connect(config: &Config) -> Result<Client> {
     Ok(client::connect(&info, STATEMENT_TIMEOUT).await?)
 }
 
-/// What the rules need.
-pub(super) fn wanted(config: &Config, failover: bool) -> Wanted {
+/// What the rules follow, each table once.
+fn tables(config: &Config) -> Vec<TableName> {
     let mut tables: Vec<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     tables.sort();
     tables.dedup();
+    tables
+}
+
+/// What the rules need of an outbox: of each table the columns that they use; all of them where a rule does not fit its table, and
+/// so cannot say.
+pub(super) async fn wanted_outbox(
+    client: &Client,
+    config: &Config,
+    settings: &Outbox,
+) -> Result<outbox::Wanted, Error> {
+    let names = tables(config);
+    // No publication has this name: so none leaves a column out.
+    let catalog = catalog::load(client, &Carrier::Publication(String::new()), &names).await?;
+    let types = Types::load(client, &catalog.type_oids()).await?;
+    let bound = catalog::check_rules(config, &catalog, &types).rules;
+    let used = |table: &TableName| {
+        let columns = &catalog.tables.get(table)?.relation.columns;
+        let of_table = config.rules.iter().zip(&bound).filter(|(rule, _)| rule.table.value == *table);
+        let places: Option<Vec<_>> = of_table.map(|(_, bound)| Some(bound.as_ref()?.columns())).collect();
+        let places: BTreeSet<usize> = places?.into_iter().flatten().collect();
+        Some(places.into_iter().filter_map(|place| Some(columns.get(place)?.name.clone())).collect())
+    };
+    let followed = names.iter().map(|table| outbox::Followed { table: table.clone(), columns: used(table) }).collect();
+    let limit = (settings.on_full == OnFull::Gap).then_some(config.postgres.max_retained);
+    Ok(outbox::Wanted { schema: config.postgres.slot.clone(), tables: followed, limit })
+}
+
+/// What the rules need.
+pub(super) fn wanted(config: &Config, failover: bool) -> Wanted {
+    let tables = tables(config);
     let (slot, publication) = (config.postgres.slot.clone(), config.postgres.publication.clone());
     Wanted { slot, publication, tables, failover }
 }
@@ -97,7 +139,7 @@ async fn carry_out(client: &Client, plan: &Plan, print: bool) -> Result<ExitCode
 }
 
 /// Every error; the exit code is the last one's.
-fn report_all(errors: Vec<crate::error::Error>) -> ExitCode {
+fn report_all(errors: Vec<Error>) -> ExitCode {
     let mut code = ExitCode::FAILURE;
     for (index, error) in errors.into_iter().enumerate() {
         if index > 0 {

@@ -7,9 +7,9 @@ use toml::de::{DeTable, DeValue};
 
 use super::code::Code;
 use super::diagnostic::Diagnostic;
-use super::fields::{LATER_AT_TOP, Table};
+use super::fields::Table;
 use super::open::OpenRule;
-use super::section::{Reader, Section, Value, homes, in_file_order, not_yet};
+use super::section::{Reader, Section, Value, homes, in_file_order};
 use super::{AdminConfig, Environment, PostgresConfig, RedisConfig, Rule, RulesFile, Sources, Spanned};
 use super::{include, query, rule, server, syntax};
 use crate::suggest::nearest;
@@ -241,9 +241,6 @@ fn unknown(reader: &mut Reader<'_>, root: &DeTable<'_>) {
 
 /// That something stands above the first header, or a table that is none of the file's.
 fn stray(name: &str, value: &Value<'_>, span: Range<usize>) -> Diagnostic {
-    if LATER_AT_TOP.contains(&name) {
-        return not_yet(&format!("`{name}`"), span);
-    }
     let homes = homes(name);
     match value.get_ref() {
         DeValue::Table(table) => unknown_table(name, table, span),

@@ -286,19 +286,53 @@ pub const FIELDS: &[Field] = &[
     Field {
         table: Table::Postgres,
         name: "source",
-        kind: Kind::Choice(&["replication"]),
+        kind: Kind::Choice(&["replication", "outbox"]),
         default: Fallback::Value("\"replication\""),
-        meaning: "How changes are received: by logical replication.",
+        meaning: "How changes are received: by logical replication, or from a table that triggers fill (`\"outbox\"`), for servers \
+                  without logical decoding.",
         needs: &[],
         limits: "",
-        example: "\"replication\"",
+        example: "\"outbox\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "poll_interval",
+        kind: Kind::Duration { min: Duration::from_millis(10), max: DAY, off: false },
+        default: Fallback::Value("\"1s\""),
+        meaning: "The outbox is looked into at least that often, whether a writer has sent NOTIFY or not.",
+        needs: &[],
+        limits: "For `source = \"outbox\"` alone.",
+        example: "\"200ms\"",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "notify",
+        kind: Kind::Flag,
+        default: Fallback::Value("true"),
+        meaning: "Writers wake an idle keepstep with NOTIFY; `false` leaves it at `poll_interval`, for databases where NOTIFY is not \
+                  wanted.",
+        needs: &[],
+        limits: "For `source = \"outbox\"` alone.",
+        example: "false",
+    },
+    Field {
+        table: Table::Postgres,
+        name: "on_full",
+        kind: Kind::Choice(&["gap", "keep"]),
+        default: Fallback::Value("\"gap\""),
+        meaning: "What happens while the outbox holds more than `max_retained` because nobody reads it: changes are no longer \
+                  written to it, and the rules are reconciled later (`\"gap\"`), or it grows on, which is only reported \
+                  (`\"keep\"`).",
+        needs: &[],
+        limits: "For `source = \"outbox\"` alone. A change of it takes effect with `keepstep setup`.",
+        example: "\"keep\"",
     },
     Field {
         table: Table::Postgres,
         name: "slot",
         kind: Kind::Text,
         default: Fallback::Value("\"keepstep\""),
-        meaning: "The replication slot. Each cache needs its own.",
+        meaning: "The replication slot, or the schema that the outbox lies in. Each cache needs its own.",
         needs: &[],
         limits: "Lower-case letters, digits and `_`, at most 63.",
         example: "\"keepstep\"",
@@ -362,7 +396,7 @@ pub const FIELDS: &[Field] = &[
         default: Fallback::Value("\"8GiB\""),
         meaning: "A slot that makes Postgres keep more WAL than this is given up, because a full disk is worse than a cold cache: \
                   the rules are reconciled on a new one. With `on_gap = \"stop\"` it is only reported, in a metric and in the \
-                  log.",
+                  log. For an outbox that grows beyond it see `on_full`.",
         needs: &[],
         limits: "",
         example: "\"8GiB\"",
@@ -1147,26 +1181,6 @@ pub const FIELDS: &[Field] = &[
     },
 ];
 
-/// Names that a later version reads at the top of the file, and that are refused as such until then.
-pub(super) const LATER_AT_TOP: &[&str] = &[];
-
-/// The same inside the tables.
-pub(super) fn later(table: Table) -> &'static [&'static str] {
-    match table {
-        Table::Postgres => &["poll_interval"],
-        Table::Top | Table::Redis | Table::Admin | Table::Defaults | Table::Rule => &[],
-        Table::Stream | Table::Publish | Table::Query | Table::On => &[],
-    }
-}
-
-/// Values that a later version takes for a field, and that are refused as such until then.
-pub(super) fn later_choices(name: &str) -> &'static [&'static str] {
-    match name {
-        "source" => &["outbox"],
-        _ => &[],
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::collections::HashSet;
@@ -1177,7 +1191,7 @@ mod tests {
     fn a_name_stands_once_in_a_table_and_is_not_also_a_later_one() {
         for table in Table::ALL {
             let mut names = HashSet::new();
-            let all = table.fields().map(|field| field.name).chain(later(table).iter().copied());
+            let all = table.fields().map(|field| field.name);
             all.for_each(|name| assert!(names.insert(name), "{name}"));
         }
     }

@@ -13,7 +13,7 @@ use toml::de::{DeTable, DeValue};
 
 use super::code::Code;
 use super::diagnostic::{Diagnostic, Severity};
-use super::fields::{Fallback, Field, Kind, Table, later, later_choices};
+use super::fields::{Fallback, Field, Kind, Table};
 use super::interpolate::{fill, reference_out_of_place};
 use super::mistake::Mistake;
 use super::quantity::{self, duration_written, seconds_written, size_written};
@@ -266,7 +266,7 @@ impl<'r, 'a> Section<'r, 'a> {
     /// One of the names that the field's kind lists.
     pub(super) fn choice(&mut self, name: &'static str) -> Option<Spanned<&'static str>> {
         let Some(Kind::Choice(choices)) = self.table.field(name).map(|field| field.kind) else { return None };
-        self.parsed(name, |text| chosen(name, text, choices))
+        self.parsed(name, |text| chosen(text, choices))
     }
 
     /// One of these names, or a duration.
@@ -277,7 +277,7 @@ impl<'r, 'a> Section<'r, 'a> {
         self.parsed(name, |text| match text.starts_with(|first: char| first.is_ascii_digit()) {
             true => bounded(text, Kind::Duration { min, max, off: false })
                 .map(|duration| Either::Duration(duration.unwrap_or(min))),
-            false => chosen(name, text, choices).map(Either::Choice).map_err(|mistake| {
+            false => chosen(text, choices).map(Either::Choice).map_err(|mistake| {
                 let (min, max) = (duration_written(min), duration_written(max));
                 mistake.help(format!("or a duration from {min} to {max}"))
             }),
@@ -287,7 +287,7 @@ impl<'r, 'a> Section<'r, 'a> {
     /// Several of the names that the field's kind lists.
     pub(super) fn choices(&mut self, name: &'static str) -> Option<Spanned<Vec<Spanned<&'static str>>>> {
         let Some(Kind::Choices(choices)) = self.table.field(name).map(|field| field.kind) else { return None };
-        self.list(name, |text| chosen(name, text, choices))
+        self.list(name, |text| chosen(text, choices))
     }
 
     /// An array of strings that `parse` reads: not empty, none given twice.
@@ -499,9 +499,6 @@ impl<'r, 'a> Section<'r, 'a> {
     }
 
     fn unknown(&self, name: &str, span: Range<usize>) -> Diagnostic {
-        if later(self.table).contains(&name) {
-            return not_yet(&format!("{}: `{name}`", self.title), span);
-        }
         let unknown =
             |code: Code, label: String| self.error(code, format_args!("unknown field `{name}`"), span.clone(), label);
         let homes = homes(name);
@@ -559,12 +556,6 @@ pub(super) fn homes(name: &str) -> String {
     tables.map(Table::header).collect::<Vec<_>>().join(" or ")
 }
 
-/// That something of the design is not built yet.
-pub(super) fn not_yet(what: &str, span: Range<usize>) -> Diagnostic {
-    Diagnostic::error(Code::NotYet, format!("{what} is not available in this version yet"), span, "")
-        .help("leave it out; `keepstep reference` lists what this version has")
-}
-
 /// The template that `text` is, through one of [`Template`]'s parsers.
 pub(super) fn template(text: &str, parse: fn(&str) -> Result<Template, TemplateError>) -> Result<Template, Mistake> {
     parse(text).map_err(|error| Mistake {
@@ -577,14 +568,9 @@ pub(super) fn template(text: &str, parse: fn(&str) -> Result<Template, TemplateE
 }
 
 /// One of `choices`.
-fn chosen(field: &str, text: &str, choices: &[&'static str]) -> Result<&'static str, Mistake> {
+fn chosen(text: &str, choices: &[&'static str]) -> Result<&'static str, Mistake> {
     if let Some(choice) = choices.iter().find(|choice| **choice == text) {
         return Ok(choice);
-    }
-    if later_choices(field).contains(&text) {
-        let quoted = choices.iter().map(|choice| format!("{field} = \"{choice}\"")).collect::<Vec<_>>().join(" or ");
-        let problem = format!("= \"{text}\" is not available in this version yet");
-        return Err(Mistake::whole(Code::NotYet, text, problem).help(format!("write:  {quoted}")));
     }
     let list = choices.iter().map(|choice| format!("\"{choice}\"")).collect::<Vec<_>>().join(" or ");
     let mistake = Mistake::whole(Code::NotAChoice, text, format!("can only be {list}"));

@@ -10,9 +10,12 @@ use super::code::Code;
 use super::diagnostic::Diagnostic;
 use super::mistake::Mistake;
 use super::section::Section;
-use super::{AdminConfig, MessageCommands, OnGap, PostgresConfig, RedisConfig, Secret, Spanned, quantity};
+use super::{
+    AdminConfig, MessageCommands, OnFull, OnGap, Outbox, PostgresConfig, RedisConfig, Secret, Source, Spanned, quantity,
+};
 
 const REPLAY_WINDOW: Duration = Duration::from_secs(30);
+const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const HEARTBEAT: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const MAX_RETAINED_BYTES: u64 = 8 << 30;
@@ -29,7 +32,7 @@ const IDENTIFIER_BYTES_MAX: usize = 63;
 /// Reads `[postgres]`; `None` if its URL is missing or wrong.
 pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
     let url = section.parsed("url", postgres_url);
-    section.choice("source");
+    let source = source(&mut section);
     let slot = section.parsed("slot", slot_name);
     let publication = section.parsed("publication", publication_name);
     let on_gap = section.choice("on_gap").map(|choice| match choice.value {
@@ -46,6 +49,7 @@ pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
     section.finish();
     Some(PostgresConfig {
         url: url?.value,
+        source,
         slot: slot.map_or_else(|| "keepstep".to_owned(), |slot| slot.value),
         publication: publication.map_or_else(|| "keepstep".to_owned(), |publication| publication.value),
         on_gap: on_gap.unwrap_or(OnGap::Reconcile),
@@ -57,6 +61,28 @@ pub(super) fn postgres(mut section: Section<'_, '_>) -> Option<PostgresConfig> {
         warm_rate: warm_rate.and_then(|rate| rate.value),
         message_commands,
     })
+}
+
+/// The fields of the outbox mean nothing without it.
+fn source(section: &mut Section<'_, '_>) -> Source {
+    let is_outbox = section.choice("source").is_some_and(|choice| choice.value == "outbox");
+    let poll_interval = section.duration("poll_interval").unwrap_or(POLL_INTERVAL);
+    let notify = section.flag("notify").unwrap_or(true);
+    let on_full = section.choice("on_full").map_or(OnFull::Gap, |choice| match choice.value {
+        "keep" => OnFull::Keep,
+        _ => OnFull::Gap,
+    });
+    if is_outbox {
+        return Source::Outbox(Outbox { poll_interval, notify, on_full });
+    }
+    for name in ["poll_interval", "notify", "on_full"] {
+        if let Some(span) = section.given(name) {
+            let problem = format!("`{name}` is for `source = \"outbox\"` alone");
+            let wrong = section.error(Code::Excluded, problem, span, "means nothing here");
+            section.report(wrong.help("remove it, or write:  source = \"outbox\""));
+        }
+    }
+    Source::Replication
 }
 
 fn message_commands(section: &mut Section<'_, '_>) -> MessageCommands {

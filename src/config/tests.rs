@@ -122,7 +122,8 @@ fn mistakes_in_the_servers() {
         postgres("url = \"host=db password=hunter2\""),
         postgres("url = \"mysql://root:hunter2@db/shop\""),
         postgres("url = \"${EMPTY}\""),
-        postgres("url = \"postgresql://db\"\nsource = \"outbox\""),
+        postgres("url = \"postgresql://db\"\nsource = \"outbx\"\non_full = \"drop\""),
+        postgres("url = \"postgresql://db\"\npoll_interval = \"1s\""),
         postgres("url = \"postgresql://db\"\nslot = \"Keep-Step\""),
         postgres("url = \"postgresql://db\"\nslot = \"\"\npublication = \"\""),
         postgres("url = \"postgresql://db\"\non_gap = \"stopp\""),
@@ -549,15 +550,17 @@ fn every_field_of_the_table_is_read_and_takes_its_example() {
 #[test]
 fn the_defaults_of_the_table_are_those_that_hold() {
     let needed = |field: &fields::Field| match (field.table, field.name) {
-        (Table::Postgres | Table::Redis, "url") | (Table::Rule, "table" | "key" | "value" | "columns" | "delete") => {
-            Some(field.example)
-        }
+        (Table::Postgres | Table::Redis, "url")
+        | (Table::Postgres, "source")
+        | (Table::Rule, "table" | "key" | "value" | "columns" | "delete") => Some(field.example),
         (Table::Query, _) => Some(field.example),
         _ => None,
     };
-    // A jitter needs a TTL, so the default of the one excludes that of the other.
+    // A jitter needs a TTL, so the default of the one excludes that of the other; and so it is with the source and what an
+    // outbox alone takes.
+    let excluding = [(Table::Rule, "jitter"), (Table::Postgres, "source")];
     let given = |field: &fields::Field| match field.default {
-        Fallback::Value(value) if (field.table, field.name) != (Table::Rule, "jitter") => Some(value),
+        Fallback::Value(value) if !excluding.contains(&(field.table, field.name)) => Some(value),
         _ => needed(field),
     };
     let described = |text: &str| {

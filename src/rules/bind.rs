@@ -74,6 +74,22 @@ impl BoundRule {
         !self.settled.is_empty() || self.lookup.is_some() || self.refresh.is_some()
     }
 
+    /// The places of the columns that it uses of a row, new or old, each once, in ascending order.
+    pub fn columns(&self) -> Vec<usize> {
+        let keys = self.delete.iter().chain(self.settled.keys()).chain(&self.settled.delete_tags);
+        let mut places: Vec<usize> = keys.flat_map(BoundKey::columns).collect();
+        places.extend(self.settled.delete_match.iter().flat_map(BoundMatch::columns));
+        places.extend(self.settled.row.iter().flat_map(|field| field.source.columns()));
+        places.extend(&self.settled.identity);
+        places.extend(self.lookup.iter().flat_map(|lookup| lookup.row.iter().copied()));
+        places.extend(self.when.iter().flat_map(BoundExpression::all_columns));
+        places.extend(self.changed.iter().flatten());
+        places.extend(self.write.iter().flat_map(BoundWrite::columns));
+        places.sort_unstable();
+        places.dedup();
+        places
+    }
+
     /// What each of its key templates, written and deleted ones and those of tags, can make.
     pub fn forms(&self) -> Vec<KeyForm> {
         let written = self.write.iter().flat_map(|write| std::iter::once(&write.key).chain(write.tag_keys()));
@@ -266,6 +282,22 @@ impl BoundWrite {
         self.tags.iter().map(|tag| &tag.key)
     }
 
+    /// The places of the columns that it uses.
+    fn columns(&self) -> Vec<usize> {
+        let mut places: Vec<usize> = self.named_by().chain(self.tag_keys()).flat_map(BoundKey::columns).collect();
+        match &self.value {
+            Some(BoundValue::Json(_, fields)) => places.extend(fields.iter().flat_map(|field| field.source.columns())),
+            Some(BoundValue::Hash(fields)) => places.extend(fields.iter().flat_map(|field| field.source.columns())),
+            Some(BoundValue::Score(score)) => places.extend(score.all_columns()),
+            // A text is among what names it.
+            Some(BoundValue::Text(_) | BoundValue::Nothing) | None => {}
+        }
+        if let BoundLife::OfRow(expression, _) | BoundLife::Until(expression) = &self.life {
+            places.extend(expression.all_columns());
+        }
+        places
+    }
+
     /// Whether every key that the template can have made is the rule's own, so that one without a row may be searched for
     /// and deleted.
     pub fn is_owner(&self) -> bool {
@@ -287,6 +319,16 @@ pub enum FieldSource {
     },
     /// `compute`
     Computed(BoundExpression),
+}
+
+impl FieldSource {
+    /// The places of the columns that it uses.
+    fn columns(&self) -> Vec<usize> {
+        match self {
+            FieldSource::Column { place, .. } => vec![*place],
+            FieldSource::Computed(expression) => expression.all_columns(),
+        }
+    }
 }
 
 /// One field of a JSON object.
@@ -475,7 +517,7 @@ impl Scope<'_> {
                 (Some(hidden), Some(facts)) => BindProblem::HiddenColumn {
                     span,
                     column: hidden.clone(),
-                    publication: facts.publication.clone(),
+                    carrier: Box::new(facts.carrier.clone()),
                     published: columns,
                     row_filter: facts.row_filter.clone(),
                 },
@@ -820,7 +862,7 @@ impl Scope<'_> {
         let hidden = self.facts.map(TableFacts::hidden_identity).unwrap_or_default();
         if let (Some(facts), false) = (self.facts, hidden.is_empty()) {
             let generated = facts.hidden.iter().any(|column| column.generated && hidden.contains(&column.name));
-            let publication = facts.publication.clone();
+            let publication = facts.carrier.name().to_owned();
             problems.push(BindProblem::HiddenIdentity { columns: hidden, generated, publication });
         } else if !self.has_identity() {
             problems

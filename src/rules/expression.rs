@@ -403,6 +403,11 @@ impl BoundExpression {
         &self.old_columns
     }
 
+    /// Those of both.
+    pub fn all_columns(&self) -> Vec<usize> {
+        [self.columns(), self.old_columns()].concat()
+    }
+
     /// Whether the condition holds.
     pub fn truth(&self, images: &Images<'_>) -> Truth {
         match self.root.truth(images) {

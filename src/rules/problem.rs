@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::expression::ExpressionError;
 use super::filter::Filter;
-use crate::catalog::{HiddenColumn, sql_identifier, sql_table};
+use crate::catalog::{Carrier, HiddenColumn, sql_identifier, sql_table};
 use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
 use crate::config::{Operations, Rule, TableName};
@@ -35,8 +35,8 @@ pub enum BindProblem {
         span: Range<usize>,
         /// The column.
         column: HiddenColumn,
-        /// The publication.
-        publication: String,
+        /// What leaves it out.
+        carrier: Box<Carrier>,
         /// The columns that are published.
         published: Vec<String>,
         /// The row filter that the table is published with.
@@ -174,9 +174,9 @@ impl BindProblem {
                 };
                 Diagnostic::error(Code::UnknownColumn, title, span.clone(), "no such column").help(help)
             }
-            Self::HiddenColumn { span, column, publication, published, row_filter } => {
+            Self::HiddenColumn { span, column, carrier, published, row_filter } => {
                 let filter = row_filter.as_deref();
-                hidden_column(rule, span, column, publication, published, filter)
+                hidden_column(rule, span, column, carrier, published, filter)
             }
             Self::NoPrimaryKey { span } => {
                 let title = format!("rule `{name}` uses {{_pk}}, and {table} has no primary key");
@@ -227,13 +227,23 @@ fn hidden_column(
     rule: &Rule,
     span: &Range<usize>,
     column: &HiddenColumn,
-    publication: &str,
+    carrier: &Carrier,
     published: &[String],
     row_filter: Option<&str>,
 ) -> Diagnostic {
     let (name, table, hidden) = (&rule.name.value, &rule.table.value, &column.name);
-    let title =
-        format!("rule `{name}` uses column `{hidden}` of {table}, which publication `{publication}` leaves out");
+    let title = format!("rule `{name}` uses column `{hidden}` of {table}, which {carrier} leaves out");
+    let publication = match (carrier, column.generated) {
+        (Carrier::Publication(publication), _) => publication,
+        (Carrier::Outbox(_), true) => {
+            return Diagnostic::error(Code::UnpublishedColumn, title, span.clone(), "a generated column, never stored")
+                .help("use the columns that it is generated from");
+        }
+        (Carrier::Outbox(_), false) => {
+            return Diagnostic::error(Code::UnpublishedColumn, title, span.clone(), "not stored")
+                .help("let keepstep store it as well:  keepstep setup");
+        }
+    };
     if column.generated {
         return Diagnostic::error(Code::UnpublishedColumn, title, span.clone(), "a generated column, never sent")
             .help(publish_generated(publication));

@@ -11,7 +11,7 @@ use super::bind::{BoundKey, BoundRule, BoundValue, FieldSource, JsonField, Rende
 use super::form::KeyForm;
 use super::ownership::check_overlaps;
 use crate::batch::Form;
-use crate::catalog::{HiddenColumn, Leaf, Persistence, Published, TableFacts, TableKind, UniqueIndex};
+use crate::catalog::{Carrier, HiddenColumn, Leaf, Persistence, Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::diagnostic::{Diagnostic, render};
 use crate::config::{Config, Rule, RulesFile, TableName, parse};
 use crate::decode::types::Types;
@@ -52,7 +52,7 @@ fn table(name: &str, columns: &[(&str, Type)]) -> TableFacts {
         identity_columns: vec![key],
         leaves: Vec::new(),
         published: Published::Directly,
-        publication: "keepstep".to_owned(),
+        carrier: Carrier::Publication("keepstep".to_owned()),
         row_filter: None,
         row_security: false,
         name,

@@ -17,6 +17,8 @@ use crate::model::Lsn;
 pub struct Situation<'a> {
     /// The server, the database and the slot that the configuration leads to.
     pub origin: &'a Origin,
+    /// What is streamed, as in "replication slot `keepstep`".
+    pub stream: &'a str,
     /// The end of the server's durable log.
     pub flush_lsn: Lsn,
     /// The slot; `None` if there is none.
@@ -123,8 +125,8 @@ fn place(situation: &Situation<'_>) -> Result<Place> {
     let Some(slot) = &situation.slot else {
         let never_made = situation.stored.is_none() && situation.seen.is_none() && situation.born_at.is_none();
         return match never_made {
-            true => Err(Error::new(ErrorKind::Config, format!("there is no replication slot `{name}`"))
-                .hint("`keepstep setup` makes the slot and the publication; `keepstep setup --print` shows the SQL")),
+            true => Err(Error::new(ErrorKind::Config, format!("there is no {}", situation.stream))
+                .hint("`keepstep setup` makes what is needed; `keepstep setup --print` shows the SQL")),
             false => Ok(Place::NewSlot),
         };
     };
@@ -175,16 +177,16 @@ fn fits<'a>(situation: &Situation<'a>) -> Result<Start<'a>, Misfit> {
 
 /// The slot, if it can still be streamed.
 fn standing_slot<'s>(situation: &'s Situation<'_>) -> Result<&'s SlotFacts<'s>, Misfit> {
-    let name = &situation.origin.slot;
+    let stream = situation.stream;
     let what = match (&situation.slot, situation.stored.or(situation.seen)) {
         (Some(SlotFacts { lost: Some(why), .. }), _) => {
-            format!("the replication slot `{name}` was invalidated by the server: {why}")
+            format!("the {stream} was invalidated by the server: {why}")
         }
         (Some(slot), _) => return Ok(slot),
         (None, Some(known)) => {
-            format!("the replication slot `{name}` is gone: what changed after {} is lost", known.low)
+            format!("the {stream} is gone: what changed after {} is lost", known.low)
         }
-        (None, None) => format!("the replication slot `{name}` is gone, and Redis holds no checkpoint"),
+        (None, None) => format!("the {stream} is gone, and Redis holds no checkpoint"),
     };
     Err(Misfit::Gap(Reason::SlotLost, what))
 }
@@ -265,6 +267,7 @@ mod tests {
         let stored = stored();
         let mut situation = Situation {
             origin: &stored.origin,
+            stream: "replication slot `keepstep`",
             flush_lsn: Lsn(300),
             slot: Some(confirmed(150)),
             born_at: Some(Lsn(100)),
@@ -327,6 +330,7 @@ mod tests {
         let stored = checkpoint(200);
         let situation = |slot| Situation {
             origin: &stored.origin,
+            stream: "replication slot `keepstep`",
             flush_lsn: Lsn(300),
             slot: Some(confirmed(slot)),
             born_at: None,
@@ -379,6 +383,7 @@ mod tests {
             let stored = checkpoint(200);
             let situation = Situation {
                 origin: &promoted,
+                stream: "replication slot `keepstep`",
                 flush_lsn: Lsn(300),
                 slot,
                 born_at: Some(Lsn(100)),
@@ -398,6 +403,7 @@ mod tests {
         let seen = checkpoint(200);
         let situation = Situation {
             origin: &seen.origin,
+            stream: "replication slot `keepstep`",
             flush_lsn: Lsn(300),
             slot: Some(confirmed(100)),
             born_at: Some(Lsn(100)),
@@ -420,6 +426,7 @@ mod tests {
         for slot in [Some(confirmed(150)), Some(lost()), None] {
             let situation = |seen: bool| Situation {
                 origin: &other,
+                stream: "replication slot `keepstep`",
                 flush_lsn: Lsn(300),
                 slot: slot.clone(),
                 born_at: None,

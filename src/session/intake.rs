@@ -192,6 +192,11 @@ impl Intake {
                 return Ok(unknown.then_some(Ask::Bind(relation)));
             }
             Event::Begin { commit_lsn, commit_time, xid } => {
+                // A drain of the outbox holds what several transactions did, at one place.
+                if let Some(open) = self.open.as_mut().filter(|open| open.transaction.commit_lsn == commit_lsn) {
+                    open.xid = xid;
+                    return Ok(None);
+                }
                 let visible = self.seen.as_ref().is_some_and(|snapshot| snapshot.sees(xid));
                 let (epoch, released) = (self.epoch, false);
                 let transaction = Transaction { commit_lsn, commit_time, ordinal: 0, epoch, visible, released };

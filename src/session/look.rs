@@ -7,10 +7,12 @@ use std::time::Instant;
 use crate::cache::Cache;
 use crate::cache::checkpoint::Debt;
 use crate::canary::{self, Canary};
+use crate::catalog::Carrier;
 use crate::catalog::signature::{self, Look, Signatures};
-use crate::config::{Config, OnGap, Rule, TableName};
+use crate::config::{self, Config, OnGap, Rule, TableName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Lsn;
+use crate::source::Standing;
 use crate::source::slot::{self, SlotState};
 
 use super::debts::Reason;
@@ -35,18 +37,20 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         self.looked_at = Some(now);
-        let beats = |every| now.duration_since(self.heartbeat_sent) >= every;
+        // What writes to an outbox moves it.
+        let replicates = self.config.postgres.source == config::Source::Replication;
+        let beats = |every| replicates && now.duration_since(self.heartbeat_sent) >= every;
         let heartbeat = self.config.postgres.heartbeat.is_some_and(beats);
         if heartbeat {
             self.heartbeat_sent = now;
         }
-        let (client, config) = (Arc::clone(&self.client), Arc::clone(&self.config));
+        let (client, config, gap) = (Arc::clone(&self.client), Arc::clone(&self.config), self.checkpoint.gap);
         self.looking = Some(Box::pin(async move {
             if heartbeat {
                 slot::heartbeat(&client).await?;
             }
-            let slot = slot::slot_state(&client, &config.postgres.slot).await?;
-            let catalog = signature::look(&client, &config.postgres.publication, &tables(&config)).await?;
+            let slot = Standing::look(&client, &config.postgres).await?.slot(&config.postgres.slot, gap);
+            let catalog = signature::look(&client, &Carrier::of(&config.postgres), &tables(&config)).await?;
             let now = match open::for_tables_now(&config, &client).await {
                 Err(error) if error.kind() == ErrorKind::Config => Err(error.to_string()),
                 now => Ok(now?),
@@ -64,7 +68,14 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
             let postgres = &self.config.postgres;
             report::slot(&slot, postgres.max_retained, &self.metrics, &self.shared);
-            if postgres.on_gap == OnGap::Reconcile && slot.retained_bytes > Some(postgres.max_retained) {
+            let is_slot = postgres.source == config::Source::Replication;
+            if let Some(why) = slot.invalidation_reason.filter(|_| !is_slot) {
+                return Err(Error::new(
+                    ErrorKind::Gap,
+                    format!("the {} misses something: {why}", Carrier::stream(postgres)),
+                ));
+            }
+            if is_slot && postgres.on_gap == OnGap::Reconcile && slot.retained_bytes > Some(postgres.max_retained) {
                 // The next session drops it: nobody streams it then.
                 return Err(Error::new(
                     ErrorKind::Gap,

@@ -20,19 +20,19 @@ use crate::cache::inspect;
 use crate::cache::record::Recorder;
 use crate::cache::writer::Writer;
 use crate::catalog::signature::{self, Signatures};
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Carrier, Catalog};
 use crate::config::code::Code;
 use crate::config::open::pattern_of;
-use crate::config::{Config, OnGap, Rule, diagnostic};
+use crate::config::{self, Config, OnGap, PostgresConfig, Rule, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
 use crate::query::Lookups;
 use crate::query::check::check_queries;
 use crate::source::conninfo::ConnInfo;
-use crate::source::replication::{Replication, SystemIdentity, Walsender};
+use crate::source::replication::SystemIdentity;
 use crate::source::slot::{self, SlotState};
-use crate::source::{client, query_error};
+use crate::source::{Ready, Source, Standing, client, query_error};
 
 use super::acks::Acks;
 use super::debts::{Debts, Opening, Reason};
@@ -56,37 +56,42 @@ pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Ch
     match_tables(daemon, &client).await?;
     let (daemon, config) = (&*daemon, &daemon.config);
     // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
-    let slot = affordable_slot(config, &client).await?;
+    let standing = affordable_slot(config, &client).await?;
     let mut writer = Writer::new(config.redis.clone(), Arc::clone(&daemon.rules), Arc::clone(&daemon.metrics))?;
     let stored = writer.read_checkpoint().await?;
-    let mut walsender = Walsender::connect(&info).await?;
-    let identity = walsender.identify_system().await?;
-    let origin = origin(&identity, &config.postgres.slot);
+    let slot = standing.slot(&config.postgres.slot, stored.as_ref().or(seen).and_then(|checkpoint| checkpoint.gap));
+    let (ready, identity) = Ready::connect(&config.postgres, &info, &client).await?;
+    let origin = origin(&identity, config);
     let situation = Situation {
         origin: &origin,
         flush_lsn: identity.flush_lsn,
+        stream: &Carrier::stream(&config.postgres),
         slot: slot.as_ref().map(slot_facts),
-        born_at: slot::birth_note(&client, &config.postgres.publication, &origin.slot).await?,
+        born_at: standing.born_at(),
         stored: stored.as_ref(),
         seen,
         // Looked at only where nothing else can tell: it goes through all keys.
         cache_has_keys: stored.is_none() && seen.is_none() && !inspect::keys(&config.redis, 1).await?.is_empty(),
     };
     let start = gap::examine(&situation, options.adopt, config.postgres.on_gap)?;
-    let catalog = signature::look(&client, &config.postgres.publication, &look::tables(config)).await?;
+    let catalog = signature::look(&client, &Carrier::of(&config.postgres), &look::tables(config)).await?;
     let Opening { owing, reasons } = owed(daemon, &writer, start, &catalog.signatures).await?;
-    let confirmed = match (start, &slot) {
-        (Start::Anew { from: Place::NewSlot, .. }, old) => {
-            renewal::renew(daemon, &info, &client, old.as_ref().is_some_and(|slot| slot.failover)).await?
-        }
-        (_, slot) => slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default(),
+    let (confirmed, drains) = match (start, &slot) {
+        (Start::Anew { from: Place::NewSlot, .. }, old) => renewal::renew(daemon, &info, &client, old.as_ref()).await?,
+        (_, slot) => (slot.as_ref().and_then(|slot| slot.confirmed_flush_lsn).unwrap_or_default(), Vec::new()),
+    };
+    let gap = match start {
+        // Nothing that was marked before counts.
+        Start::Anew { from: Place::NewSlot, .. } => Standing::look(&client, &config.postgres).await?.gap(),
+        _ => standing.gap(),
     };
     let before = stored.iter().chain(seen).map(|checkpoint| checkpoint.epoch).max().unwrap_or_default();
     let first = match start {
         Start::Resume { stored, new_epoch: true } => Checkpoint { epoch: epoch_now(before), ..stored.clone() },
         Start::Resume { stored, new_epoch: false } => stored.clone(),
-        Start::Anew { .. } => anew(confirmed, epoch_now(before), origin),
+        Start::Anew { .. } => Checkpoint { drains, ..anew(confirmed, epoch_now(before), origin) },
     };
+    let first = Checkpoint { gap, ..first };
     let first = Checkpoint { rules: daemon.rules.digest_with(&config.redis.also_prefix), owing, ..first };
 
     // What was acknowledged was seen to be good; what lies behind it and `applied` is applied again.
@@ -94,8 +99,8 @@ pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Ch
     let (mut tables, mut intake) = bind(daemon, &client, &Checkpoint { good: proven, ..first.clone() }).await?;
     tables.carried(&catalog.carried);
     let from = first.low.min(proven.lsn);
-    let replication = walsender.start(&first.origin.slot, &config.postgres.publication, from).await?;
-    not_moved(&client, &first).await?;
+    let source = ready.start(&config.postgres, &first.drains, from).await?;
+    not_moved(&client, &config.postgres, &first).await?;
     writer.claim(stored.clone()).await?;
     writer.remember(&catalog.signatures);
     let held = Duration::from_micros(report::now_us().saturating_sub(first.written_us));
@@ -115,7 +120,7 @@ pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Ch
     begun(daemon, &checkpoint, &reasons);
     let (flushed, signatures) = (identity.flush_lsn, catalog.signatures);
     let streamed =
-        Streamed { info, client, replication, tables, intake, checkpoint, proven, flushed, acks, signatures, former };
+        Streamed { info, client, source, tables, intake, checkpoint, proven, flushed, acks, signatures, former };
     Ok(Session { vanished, ..session(daemon, streamed, writer) })
 }
 
@@ -125,20 +130,19 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &mut Daemon, out
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
     match_tables(daemon, &client).await?;
     let (daemon, config) = (&*daemon, &daemon.config);
-    let mut walsender = Walsender::connect(&info).await?;
-    let identity = walsender.identify_system().await?;
-    let origin = origin(&identity, &config.postgres.slot);
+    let (ready, identity) = Ready::connect(&config.postgres, &info, &client).await?;
+    let origin = origin(&identity, config);
     let checkpoint = anew(Lsn::default(), epoch_now(0), origin);
-    let catalog = signature::look(&client, &config.postgres.publication, &look::tables(config)).await?;
+    let catalog = signature::look(&client, &Carrier::of(&config.postgres), &look::tables(config)).await?;
     let (tables, intake) = bind(daemon, &client, &checkpoint).await?;
-    let replication = walsender.start_temporary(&config.postgres.publication).await?;
+    let source = ready.start_temporary(&config.postgres).await?;
     tracing::info!("printing the commands of changes from now on; nothing is written");
     let (flushed, proven, signatures) = (identity.flush_lsn, checkpoint.good, catalog.signatures);
     let acks = Acks::new(Lsn::default(), config.postgres.replay_window);
     let streamed = Streamed {
         info,
         client,
-        replication,
+        source,
         tables,
         intake,
         checkpoint,
@@ -186,22 +190,25 @@ async fn on_primary(client: &tokio_postgres::Client) -> Result<()> {
 }
 
 /// The slot, which nobody may be streaming.
-async fn free_slot(client: &tokio_postgres::Client, name: &str) -> Result<Option<SlotState>> {
-    let slot = slot::slot_state(client, name).await?;
-    match slot.as_ref().and_then(|slot| slot.active_pid) {
-        None => Ok(slot),
+async fn free_slot(client: &tokio_postgres::Client, config: &PostgresConfig) -> Result<Standing> {
+    let standing = Standing::look(client, config).await?;
+    match standing.slot(&config.slot, None).and_then(|slot| slot.active_pid) {
+        None => Ok(standing),
         Some(pid) => {
-            let taken = format!("another daemon, or one that just ended, streams slot `{name}` (PID {pid})");
+            let stream = Carrier::stream(config);
+            let taken = format!("another daemon, or one that just ended, streams the {stream} (PID {pid})");
             Err(Error::new(ErrorKind::Fenced, taken))
         }
     }
 }
 
 /// The same, given up if it keeps more log than it may: the DBA's disk comes before the cache, which is made right again
-/// from the tables. So it goes before Redis is looked for, which may be what all this waits for.
-async fn affordable_slot(config: &Config, client: &tokio_postgres::Client) -> Result<Option<SlotState>> {
-    let slot = free_slot(client, &config.postgres.slot).await?;
-    let retained = slot.as_ref().filter(|slot| !slot.is_lost()).and_then(|slot| slot.retained_bytes).unwrap_or(0);
+/// from the tables. So it goes before Redis is looked for, which may be what all this waits for. An outbox keeps itself
+/// within its limit.
+async fn affordable_slot(config: &Config, client: &tokio_postgres::Client) -> Result<Standing> {
+    let standing = free_slot(client, &config.postgres).await?;
+    let Standing::Slot(Some(slot), born_at) = &standing else { return Ok(standing) };
+    let retained = slot.retained_bytes.filter(|_| !slot.is_lost()).unwrap_or(0);
     let max_retained = config.postgres.max_retained;
     let gives_up = config.postgres.on_gap == OnGap::Reconcile && retained > max_retained;
     if gives_up && slot::give_up(client, &config.postgres.slot, max_retained).await? {
@@ -210,9 +217,9 @@ async fn affordable_slot(config: &Config, client: &tokio_postgres::Client) -> Re
             max_retained,
             "the slot was dropped because it kept too much WAL; the rules are reconciled"
         );
-        return Ok(None);
+        return Ok(Standing::Slot(None, *born_at));
     }
-    Ok(slot)
+    Ok(standing)
 }
 
 /// What the rules owe when the session begins.
@@ -256,13 +263,13 @@ fn begun(daemon: &Daemon, checkpoint: &Checkpoint, reasons: &BTreeSet<Reason>) {
 }
 
 /// The slot is this walsender's now. If somebody else read it after it was looked at, the server has silently begun later.
-async fn not_moved(client: &tokio_postgres::Client, first: &Checkpoint) -> Result<()> {
-    let slot = slot::slot_state(client, &first.origin.slot).await?;
+async fn not_moved(client: &tokio_postgres::Client, config: &PostgresConfig, first: &Checkpoint) -> Result<()> {
+    let slot = Standing::look(client, config).await?.slot(&config.slot, None);
     match slot.and_then(|slot| slot.confirmed_flush_lsn) {
         Some(confirmed) if confirmed <= first.low => Ok(()),
         _ => Err(Error::new(
             ErrorKind::Fenced,
-            format!("slot `{}` was read by somebody else just now", first.origin.slot),
+            format!("the {} was read by somebody else just now", Carrier::stream(config)),
         )),
     }
 }
@@ -278,7 +285,7 @@ async fn claim_with(writer: &mut Writer, nothing: &Batch, first: Checkpoint) -> 
 struct Streamed {
     info: ConnInfo,
     client: tokio_postgres::Client,
-    replication: Replication,
+    source: Source,
     tables: Tables,
     intake: Intake,
     checkpoint: Checkpoint,
@@ -308,7 +315,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         shared: Arc::clone(&daemon.shared),
         rule_metrics: RuleMetrics::of(config, &daemon.metrics),
         client: Arc::new(streamed.client),
-        replication: streamed.replication,
+        source: streamed.source,
         tables: streamed.tables,
         intake: streamed.intake,
         messages: Messages::new(streamed.proven),
@@ -354,13 +361,13 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
     }
 }
 
-fn origin(identity: &SystemIdentity, slot: &str) -> Origin {
-    Origin {
-        system: identity.system.clone(),
-        timeline: identity.timeline,
-        database: identity.database.clone(),
-        slot: slot.to_owned(),
-    }
+fn origin(identity: &SystemIdentity, config: &Config) -> Origin {
+    // Positions in an outbox are none in a slot of the same name.
+    let slot = match config.postgres.source {
+        config::Source::Replication => config.postgres.slot.clone(),
+        config::Source::Outbox(_) => Carrier::stream(&config.postgres),
+    };
+    Origin { system: identity.system.clone(), timeline: identity.timeline, database: identity.database.clone(), slot }
 }
 
 fn slot_facts(slot: &SlotState) -> SlotFacts<'_> {
@@ -386,6 +393,8 @@ fn anew(from: Lsn, epoch: u64, origin: Origin) -> Checkpoint {
         released: Position::end(from),
         owing: BTreeMap::new(),
         progress: None,
+        drains: Vec::new(),
+        gap: None,
     }
 }
 
@@ -412,7 +421,7 @@ async fn bind(daemon: &Daemon, client: &tokio_postgres::Client, first: &Checkpoi
 
 /// What the catalog says of the tables that the rules name.
 async fn read_catalog(config: &Config, client: &tokio_postgres::Client) -> Result<(Catalog, Types)> {
-    let catalog = catalog::load(client, &config.postgres.publication, &look::tables(config)).await?;
+    let catalog = catalog::load(client, &Carrier::of(&config.postgres), &look::tables(config)).await?;
     let types = Types::load(client, &catalog.type_oids()).await?;
     Ok((catalog, types))
 }

@@ -26,7 +26,7 @@ use crate::cache::Cache;
 use crate::cache::checkpoint::{Debt, Progress};
 use crate::cache::claims::Former;
 use crate::canary::{self, Canary};
-use crate::catalog::sql_identifier;
+use crate::catalog::{Carrier, sql_identifier};
 use crate::config::{Config, TableName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Timestamp};
@@ -289,7 +289,7 @@ impl Reads {
             let handle = reader::start(Setting {
                 postgres: self.postgres.clone(),
                 config: Arc::clone(&self.config),
-                publication: self.config.postgres.publication.clone(),
+                carrier: Carrier::of(&self.config.postgres),
                 origin: origin.clone(),
                 redis: self.config.redis.clone(),
                 limits,

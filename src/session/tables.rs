@@ -11,7 +11,7 @@ use tokio_postgres::Client;
 
 use crate::admin::Shared;
 use crate::cache::checkpoint::Debt;
-use crate::catalog::{self, Catalog};
+use crate::catalog::{self, Carrier, Catalog};
 use crate::config::{Config, Operations, TableName};
 use crate::decode::types::Types;
 use crate::error::Result;
@@ -57,15 +57,18 @@ impl Tables {
     pub fn carried(&mut self, carried: &BTreeMap<TableName, Operations>) {
         let config = Arc::clone(&self.config);
         for rule in &config.rules {
-            let publication = &config.postgres.publication;
-            let uncarried = match carried.get(&rule.table.value) {
-                None => {
-                    Some(format!("publication `{publication}` does not carry its table; `keepstep setup` sees to it"))
+            let carrier = Carrier::of(&config.postgres);
+            let uncarried = match (carried.get(&rule.table.value), &carrier) {
+                (None, Carrier::Publication(_)) => {
+                    Some(format!("{carrier} does not carry its table; `keepstep setup` sees to it"))
                 }
-                Some(carried) if !rule.on.is_within(*carried) => {
-                    Some(format!("publication `{publication}` leaves out operations that it follows"))
+                (None, Carrier::Outbox(_)) => Some(format!(
+                    "{carrier} does not follow its table with all triggers; `keepstep setup` sees to that"
+                )),
+                (Some(carried), _) if !rule.on.is_within(*carried) => {
+                    Some(format!("{carrier} leaves out operations that it follows"))
                 }
-                Some(_) => None,
+                (Some(_), _) => None,
             };
             let name = &rule.name.value;
             let paused = self.paused.entry(name.clone()).or_default();
@@ -109,7 +112,7 @@ impl Tables {
     }
 
     async fn look(&self, client: &Client, name: &TableName) -> Result<Catalog> {
-        catalog::load(client, &self.config.postgres.publication, std::slice::from_ref(name)).await
+        catalog::load(client, &Carrier::of(&self.config.postgres), std::slice::from_ref(name)).await
     }
 
     fn bind_with(&mut self, relation: Relation, catalog: &Catalog, types: &Types) -> BoundTable {

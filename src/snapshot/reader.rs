@@ -21,7 +21,7 @@ use crate::batch::{Batch, CellHasher, Limits};
 use crate::cache::checkpoint::{Origin, Page};
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
-use crate::catalog::{self, sql_identifier, sql_table};
+use crate::catalog::{self, Carrier, sql_identifier, sql_table};
 use crate::config::{Config, Listing, RedisConfig, TableName};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
@@ -72,8 +72,8 @@ const SETTLE_WARN: Duration = Duration::from_secs(10);
 pub struct Setting {
     /// Where the tables are.
     pub postgres: ConnInfo,
-    /// The publication, whose row filters hold for reads too.
-    pub publication: String,
+    /// The publication, whose row filters hold for reads too, or the outbox.
+    pub carrier: Carrier,
     /// Whose stream the reads are merged into: a read from anybody else must not be.
     pub origin: Origin,
     /// Where keys are looked for.
@@ -460,9 +460,9 @@ impl Reader {
         if job.table.rules.is_empty() {
             return Ok(None);
         }
-        let Setting { config, publication, redis, .. } = &*self.setting;
+        let Setting { config, carrier, redis, .. } = &*self.setting;
         let name = TableName::from(&job.table.relation);
-        let catalog = catalog::load(&self.client, publication, std::slice::from_ref(&name)).await?;
+        let catalog = catalog::load(&self.client, carrier, std::slice::from_ref(&name)).await?;
         let types = Types::load(&self.client, &catalog.type_oids()).await?;
         let Some(facts) = catalog.tables.get(&name) else { return Ok(None) };
         let mut rules = Vec::new();
@@ -536,14 +536,20 @@ impl Reader {
 
     /// What rows must meet, besides where they are.
     async fn condition(&self, relation: &Relation, filter: Option<&str>) -> Result<String> {
-        let sql = "select to_jsonb(p) ->> 'rowfilter' from pg_catalog.pg_publication_tables p
-            where p.pubname = $1 and p.schemaname = $2 and p.tablename = $3";
-        let parameters = [&self.setting.publication, &relation.schema, &relation.name];
-        let parameters = parameters.map(|text| (text as &(dyn tokio_postgres::types::ToSql + Sync), Type::TEXT));
-        let row = self.client.query_typed_opt(sql, &parameters).await.map_err(failed)?;
-        let published: Option<String> = row.map(|row| row.try_get(0).map_err(failed)).transpose()?.flatten();
+        let published = self.row_filter(relation).await?;
         let conditions = [published.as_deref(), filter].into_iter().flatten().map(|sql| format!(" AND ({sql})"));
         Ok(conditions.collect())
+    }
+
+    /// What the publication leaves out. An outbox leaves out no row.
+    async fn row_filter(&self, relation: &Relation) -> Result<Option<String>> {
+        let Carrier::Publication(publication) = &self.setting.carrier else { return Ok(None) };
+        let sql = "select to_jsonb(p) ->> 'rowfilter' from pg_catalog.pg_publication_tables p
+            where p.pubname = $1 and p.schemaname = $2 and p.tablename = $3";
+        let parameters = [publication, &relation.schema, &relation.name];
+        let parameters = parameters.map(|text| (text as &(dyn tokio_postgres::types::ToSql + Sync), Type::TEXT));
+        let row = self.client.query_typed_opt(sql, &parameters).await.map_err(failed)?;
+        Ok(row.map(|row| row.try_get(0).map_err(failed)).transpose()?.flatten())
     }
 
     /// Reads a leaf from page to page. If it is rewritten meanwhile, every row may be elsewhere: it begins again.
@@ -664,8 +670,11 @@ impl Reader {
     async fn open(&mut self, of: Of, snapshot: Snapshot, rows_wanted: bool) -> Outcome<()> {
         self.chunk += 1;
         let content = marker(&self.setting.token, self.chunk);
-        let sql = "select pg_logical_emit_message(true, $1, $2)::text";
-        query_one(&self.marker, sql, &[(&MESSAGE_PREFIX, Type::TEXT), (&content, Type::TEXT)]).await?;
+        let sql = match &self.setting.carrier {
+            Carrier::Publication(_) => "select pg_logical_emit_message(true, $1, $2)::text".to_owned(),
+            Carrier::Outbox(schema) => format!("select {}.emit($1, $2)::text", sql_identifier(schema)),
+        };
+        query_one(&self.marker, &sql, &[(&MESSAGE_PREFIX, Type::TEXT), (&content, Type::TEXT)]).await?;
         self.say(Found::Opened(Chunk { of, number: self.chunk, snapshot, rows_wanted })).await
     }
 

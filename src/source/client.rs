@@ -1,13 +1,15 @@
 //! The ordinary connections: `tokio-postgres` over the same hosts, TLS and settings as the replication connection.
 
 use std::convert::Infallible;
-use std::future::{Ready, ready};
+use std::future::{Ready, poll_fn, ready};
 use std::io;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::tls::{ChannelBinding, TlsConnect, TlsStream};
-use tokio_postgres::{Client, Connection};
+
+use tokio_postgres::{AsyncMessage, Client, Connection};
 
 use super::connect::{self, Failure, Login, Startup, Stream};
 use super::conninfo::{self, ConnInfo};
@@ -25,18 +27,54 @@ use crate::error::{Error, ErrorKind, Result};
 /// [`crate::error::ErrorKind::PostgresAway`] if no host can be reached,
 /// [`crate::error::ErrorKind::PostgresDenied`] if one refuses.
 pub async fn connect(info: &ConnInfo, statement_timeout: Duration) -> Result<Client> {
-    let session = connect::open(info, &QueryStartup).await?;
-    let connection = session.connection;
+    let Session { client, connection } = connect::open(info, &QueryStartup).await?;
     tokio::spawn(async move {
         if let Err(error) = connection.await {
             tracing::debug!(%error, "a query connection to Postgres ended");
         }
     });
+    set_up(&client, statement_timeout).await?;
+    Ok(client)
+}
+
+/// The same, for one that LISTENs.
+///
+/// # Errors
+/// As [`connect`].
+pub async fn connect_listening(info: &ConnInfo, statement_timeout: Duration) -> Result<(Client, Woken)> {
+    let Session { client, mut connection } = connect::open(info, &QueryStartup).await?;
+    let (heard, woken) = mpsc::channel(1);
+    tokio::spawn(async move {
+        loop {
+            match poll_fn(|context| connection.poll_message(context)).await {
+                // One that has not been heard yet says as much.
+                Some(Ok(AsyncMessage::Notification(_))) => _ = heard.try_send(()),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => return tracing::debug!(%error, "a listening connection to Postgres ended"),
+                None => return,
+            }
+        }
+    });
+    set_up(&client, statement_timeout).await?;
+    Ok((client, Woken(woken)))
+}
+
+/// What a connection that LISTENs hears: that somebody has notified it, not what of.
+#[derive(Debug)]
+pub struct Woken(mpsc::Receiver<()>);
+
+impl Woken {
+    /// Waits for it; `None` once the connection has ended. Cancel-safe.
+    pub async fn recv(&mut self) -> Option<()> {
+        self.0.recv().await
+    }
+}
+
+async fn set_up(client: &Client, statement_timeout: Duration) -> Result<()> {
     let settings = VALUE_SETTINGS.iter().map(|(name, value)| format!("SET {name} = '{value}';")).collect::<String>();
     let timeout_ms = statement_timeout.as_millis();
     let settings = format!("{settings} SET row_security = off; SET statement_timeout = {timeout_ms}");
-    session.client.batch_execute(&settings).await.map_err(|error| query_error("cannot set up the session", error))?;
-    Ok(session.client)
+    client.batch_execute(&settings).await.map_err(|error| query_error("cannot set up the session", error))
 }
 
 struct QueryStartup;

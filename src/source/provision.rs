@@ -25,6 +25,7 @@ use facts::{Facts, Publication, Table};
 
 mod facts;
 mod obstacles;
+pub mod outbox;
 mod renewal;
 
 pub use renewal::renew_slot;

@@ -5,6 +5,7 @@
 
 use std::time::{Duration, SystemTime};
 
+pub use super::Frame;
 use super::connect;
 use super::conninfo::ConnInfo;
 use super::login::ReplicationStartup;
@@ -183,27 +184,6 @@ pub struct Replication {
     reply_owed: bool,
 }
 
-/// What the server sends while streaming.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Frame<'a> {
-    /// XLogData: one message of pgoutput.
-    Data {
-        /// Where in the log the change stands; 0/0 for messages that stand nowhere.
-        wal_start: Lsn,
-        /// The end of the log as the server knew it.
-        wal_end: Lsn,
-        /// The message.
-        body: &'a [u8],
-    },
-    /// Primary keepalive message.
-    Keepalive {
-        /// Up to here everything that concerns this slot has been sent.
-        wal_end: Lsn,
-        /// The server gives up on this connection unless it hears a status update soon.
-        reply_requested: bool,
-    },
-}
-
 impl Replication {
     /// Waits until more bytes have arrived, once [`Replication::next_buffered`] has nothing more to give. Cancel-safe.
     ///
@@ -227,6 +207,7 @@ impl Replication {
                 self.received = self.received.max(wal_end);
                 self.reply_owed |= reply_requested;
             }
+            Frame::Visible(_) => {}
         }
         Ok(Some(frame))
     }

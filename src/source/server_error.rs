@@ -92,7 +92,8 @@ fn detail_is_harmless(sqlstate: &str) -> bool {
 /// holds it just now.
 fn kind(sqlstate: &str) -> ErrorKind {
     const TRANSIENT_CLASSES: [&str; 5] = ["08", "40", "53", "57", "58"];
-    const TRANSIENT: [&str; 2] = [OBJECT_IN_USE, "55P03"];
+    // 25P03: somebody was idle in a transaction for longer than the server allows.
+    const TRANSIENT: [&str; 3] = [OBJECT_IN_USE, "55P03", "25P03"];
     match sqlstate {
         "57P04" => ErrorKind::PostgresDenied,
         "08P01" => ErrorKind::Protocol,
@@ -161,7 +162,7 @@ mod tests {
 
     #[test]
     fn what_passes_by_itself_is_transient() {
-        for sqlstate in ["57P01", "57P02", "57P03", "08006", "53300", "55006", "55P03", "57014"] {
+        for sqlstate in ["57P01", "57P02", "57P03", "08006", "53300", "55006", "55P03", "57014", "25P03"] {
             assert!(kind(sqlstate).is_transient(), "{sqlstate}");
         }
         for sqlstate in ["28P01", "28000", "42501", "3D000", "57P04", "42704", "55000", "XX000", ""] {

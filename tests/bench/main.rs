@@ -15,6 +15,7 @@ mod scaling;
 mod stand;
 #[expect(dead_code, reason = "the benchmarks without servers use the rest of it")]
 mod stream;
+mod triggers;
 mod warm;
 
 use std::time::Instant;
@@ -72,13 +73,14 @@ fn median<T>(rounds: &[T], pick: impl Fn(&T) -> f64) -> f64 {
 type Measure = fn(bool) -> Vec<Figure>;
 
 /// What can be measured, in the order of the table.
-const MEASURES: [(&str, Measure); 6] = [
+const MEASURES: [(&str, Measure); 7] = [
     ("drain", drain::measure),
     ("alone", alone::measure),
     ("latency", latency::measure),
     ("warm", warm::measure),
     ("memory", memory::measure),
     ("scaling", scaling::measure),
+    ("triggers", triggers::measure),
 ];
 
 fn main() {

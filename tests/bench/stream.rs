@@ -323,6 +323,8 @@ pub(crate) fn checkpoint(rules: &RuleSet) -> Checkpoint {
         owing: BTreeMap::new(),
         released: Position::default(),
         progress: None,
+        drains: Vec::new(),
+        gap: None,
     }
 }
 

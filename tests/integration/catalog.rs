@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use keepstep::catalog::{Catalog, Persistence, Published, TableKind, check_rules, load, with_tables};
+use keepstep::catalog::{Carrier, Catalog, Persistence, Published, TableKind, check_rules, load, with_tables};
 use keepstep::config::diagnostic::{Diagnostic, render};
 use keepstep::config::{Config, RulesFile, TableName, parse};
 use keepstep::decode::pgoutput;
@@ -50,7 +50,7 @@ fn public(table: &str) -> TableName {
 }
 
 async fn catalog(stage: &Stage, tables: &[TableName]) -> Catalog {
-    load(&stage.sql().await, "keepstep", tables).await.unwrap()
+    load(&stage.sql().await, &Carrier::Publication("keepstep".to_owned()), tables).await.unwrap()
 }
 
 /// The relations that the stream describes when a row of each table is inserted.
@@ -138,12 +138,18 @@ async fn tables_are_told_apart() {
     let publication = catalog.publication.unwrap();
     assert!(publication.insert && publication.update && publication.delete && publication.truncate);
     stage.execute("alter publication keepstep set (publish_via_partition_root = false, publish = 'insert')").await;
-    let catalog = load(&stage.sql().await, "keepstep", &tables).await.unwrap();
+    let catalog = load(&stage.sql().await, &Carrier::Publication("keepstep".to_owned()), &tables).await.unwrap();
     assert_eq!(catalog.tables[&public("root")].published, Published::AsLeaves);
     assert_eq!(catalog.tables[&public("leaf_1")].published, Published::Directly);
     let publication = catalog.publication.unwrap();
     assert!(publication.insert && !publication.update && !publication.delete && !publication.truncate);
-    assert!(load(&stage.sql().await, "other", &tables).await.unwrap().publication.is_none());
+    assert!(
+        load(&stage.sql().await, &Carrier::Publication("other".to_owned()), &tables)
+            .await
+            .unwrap()
+            .publication
+            .is_none()
+    );
 }
 
 #[tokio::test]
@@ -206,7 +212,7 @@ fn config(rules: &str) -> Config {
 async fn checked(stage: &Stage, config: &Config) -> Vec<Diagnostic> {
     let client = stage.sql().await;
     let tables: Vec<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
-    let catalog = load(&client, &config.postgres.publication, &tables).await.unwrap();
+    let catalog = load(&client, &Carrier::of(&config.postgres), &tables).await.unwrap();
     let types = Types::load(&client, &catalog.type_oids()).await.unwrap();
     let checked = check_rules(config, &catalog, &types);
     assert_eq!(checked.rules.len(), config.rules.len());

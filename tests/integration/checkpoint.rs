@@ -108,16 +108,13 @@ async fn short_runs_acknowledge_what_earlier_ones_left() {
     let text = std::fs::read_to_string(&rules).unwrap().replace("\n\n[redis]", "\nreplay_window = \"2s\"\n\n[redis]");
     std::fs::write(&rules, text).unwrap();
     stage.keepstep(&["setup"]);
-    let sql = stage.sql().await;
-    let query = "select confirmed_flush_lsn::text from pg_replication_slots";
-    let before: String = sql.query_one(query, &[]).await.unwrap().get(0);
+    let before = stage.confirmed().await;
     for version in 1..=3 {
         stage.execute(&format!("insert into rows values ({version}, 1, 'x')")).await;
         assert!(Daemon::spawn(&stage, &rules, &["--until-caught-up"]).end().await.success());
         pass(2100).await;
     }
-    let after: String = sql.query_one(query, &[]).await.unwrap().get(0);
-    assert_ne!(before, after, "three runs later");
+    assert_ne!(before, stage.confirmed().await, "three runs later");
 }
 
 /// What lies between good and applied is applied again at a restart.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 
-use keepstep::catalog::{check_rules, load, with_tables};
+use keepstep::catalog::{Carrier, check_rules, load, with_tables};
 use keepstep::config::code::CODES;
 use keepstep::config::diagnostic::{Diagnostic, render};
 use keepstep::config::{RulesFile, TableName, parse};
@@ -33,7 +33,7 @@ async fn said(stage: &Stage, example: &str) -> (Vec<Diagnostic>, String) {
     let config = with_tables(&client, &config).await.unwrap();
     let tables: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     let tables: Vec<TableName> = tables.into_iter().collect();
-    let catalog = load(&client, &config.postgres.publication, &tables).await.unwrap();
+    let catalog = load(&client, &Carrier::of(&config.postgres), &tables).await.unwrap();
     let types = Types::load(&client, &catalog.type_oids()).await.unwrap();
     let checked = check_rules(&config, &catalog, &types);
     found.extend(check_queries(&client, &config, &checked).await.unwrap());

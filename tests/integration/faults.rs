@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::support::{Daemon, Mirror, Proxy, Reader, Stage, assert_in_step, signal, wait_for};
+use crate::support::{Daemon, Mirror, Proxy, Reader, Stage, assert_in_step, reads_outbox, signal, wait_for};
 
 const ROWS: &str = r#"
 [rule.row]
@@ -98,7 +98,9 @@ async fn twenty_kills_at_random_moments() {
     let transactions = load.finish().await;
     assert_in_step(&stage, &[MIRROR]).await;
     let seen = reader.finish().await;
-    assert!(transactions > 100 && seen > 10, "{transactions} transactions, {seen} versions seen");
+    // A drain of the outbox is one step, whatever it holds.
+    let least = if reads_outbox() { 1 } else { 10 };
+    assert!(transactions > 100 && seen > least, "{transactions} transactions, {seen} versions seen");
 }
 
 #[tokio::test]

@@ -129,11 +129,11 @@ async fn a_pass_that_begins_within_a_transaction_does_not_undo_its_beginning() {
         "update rows set version = 2 where id = 1; insert into rows select id from generate_series(1001, 81000) id";
     let stalled = Stalled::execute(&stage, change).await;
     wait_for("the beginning of the transaction", async || (version(&stage, 1).await? == 2).then_some(())).await;
-    let walsender = Stopped::walsender(&stage.sql().await).await;
+    let sender = Stopped::sender(&stage).await;
     assert_eq!(version(&stage, 81_000).await, None, "the transaction was over too soon");
     let asked = stage.begin(&["warm", "--rule", "row"]);
     wait_for("the pass", async || (daemon.log().matches("warm begins").count() == 2).then_some(())).await;
-    drop(walsender);
+    drop(sender);
     comes_within(CANARY_LIMIT, async || asked.is_finished()).await;
     standby.resume();
     stalled.done().await;
@@ -153,14 +153,14 @@ async fn read_ahead_of_the_stream(canary: Option<&str>) -> Vec<String> {
     warm(&stage).await;
     assert_in_step(&stage, &[MIRROR]).await;
     let reader = Reader::follow(&stage, "row:1");
-    let walsender = Stopped::walsender(&stage.sql().await).await;
+    let sender = Stopped::sender(&stage).await;
     stage.execute("update rows set version = 2 where id = 1").await;
     // Many batches, so that the version before them is seen.
     stage.execute("insert into rows select id from generate_series(1001, 21000) id").await;
     stage.execute("update rows set version = 3 where id = 1").await;
     let asked = stage.begin(&["warm", "--rule", "row"]);
     comes_within(CANARY_LIMIT, async || version(&stage, 1).await == Some(3)).await;
-    drop(walsender);
+    drop(sender);
     assert!(asked.await.unwrap().status.success());
     assert_in_step(&stage, &[MIRROR]).await;
     reader.verdict().await.err().into_iter().collect()
@@ -182,11 +182,9 @@ async fn canary_a_chunk_that_looks_at_visibility_only() {
 struct Stopped(u32);
 
 impl Stopped {
-    /// The walsender of keepstep's slot: nothing is streamed any more, and queries are answered.
-    async fn walsender(sql: &Client) -> Self {
-        let pid = "select active_pid from pg_replication_slots where slot_name = 'keepstep'";
-        let pid: i32 = sql.query_one(pid, &[]).await.unwrap().get(0);
-        let pid = u32::try_from(pid).unwrap();
+    /// Where keepstep's changes come from: nothing is streamed any more, and queries are answered.
+    async fn sender(stage: &Stage) -> Self {
+        let pid = stage.sender().await.unwrap();
         signal(pid, "STOP");
         Stopped(pid)
     }
@@ -419,7 +417,7 @@ async fn a_table_that_is_dropped_ahead_of_the_stream_leaves_no_key() {
     let daemon = Daemon::start(&stage, &rules).await;
     warm(&stage).await;
     let sql = stage.sql().await;
-    let walsender = Stopped::walsender(&sql).await;
+    let sender = Stopped::sender(&stage).await;
     stage.execute("update rows set version = 2 where id = 1; insert into rows values (101)").await;
     stage.execute("drop table rows").await;
     let logged = async |text: &str| daemon.log().contains(text).then_some(());
@@ -428,7 +426,7 @@ async fn a_table_that_is_dropped_ahead_of_the_stream_leaves_no_key() {
     comes_within(CANARY_LIMIT, async || logged("reconcile done").await.is_some()).await;
     let end: String = sql.query_one("select pg_current_wal_flush_lsn()::text", &[]).await.unwrap().get(0);
     let end: Lsn = end.parse().unwrap();
-    drop(walsender);
+    drop(sender);
     wait_for("the stream", async || (stage.checkpoint().await?.applied.lsn >= end).then_some(())).await;
     wait_for("the end of the pass", async || logged("reconcile done").await).await;
     warm(&stage).await;

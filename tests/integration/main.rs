@@ -21,6 +21,8 @@ mod kinds;
 mod large;
 mod lookup;
 mod orders;
+mod outbox;
+mod outbox_sql;
 mod owned;
 mod pgbench;
 mod provision;

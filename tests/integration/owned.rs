@@ -79,6 +79,7 @@ async fn keys_of_a_removed_rule_are_known_and_cleared_and_nothing_else_is() {
     let rules = stage.rules(&both);
     stage.keepstep(&["setup"]);
     stage.execute("alter table rows replica identity full").await;
+    stage.follow();
     stage.execute("insert into rows select i, 'x' from generate_series(1, 3) i").await;
     run_until(&stage, &rules, async || exists(&stage, "test:row:3").await).await;
     let strangers =
@@ -216,6 +217,8 @@ fn checkpoint(end: u64, rules: &RuleSet) -> Checkpoint {
         owing: BTreeMap::new(),
         released: Position::default(),
         progress: None,
+        drains: Vec::new(),
+        gap: None,
     }
 }
 
@@ -225,6 +228,7 @@ async fn a_changed_rule_takes_its_earlier_keys_away_and_only_them() {
     let stage = Stage::set();
     stage.execute("create table rows (id int primary key, name text not null unique)").await;
     stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
+    stage.follow();
     let names = |owned: &str| rule("name", "name:{name}") + &rule("owned", "owned:{name}") + owned;
     let rules = stage.rules(&(rule("row", "row:{id}") + &names("owns = true\n")));
     stage.keepstep(&["setup"]);
@@ -382,6 +386,7 @@ async fn an_old_cache_is_ended() {
     with_prefix(&rules, "prefix = \"v1:\"");
     stage.keepstep(&["setup"]);
     stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
+    stage.follow();
     run_until(&stage, &rules, async || exists(&stage, "v1:by-name:1:x").await).await;
     set(&stage, &["v1:row:x", "v1:other", "v2:other"]).await;
     for (prefix, why) in [("v1:", "in use"), ("v2:", "no record")] {
@@ -419,6 +424,7 @@ async fn ending_a_cache_without_a_prefix_spares_the_one_that_is_configured() {
     with_prefix(&rules, "prefix = \"\"");
     stage.keepstep(&["setup"]);
     stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
+    stage.follow();
     run_until(&stage, &rules, async || exists(&stage, "v2:x:1").await).await;
     let rules = stage.rules(&rule("row", "row:{id}"));
     with_prefix(&rules, "prefix = \"v2:\"");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use keepstep::batch::{CellHasher, Limits};
 use keepstep::cache::checkpoint::Origin;
-use keepstep::catalog;
+use keepstep::catalog::{self, Carrier};
 use keepstep::config::{self, TableName};
 use keepstep::decode::types::Types;
 use keepstep::error::ErrorKind;
@@ -29,14 +29,14 @@ async fn reader_of(stage: &Stage, rows: usize) -> Handle {
     let (config, _) = config::load(&stage.rules(RULE), &|_| None).unwrap();
     stage.keepstep(&["setup"]);
     let name = TableName { schema: "public".into(), name: "rows".into() };
-    let catalog = catalog::load(&sql, &config.postgres.publication, std::slice::from_ref(&name)).await.unwrap();
+    let catalog = catalog::load(&sql, &Carrier::of(&config.postgres), std::slice::from_ref(&name)).await.unwrap();
     let facts = &catalog.tables[&name];
     let types = Types::load(&sql, &catalog.type_oids()).await.unwrap();
     let rule = bind(&config.rules[0], 0, &facts.relation, Some(facts), &types, &config.redis.prefix).unwrap();
     let system = "select system_identifier::text from pg_control_system()";
     let handle = reader::start(Setting {
         postgres: ConnInfo::from_config(&config.postgres).unwrap(),
-        publication: config.postgres.publication.clone(),
+        carrier: Carrier::of(&config.postgres),
         origin: Origin {
             system: sql.query_one(system, &[]).await.unwrap().get(0),
             timeline: 1,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use redis::Value;
 
-use crate::support::{Daemon, Stage, wait_for};
+use crate::support::{Daemon, Stage, reads_outbox, wait_for};
 
 /// Servers with a recipe's tables and these rows in them, and the daemon at work.
 async fn cook(recipe: &str, rows: &str) -> (Stage, Daemon) {
@@ -20,6 +20,7 @@ async fn cook(recipe: &str, rows: &str) -> (Stage, Daemon) {
         .replace("${DATABASE_URL}", &stage.postgres.url("postgres"))
         .replace("${REDIS_URL}", &stage.redis.url())
         + &format!("\n[admin]\nlisten = \"127.0.0.1:{}\"\n", stage.admin);
+    let rules = if reads_outbox() { rules.replace("[postgres]", "[postgres]\nsource = \"outbox\"") } else { rules };
     let path = stage.folder().join("keepstep.toml");
     fs::write(&path, rules).unwrap();
     stage.keepstep(&["setup"]);

@@ -2,7 +2,7 @@
 
 use redis::AsyncCommands;
 
-use crate::support::{Daemon, Mirror, Stage, assert_in_step, wait_for};
+use crate::support::{Daemon, Mirror, Stage, assert_in_step, reads_outbox, wait_for};
 
 const PRODUCT: &str = r#"
 [rule.product]
@@ -139,7 +139,9 @@ async fn an_unchanged_toasted_value_comes_from_the_old_row_or_is_read_again() {
     let full_mirror = Mirror { table: "full_products", key: "'full:' || id", columns: "id, name, price" };
     holds(&stage, "full:2", Some(r#"{"id":2,"name":"short","price":2}"#)).await;
     assert_in_step(&stage, &[PRODUCTS, full_mirror]).await;
-    assert_eq!(daemon.metric("keepstep_unrendered_total").await, Some(1.0), "the log did not carry it");
+    let unknown = daemon.metric("keepstep_unrendered_total").await.unwrap_or_default();
+    // The outbox has all of a row.
+    assert_eq!(unknown, if reads_outbox() { 0.0 } else { 1.0 }, "the log did not carry it");
 }
 
 #[tokio::test]
@@ -272,26 +274,39 @@ columns = ["*"]
     // A column more, and a changed type: rows written from now on have them.
     stage.execute("alter table other add column more jsonb; update other set more = '[1]'").await;
     stage.execute("alter table products alter price type numeric(8,2); update products set price = 1.25").await;
+    stage.follow();
     assert_in_step(&stage, &[PRODUCTS, others()]).await;
     // Another replica identity.
     stage.execute("alter table products replica identity full; update products set id = 2").await;
+    stage.follow();
     assert_in_step(&stage, &[PRODUCTS, others()]).await;
     // A column that the rule needs is renamed: its keys are deleted, not left stale; the other rule goes on.
     stage.execute("alter table products rename name to title; update products set price = 3").await;
     stage.execute("update other set name = 'b'").await;
     holds(&stage, "product:2", None).await;
+    stage.follow();
+    stage.execute("update products set price = 3").await;
     assert_in_step(&stage, &[others()]).await;
-    assert_eq!(daemon.metric("keepstep_rule_paused").await, Some(1.0));
+    wait_for("the rule to be paused", async || {
+        (daemon.metric("keepstep_rule_paused").await == Some(1.0)).then_some(())
+    })
+    .await;
     let (_, status) = daemon.get("/status").await.unwrap();
     assert!(status.contains("`name`"), "{status}");
     // Renamed back: the rule writes again.
-    stage.execute("alter table products rename title to name; update products set price = 4").await;
+    stage.execute("alter table products rename title to name").await;
+    stage.follow();
+    stage.execute("update products set price = 4").await;
     assert_in_step(&stage, &[PRODUCTS, others()]).await;
     assert_eq!(daemon.metric("keepstep_rule_paused").await, Some(0.0));
     // Dropped and made again under the same name.
     stage.execute("delete from products; drop table products").await;
     stage.execute("create table products (id int primary key, name text, price int)").await;
-    stage.execute("alter publication keepstep add table products; insert into products values (9, 'again', 1)").await;
+    match reads_outbox() {
+        true => stage.follow(),
+        false => stage.execute("alter publication keepstep add table products").await,
+    }
+    stage.execute("insert into products values (9, 'again', 1)").await;
     assert_in_step(&stage, &[PRODUCTS, others()]).await;
 }
 

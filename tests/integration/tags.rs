@@ -235,5 +235,7 @@ fn checkpoint(rules: &RuleSet) -> Checkpoint {
         owing: BTreeMap::default(),
         released: Position::default(),
         progress: None,
+        drains: Vec::new(),
+        gap: None,
     }
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use keepstep::catalog::Carrier;
 use keepstep::catalog::signature::{self, Look};
 use keepstep::config::{Operations, TableName};
 
@@ -31,7 +32,7 @@ const TABLES: &str = "
     create publication p for table plain, other, parted with (publish_via_partition_root = true)";
 
 async fn look(stage: &Stage) -> Look {
-    signature::look(&stage.sql().await, "p", &tables()).await.unwrap()
+    signature::look(&stage.sql().await, &Carrier::Publication("p".to_owned()), &tables()).await.unwrap()
 }
 
 /// The tables that are not what they were after these statements.
@@ -130,7 +131,8 @@ async fn what_the_publication_carries() {
     // TRUNCATE counts where DELETE does.
     let insert_only = Operations { insert: true, update: false, delete: false };
     assert_eq!(carried(&found, "parted"), Some(insert_only));
-    let publication_gone = signature::look(&stage.sql().await, "q", &tables()).await.unwrap();
+    let publication_gone =
+        signature::look(&stage.sql().await, &Carrier::Publication("q".to_owned()), &tables()).await.unwrap();
     assert!(publication_gone.carried.is_empty());
 }
 
@@ -143,7 +145,7 @@ async fn a_look_takes_no_lock() {
     altering.batch_execute("begin; lock table plain, low, parted in access exclusive mode").await.unwrap();
     let looking = stage.sql().await;
     looking.batch_execute("set lock_timeout = '1ms'").await.unwrap();
-    signature::look(&looking, "p", &tables()).await.unwrap();
+    signature::look(&looking, &Carrier::Publication("p".to_owned()), &tables()).await.unwrap();
 }
 
 const RULES: &str = r#"

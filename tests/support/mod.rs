@@ -24,7 +24,7 @@ pub(crate) use proxy::Proxy;
 pub(crate) use reader::Reader;
 pub(crate) use replica::Replica;
 pub(crate) use sentinels::Sentinels;
-pub(crate) use stage::Stage;
+pub(crate) use stage::{Stage, reads_outbox};
 pub(crate) use standby::{Stalled, Standby};
 
 /// How long anything that must happen may take, on a busy machine with two cores.

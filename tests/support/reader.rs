@@ -193,6 +193,8 @@ mod tests {
             owing,
             released: Position::default(),
             progress: None,
+            drains: Vec::new(),
+            gap: None,
         };
         String::from_utf8(checkpoint.encode()).unwrap()
     }

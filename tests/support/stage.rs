@@ -34,8 +34,10 @@ impl Stage {
     /// `settings` are lines of `postgresql.conf`, `arguments` stand on the command line of Redis.
     pub(crate) fn set_with(settings: &str, arguments: &[&str]) -> Self {
         let templates = Path::new(env!("CARGO_TARGET_TMPDIR"));
+        // Nothing of logical decoding is left there.
+        let settings = if reads_outbox() { format!("wal_level = replica\n{settings}") } else { settings.to_owned() };
         Stage {
-            postgres: Postgres::start_copy(templates, settings).unwrap(),
+            postgres: Postgres::start_copy(templates, &settings).unwrap(),
             redis: RedisServer::start(arguments).unwrap(),
             admin: free_port().unwrap(),
             folder: tempfile::tempdir().unwrap(),
@@ -56,8 +58,10 @@ impl Stage {
     pub(crate) fn rules_between(&self, postgres: &str, redis: &str, rules: &str) -> PathBuf {
         let path = self.folder().join("keepstep.toml");
         let (prefix, admin) = (Self::PREFIX, self.admin);
+        // Behind them the rules stand in the same lines.
+        let (source, nothing) = if reads_outbox() { ("source = \"outbox\"\n", "") } else { ("", "\n") };
         let servers = format!(
-            "[postgres]\nurl = \"{postgres}\"\n\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n\n\
+            "[postgres]\nurl = \"{postgres}\"\n{source}\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n{nothing}\
              [admin]\nlisten = \"127.0.0.1:{admin}\"\n\n"
         );
         fs::write(&path, servers + rules).unwrap();
@@ -95,6 +99,32 @@ impl Stage {
         String::from_utf8(output.stdout).unwrap()
     }
 
+    /// After tables have changed: what triggers store is for setup to say. A publication has its own ways.
+    pub(crate) fn follow(&self) {
+        if reads_outbox() {
+            self.keepstep(&["setup"]);
+        }
+    }
+
+    /// What the daemon has acknowledged.
+    pub(crate) async fn confirmed(&self) -> String {
+        let query = match reads_outbox() {
+            true => "select confirmed_lsn::text from keepstep.state",
+            false => "select confirmed_flush_lsn::text from pg_replication_slots where slot_name = 'keepstep'",
+        };
+        self.sql().await.query_one(query, &[]).await.unwrap().get(0)
+    }
+
+    /// The server process that keepstep's changes come from.
+    pub(crate) async fn sender(&self) -> Option<u32> {
+        let query = match reads_outbox() {
+            true => "select pid from pg_locks where locktype = 'advisory' and granted",
+            false => "select active_pid from pg_replication_slots where slot_name = 'keepstep'",
+        };
+        let row = self.sql().await.query_opt(query, &[]).await.unwrap()?;
+        row.get::<_, Option<i32>>(0).map(|pid| pid.try_into().unwrap())
+    }
+
     /// A new connection to Postgres, so that it works after a restart too.
     pub(crate) async fn sql(&self) -> tokio_postgres::Client {
         let (client, connection) = tokio_postgres::connect(&self.postgres.url("postgres"), NoTls).await.unwrap();
@@ -127,6 +157,11 @@ impl Stage {
     pub(crate) async fn put(&self, key: &str, value: &str) {
         self.cache().await.set::<_, _, ()>(format!("{}{key}", Self::PREFIX), value).await.unwrap();
     }
+}
+
+/// Whether the suite is run for the outbox: with `KEEPSTEP_TEST_SOURCE=outbox` each rules file of a [`Stage`] has that source.
+pub(crate) fn reads_outbox() -> bool {
+    std::env::var_os("KEEPSTEP_TEST_SOURCE").is_some_and(|source| source == "outbox")
 }
 
 /// A new connection to a Redis server.

@@ -10,22 +10,22 @@ use serde::Serialize;
 use tokio_postgres::Client;
 
 use crate::cache::inspect;
-use crate::catalog::{self, Checked};
+use crate::catalog::{self, Carrier, Checked};
 use crate::config::diagnostic::Severity;
-use crate::config::{Config, Rule, TableName, Value};
+use crate::config::{Config, Rule, Source, TableName, Value};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind};
 use crate::query::check::check_queries;
 use crate::rules::pattern::Pattern;
 use crate::source::client;
 use crate::source::conninfo::ConnInfo;
-use crate::source::provision::{Executor, plan_setup};
+use crate::source::provision::{Executor, outbox, plan_setup};
 use crate::source::query_error;
 use crate::source::replication::Walsender;
 use crate::source::slot;
 
 use super::super::Output;
-use super::super::setup::wanted;
+use super::super::setup::{wanted, wanted_outbox};
 use super::show;
 
 /// No query of a check may take longer.
@@ -131,11 +131,13 @@ async fn ask_postgres(config: &mut Config, answers: &mut Vec<Answer>) -> Result<
     *config = catalog::with_tables(&client, config).await?;
     let config = &*config;
     answers.extend(provisioned(config, &client).await);
-    answers.push(streaming(&info).await);
-    answers.extend(slot_answer(config, &client).await?);
+    if config.postgres.source == Source::Replication {
+        answers.push(streaming(&info).await);
+        answers.extend(slot_answer(config, &client).await?);
+    }
     let names: BTreeSet<TableName> = config.rules.iter().map(|rule| rule.table.value.clone()).collect();
     let names: Vec<TableName> = names.into_iter().collect();
-    let catalog = catalog::load(&client, &config.postgres.publication, &names).await?;
+    let catalog = catalog::load(&client, &Carrier::of(&config.postgres), &names).await?;
     let types = Types::load(&client, &catalog.type_oids()).await?;
     let mut checked = catalog::check_rules(config, &catalog, &types);
     let queries = check_queries(&client, config, &checked).await?;
@@ -160,8 +162,21 @@ async fn version(client: &Client) -> Result<Answer, Error> {
 
 /// What setup would still have to do, or what would keep it from that.
 async fn provisioned(config: &Config, client: &Client) -> Vec<Answer> {
-    match plan_setup(client, &wanted(config, false), Executor::Role).await {
-        Ok(plan) if plan.statements.is_empty() => vec![Answer::ok("publication and slot are there")],
+    let (plan, there) = match &config.postgres.source {
+        Source::Replication => {
+            (plan_setup(client, &wanted(config, false), Executor::Role).await, "publication and slot are there")
+        }
+        Source::Outbox(settings) => {
+            let plan = match wanted_outbox(client, config, settings).await {
+                // A role that only reads is enough to run: what it may not do is no matter here.
+                Ok(wanted) => outbox::plan_setup(client, &wanted, Executor::Dba).await,
+                Err(error) => Err(vec![error]),
+            };
+            (plan, "the outbox is there, and its triggers are on every table")
+        }
+    };
+    match plan {
+        Ok(plan) if plan.statements.is_empty() => vec![Answer::ok(there)],
         Ok(plan) => {
             let steps = plan.statements.iter().map(|step| step.purpose.as_str()).collect::<Vec<_>>().join("; ");
             vec![Answer::failed(format!("not set up yet: {steps}"), "`keepstep setup` does it; with --print, the SQL")]

@@ -43,8 +43,9 @@ pub(super) struct Stand {
 
 impl Stand {
     /// Starts the servers, loads the tables, and starts the daemon, as a user would by hand.
-    pub(super) async fn start() -> Result<Self> {
-        let postgres = Postgres::start("")?;
+    pub(super) async fn start(outbox: bool) -> Result<Self> {
+        // An outbox needs nothing of logical decoding.
+        let postgres = Postgres::start(if outbox { "wal_level = replica" } else { "" })?;
         let redis = RedisServer::start(&[])?;
         let (sql, connection) = tokio_postgres::connect(&postgres.url("postgres"), NoTls).await?;
         tokio::spawn(connection);
@@ -63,6 +64,7 @@ impl Stand {
             .replace("{postgres}", &postgres.url("postgres"))
             .replace("{redis}", &redis.url())
             .replace("{admin}", &address.to_string());
+        let rules = if outbox { rules.replace("[postgres]", "[postgres]\nsource = \"outbox\"") } else { rules };
         fs::write(folder.path().join("keepstep.toml"), rules)?;
         succeeded("keepstep setup", &keepstep("setup", &folder)?.output()?)?;
         let daemon = Daemon::start(&folder)?;

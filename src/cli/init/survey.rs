@@ -6,7 +6,7 @@ use std::time::Duration;
 use tokio_postgres::types::Oid;
 use tokio_postgres::{Client, Row};
 
-use crate::catalog::{self, Catalog, Publication, Published};
+use crate::catalog::{self, Carrier, Catalog, Publication, Published};
 use crate::config::TableName;
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
@@ -118,7 +118,8 @@ pub(super) async fn survey(info: &ConnInfo, schemas: &[String]) -> Result<Survey
         found.iter().partition(|row| matches!(row.get::<_, i8>("relkind").cast_unsigned(), b'r' | b'p'));
     let tables = tables(&client, &followed).await?;
     let names: Vec<TableName> = tables.iter().map(|table| table.name.clone()).collect();
-    let catalog = as_published(catalog::load(&client, NOBODYS_PUBLICATION, &names).await?);
+    let catalog =
+        as_published(catalog::load(&client, &Carrier::Publication(NOBODYS_PUBLICATION.to_owned()), &names).await?);
     let types = Types::load(&client, &catalog.type_oids()).await?;
     let database = client.query_one("select pg_catalog.current_database()::text", &[]).await;
     let database = database.map_err(|error| query_error("cannot ask for the database's name", error))?.get(0);

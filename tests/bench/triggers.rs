@@ -1,0 +1,60 @@
+//! What an outbox costs who writes: pgbench on tables with its triggers, next to the same tables without.
+
+use crate::stand::Stand;
+use crate::{Figure, median};
+
+/// Clients, the least share of transactions that must be left, and how long a round takes.
+const CLIENTS: [(usize, f64); 2] = [(1, 0.75), (16, 0.6)];
+/// They take turns so often: what else the machine does shows more here than elsewhere.
+const ROUNDS: usize = 5;
+
+pub(crate) fn measure(quick: bool) -> Vec<Figure> {
+    let stand = Stand::start(&[]);
+    for database in ["without", "with"] {
+        stand.sql(&format!("create database {database}"));
+        pgbench(&stand, &["-i", "-q", "-s", if quick { "4" } else { "20" }, database]);
+    }
+    let file = concat!(env!("CARGO_MANIFEST_DIR"), "/sql/outbox.sql");
+    let made = stand.postgres.command("psql").args(["-Xq", "-d", "with", "-f", file]).output().expect("psql");
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    for table in ["accounts", "branches", "tellers", "history"] {
+        in_outbox(&stand, &format!("select keepstep.follow('pgbench_{table}')"));
+    }
+    CLIENTS.iter().map(|(clients, least)| round(&stand, *clients, *least, if quick { "2" } else { "15" })).collect()
+}
+
+fn round(stand: &Stand, clients: usize, least: f64, seconds: &str) -> Figure {
+    let count = clients.to_string();
+    let run = |database| pgbench(stand, &["-n", "-M", "prepared", "-j", "2", "-T", seconds, "-c", &count, database]);
+    let rounds: Vec<(f64, f64)> = (0..ROUNDS)
+        .map(|_| {
+            let pair = (transactions_per_s(&run("with")), transactions_per_s(&run("without")));
+            // As a daemon would, so that every round begins with an empty one.
+            for _ in 0..2 {
+                in_outbox(stand, "select keepstep.rotate(pg_current_snapshot())");
+            }
+            pair
+        })
+        .collect();
+    let (value, baseline) = (median(&rounds, |round| round.0), median(&rounds, |round| round.1));
+    let plural = if clients == 1 { "" } else { "s" };
+    Figure::ratio_at_least(format!("pgbench with triggers, {clients} client{plural} (tps)"), value, baseline, least)
+}
+
+fn in_outbox(stand: &Stand, sql: &str) {
+    let output = stand.postgres.command("psql").args(["-XqAtv", "ON_ERROR_STOP=1", "-d", "with", "-c", sql]).output();
+    let output = output.expect("psql");
+    assert!(output.status.success(), "{sql}\n{}", String::from_utf8_lossy(&output.stderr));
+}
+
+fn pgbench(stand: &Stand, arguments: &[&str]) -> String {
+    let output = stand.postgres.command("pgbench").args(arguments).output().expect("pgbench");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// From its last line, `tps = 1234.5 (without initial connection time)`.
+fn transactions_per_s(output: &str) -> f64 {
+    let number = output.lines().find_map(|line| line.strip_prefix("tps = ")?.split(' ').next()?.parse().ok());
+    number.expect("pgbench says how many")
+}

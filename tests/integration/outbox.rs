@@ -1,0 +1,224 @@
+//! What only an outbox can get wrong: rows that become visible late, rows that are removed, and whoever writes them.
+//!
+//! Everything else is tried by the tests of the other source: with `KEEPSTEP_TEST_SOURCE=outbox` they run on this one.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::support::{
+    Daemon, Mirror, Reader, Replica, Stage, assert_in_step, comes_within, lasts, reads_outbox, wait_for,
+};
+
+const ROWS: &str = r#"
+[rule.row]
+table   = "public.rows"
+key     = "row:{id}"
+value   = "json"
+columns = ["id", "version", "filler"]
+"#;
+
+const MIRROR: Mirror<'_> = Mirror { table: "rows", key: "'row:' || id", columns: "id, version, filler" };
+const TABLE: &str = "create table rows (id int primary key, version bigint not null, filler text)";
+const SETTINGS: &str = "wal_level = replica";
+
+/// A rules file for an outbox, with more lines for `[postgres]`, and what setup makes of it.
+async fn set(stage: &Stage, lines: &str) -> PathBuf {
+    stage.execute(TABLE).await;
+    let rules = stage.rules(ROWS);
+    let source = if reads_outbox() { "" } else { "source = \"outbox\"\n" };
+    stage.set_fields("[postgres]", &format!("{source}{lines}"));
+    stage.keepstep(&["setup"]);
+    rules
+}
+
+/// How many bytes of rows the outbox holds.
+async fn bytes(stage: &Stage) -> i64 {
+    let sql = "select sum(pg_relation_size(relid))::int8 from pg_partition_tree('keepstep.outbox') where isleaf";
+    stage.sql().await.query_one(sql, &[]).await.unwrap().get(0)
+}
+
+async fn emptied(stage: &Stage) {
+    wait_for("an empty outbox", async || (bytes(stage).await == 0).then_some(())).await;
+}
+
+#[tokio::test]
+async fn what_commits_late_is_neither_lost_nor_undone() {
+    let mut stage = Stage::set_with("wal_level = replica\nmax_prepared_transactions = 10", &[]);
+    let rules = set(&stage, "replay_window = \"0s\"").await;
+    let mut daemon = Daemon::start(&stage, &rules).await;
+    let reader = Reader::follow(&stage, "row:1");
+    stage.execute("insert into rows values (1, 1, 'x')").await;
+    let late = stage.sql().await;
+    late.batch_execute(
+        "begin; insert into rows values (2, 1, 'late'); savepoint s; insert into rows values (3, 1, 'never')",
+    )
+    .await
+    .unwrap();
+    late.batch_execute("rollback to s; insert into rows values (4, 1, 'later')").await.unwrap();
+    let prepared = "begin; insert into rows values (5, 1, 'prepared'); update rows set version = 2 where id = 1;
+                    prepare transaction 'p'";
+    stage.execute(prepared).await;
+    for version in 1..=20 {
+        stage
+            .execute(&format!(
+                "insert into rows values (100, {version}, 'y') on conflict (id) do update set version = {version}"
+            ))
+            .await;
+        match version {
+            7 => late.batch_execute("update rows set filler = 'still open' where id = 2").await.unwrap(),
+            10 => {
+                daemon.kill();
+                daemon = Daemon::start(&stage, &rules).await;
+            }
+            _ => {}
+        }
+    }
+    wait_for("what commits meanwhile", async || {
+        let held: Option<String> = stage.get("row:100").await;
+        held?.contains("\"version\":20").then_some(())
+    })
+    .await;
+    assert_eq!(stage.get::<Option<String>>("row:2").await, None, "nobody has committed it");
+    late.batch_execute("commit").await.unwrap();
+    wait_for("what was late", async || stage.get::<Option<String>>("row:4").await).await;
+    // A prepared transaction outlives the server.
+    stage.postgres.stop("QUIT").unwrap();
+    stage.postgres.resume().unwrap();
+    stage.execute("commit prepared 'p'").await;
+    stage.execute("update rows set version = version + 1 where id = 1").await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    emptied(&stage).await;
+    reader.finish().await;
+    drop(daemon);
+}
+
+#[tokio::test]
+async fn a_kill_between_applying_and_removing_loses_nothing() {
+    let stage = Stage::set_with(SETTINGS, &[]);
+    let rules = set(&stage, "replay_window = \"0s\"").await;
+    let mut daemon = Daemon::start(&stage, &rules).await;
+    for kill in 0..8_u64 {
+        stage
+            .execute(&format!(
+                "insert into rows select i, {kill}, 'x' from generate_series(1, 3000) i
+            on conflict (id) do update set version = excluded.version"
+            ))
+            .await;
+        // Rows are removed once a second.
+        lasts(Duration::from_millis(300 * (kill % 5))).await;
+        daemon.kill();
+        stage.execute("delete from rows where id % 7 = 0").await;
+        daemon = Daemon::start(&stage, &rules).await;
+    }
+    assert_in_step(&stage, &[MIRROR]).await;
+    emptied(&stage).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cache_that_lost_what_was_removed_is_reconciled() {
+    let mut stage = Stage::set_with(SETTINGS, Replica::PRIMARY);
+    let rules = set(&stage, "replay_window = \"0s\"").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    stage.execute("insert into rows select i, 1, 'x' from generate_series(1, 100) i").await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    let replica = Replica::of(&stage).await;
+    replica.cut_off();
+    stage.execute("update rows set version = 2 where id <= 50; delete from rows where id > 90").await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    emptied(&stage).await;
+    daemon.kill();
+    replica.promote(&mut stage).await;
+    let rules = {
+        let text = std::fs::read_to_string(&rules).unwrap();
+        let url = text.lines().find(|line| line.starts_with("url = \"redis")).unwrap();
+        std::fs::write(&rules, text.replace(url, &format!("url = \"{}\"", stage.redis.url()))).unwrap();
+        rules
+    };
+    let daemon = Daemon::start(&stage, &rules).await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    assert_eq!(daemon.metric("keepstep_reconciles_total").await, Some(1.0));
+}
+
+#[tokio::test]
+async fn without_notify_it_is_looked_into_now_and_then() {
+    let stage = Stage::set_with(SETTINGS, &[]);
+    let rules = set(&stage, "notify = false\npoll_interval = \"100ms\"").await;
+    let _daemon = Daemon::start(&stage, &rules).await;
+    for version in 1..=5 {
+        stage.execute(&format!("insert into rows values ({version}, 1, 'x')")).await;
+        assert_in_step(&stage, &[MIRROR]).await;
+    }
+}
+
+#[tokio::test]
+async fn a_sleeper_is_woken() {
+    let stage = Stage::set_with(SETTINGS, &[]);
+    let rules = set(&stage, "poll_interval = \"1h\"").await;
+    let _daemon = Daemon::start(&stage, &rules).await;
+    for version in 1..=5 {
+        lasts(Duration::from_millis(200)).await;
+        stage.execute(&format!("insert into rows values ({version}, 1, 'x')")).await;
+        assert_in_step(&stage, &[MIRROR]).await;
+    }
+}
+
+#[tokio::test]
+async fn what_a_full_outbox_left_out_is_reconciled() {
+    let stage = Stage::set_with(SETTINGS, &[]);
+    let rules = set(&stage, "max_retained = \"1MiB\"\non_full = \"gap\"\nreplay_window = \"0s\"").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    stage.execute("insert into rows values (1, 1, 'x')").await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    daemon.kill();
+    for version in 1..=20 {
+        stage
+            .execute(&format!(
+                "insert into rows select {version} * 2000 + i, 1, repeat('x', 200) from generate_series(1, 1500) i"
+            ))
+            .await;
+    }
+    stage.execute("delete from rows where id % 3 = 0").await;
+    assert!(bytes(&stage).await < 4 << 20, "{}", bytes(&stage).await);
+    let daemon = Daemon::start(&stage, &rules).await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    assert!(daemon.log().contains("was full, and changes were left out"), "{}", daemon.log());
+    emptied(&stage).await;
+    // From now on it is written to again.
+    let gaps = daemon.metric("keepstep_reconciles_total").await;
+    stage.execute("update rows set version = 3 where id < 3000").await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    assert_eq!(daemon.metric("keepstep_reconciles_total").await, gaps);
+}
+
+#[tokio::test]
+async fn a_trigger_that_was_disabled_is_said_and_made_up_for() {
+    let stage = Stage::set_with(SETTINGS, &[]);
+    let rules = set(&stage, "").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    stage.execute("insert into rows values (1, 1, 'x')").await;
+    assert_in_step(&stage, &[MIRROR]).await;
+    stage.execute("alter table rows disable trigger all; update rows set version = 2").await;
+    let paused = async |count| (daemon.metric("keepstep_rule_paused").await == Some(count)).then_some(());
+    wait_for("the rule to be paused", async || paused(1.0).await).await;
+    stage.keepstep(&["setup"]);
+    wait_for("the rule to go on", async || paused(0.0).await).await;
+    assert_in_step(&stage, &[MIRROR]).await;
+}
+
+#[tokio::test]
+async fn another_source_is_another_history() {
+    let stage = Stage::set();
+    let rules = set(&stage, "").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    assert!(daemon.terminate().await.success());
+    let text = std::fs::read_to_string(&rules).unwrap().replace("source = \"outbox\"", "");
+    std::fs::write(&rules, text).unwrap();
+    if !reads_outbox() {
+        stage.keepstep(&["setup"]);
+        let daemon = Daemon::spawn(&stage, &rules, &[]);
+        assert!(
+            comes_within(Duration::from_secs(30), async || daemon.log().contains("its slot is outbox `keepstep`"))
+                .await
+        );
+    }
+}
