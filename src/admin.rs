@@ -87,7 +87,7 @@ pub struct RuleStatus {
     pub name: String,
     /// Its table.
     pub table: String,
-    /// Why it only invalidates for now.
+    /// Why it is paused.
     pub paused: Option<String>,
     /// Whether its keys are yet to be made right from its table.
     pub owing: bool,
@@ -100,7 +100,7 @@ pub struct PassStatus {
     pub table: String,
     /// The rules that it is read for.
     pub rules: Vec<String>,
-    /// What for: `warm`, `reconcile`, `verify` or `audit`.
+    /// What for: `warm`, `reconcile` or `verify`.
     pub purpose: String,
     /// Rows read so far.
     pub rows: u64,

@@ -45,7 +45,7 @@ impl ErrorKind {
         }
     }
 
-    /// The exit code of a command that ends with it (design: 1 failed, 2 usage, 78 bad configuration).
+    /// The exit code of a command that ends with it (1 failed, 2 usage, 78 bad configuration).
     pub fn exit_code(self) -> u8 {
         match self {
             Self::Config => 78,

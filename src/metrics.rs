@@ -87,7 +87,7 @@ impl Metrics {
             ),
             rule_paused: gauges(
                 "keepstep_rule_paused",
-                "1 while a rule does not fit its table and only invalidates",
+                "1 while a rule does not fit its table, or its changes do not arrive",
                 &["rule"],
             ),
             unrendered_total: counters(

@@ -1,7 +1,7 @@
 //! SQL of the rules file, run on connections of its own.
 //!
 //! A `lookup` says which keys a change makes stale where the row alone does not. Questions come once their transactions are
-//! visible, so whatever is read contains the change (design: settled before seen). An answer is always given: a query that
+//! visible, so whatever is read contains the change (I10). An answer is always given: a query that
 //! fails is tried again for a while, and then, as with more rows than anybody wants to delete one by one, everything that
 //! the rule's templates can have made goes (I9). So no query, however slow or broken, holds the stream for good, and none is
 //! skipped.

@@ -1,6 +1,6 @@
 //! Reading tables while the stream goes on, exact without pausing: warm, reconcile, audit and re-read are one mechanism.
 //!
-//! For each chunk (design §6):
+//! For each chunk:
 //!
 //! 1. the session has begun to note which cells the stream touches, and by which transactions ([`touches`]);
 //! 2. everything decoded before that is visible ([`visibility`]);

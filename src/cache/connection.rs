@@ -88,7 +88,7 @@ fn first_error(value: &Value) -> Option<&ServerError> {
     }
 }
 
-/// What an error reply asks for (design §5: every reply is looked at).
+/// What an error reply asks for (every reply is looked at).
 fn server_failure(error: &ServerError) -> Failure {
     let said = said(error);
     let away = |what: &str| Failure::Away(Error::new(ErrorKind::RedisAway, format!("Redis {what} ({said})")));

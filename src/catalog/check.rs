@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use crate::config::code::Code;
 use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::open::{OpenRule, pattern_of};
-use crate::config::{Config, Rule, TableName};
+use crate::config::{Config, Rule, TableName, Value};
 use crate::decode::types::Types;
 use crate::rules::bind::{BoundRule, bind};
 use crate::rules::ownership::check_overlaps;
@@ -128,8 +128,19 @@ fn check_rule(
 /// of them then leaves the old key behind.
 fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
     let written = rule.write.iter().map(|write| &write.key).zip(bound.write.iter().map(|write| &write.key));
-    let mut keys = written.chain(bound.delete_templates(rule));
+    let members = rule.write.iter().filter_map(|write| match &write.value {
+        Value::Member { member, .. } => Some(member),
+        _ => None,
+    });
+    let bound_members = bound.write.iter().filter_map(|write| write.member.as_ref()).map(|member| &member.text);
+    // With a lookup some of the others are with it, and its own span stands for them.
+    let of_row = |_: &_| bound.lookup.is_none();
+    let bumped = rule.settled.bump.iter().zip(&bound.settled.bump).filter(of_row);
+    let mut keys = written.chain(members.zip(bound_members)).chain(bound.delete_templates(rule)).chain(bumped);
     let found = keys.find(|(_, key)| !key.in_identity).map(|(template, _)| template.span.clone());
+    let matching = rule.settled.delete_match.iter().zip(&bound.settled.delete_match);
+    let mut matching = matching.filter(|(_, matching)| bound.lookup.is_none() && !matching.in_identity());
+    let found = found.or_else(|| matching.next().map(|(template, _)| template.span.clone()));
     let lookup = bound.lookup.as_ref().filter(|lookup| !lookup.in_identity).map(|lookup| lookup.sql.span.clone());
     let span = found.or(lookup).filter(|_| rule.on.update)?;
     let title = format!("an UPDATE that changes the key of rule `{}` leaves the old key behind", rule.name.value);

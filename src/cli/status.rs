@@ -71,7 +71,7 @@ fn table(status: &Status) -> String {
     lines.extend(status.passes.iter().map(|pass| format!("{:<13} {}", pass.purpose, pass_line(pass))));
     for rule in &status.rules {
         let state = match (&rule.paused, rule.owing) {
-            (Some(why), _) => format!("paused, only invalidates: {why}"),
+            (Some(why), _) => format!("paused: {why}"),
             (None, true) => "its keys are yet to be made right from the table".to_owned(),
             (None, false) => "in step".to_owned(),
         };

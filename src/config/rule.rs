@@ -667,9 +667,6 @@ pub(super) fn fingerprint(rule: &Rule) -> String {
     if !rule.settled.delete_tags.is_empty() {
         canonical["delete_tags"] = texts(&rule.settled.delete_tags).into();
     }
-    if let Some(lookup) = &rule.lookup {
-        canonical["lookup"] = lookup.value.text().into();
-    }
     if rule.names_are_given {
         canonical["names_are_given"] = true.into();
     }

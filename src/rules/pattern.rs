@@ -400,11 +400,6 @@ impl Pattern {
         common_run(self, other, |_, _| true)
     }
 
-    /// Whether some key can be made by both templates.
-    pub fn overlaps(&self, other: &Pattern) -> bool {
-        self.common_key(other).is_some()
-    }
-
     /// A key from which it cannot be told which bytes of it are those of this piece, counted from 0.
     pub(super) fn ambiguous_key(&self, piece: usize) -> Option<Vec<u8>> {
         let piece = piece + 1;

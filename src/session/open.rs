@@ -53,6 +53,7 @@ pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Ch
     }
     let client = client::connect(&info, STATEMENT_TIMEOUT).await?;
     on_primary(&client).await?;
+    encoded(&client).await?;
     match_tables(daemon, &client).await?;
     let (daemon, config) = (&*daemon, &daemon.config);
     // Slot, cache, server: another daemon may be at work, and each of these is ahead of the one before.
@@ -186,6 +187,20 @@ async fn on_primary(client: &tokio_postgres::Client) -> Result<()> {
         false => Ok(()),
         true => Err(Error::new(ErrorKind::PostgresAway, "this server is a standby, and keys follow the primary")
             .hint("list every host in `[postgres] url`, with `target_session_attrs=primary`")),
+    }
+}
+
+/// Postgres cannot convert what a database without an encoding holds: one byte that is no UTF-8 would end the stream there,
+/// and every read of its table, for good.
+async fn encoded(client: &tokio_postgres::Client) -> Result<()> {
+    let doing = "cannot ask for the database's encoding";
+    let row = client.query_typed_one("select current_setting('server_encoding') = 'SQL_ASCII'", &[]).await;
+    match row.and_then(|row| row.try_get(0)).map_err(|error| query_error(doing, error))? {
+        false => Ok(()),
+        true => {
+            Err(Error::new(ErrorKind::Config, "the database has no encoding (SQL_ASCII): its texts can be any bytes")
+                .hint("load a dump of it into a database that was made with ENCODING 'UTF8'"))
+        }
     }
 }
 

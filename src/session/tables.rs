@@ -101,7 +101,7 @@ impl Tables {
             if catalog.tables.get(&name).is_some_and(|facts| facts.relation == relation) {
                 break;
             }
-            // Decoded before it is visible (design: settled), or history that the catalog has left behind.
+            // Decoded before it is visible (I10), or history that the catalog has left behind.
             tokio::time::sleep(LOOK_AGAIN).await;
             catalog = self.look(client, &name).await?;
         }

@@ -242,3 +242,14 @@ fn completions_and_help_come_for_every_command() {
         assert!(keepstep(&[command, "--help"]).contains("Usage: keepstep"), "{command}");
     }
 }
+
+#[tokio::test]
+async fn a_database_without_an_encoding_is_refused() {
+    let stage = Stage::set();
+    stage.execute("create database bytes encoding 'SQL_ASCII' template template0 lc_collate 'C' lc_ctype 'C'").await;
+    stage.rules_between(&stage.postgres.url("bytes"), &stage.redis.url(), RULES);
+    let output = stage.run(&["run"]);
+    assert_eq!(output.status.code(), Some(78));
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("SQL_ASCII") && said.contains("ENCODING 'UTF8'"), "{said}");
+}

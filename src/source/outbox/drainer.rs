@@ -159,7 +159,7 @@ impl Drainer {
         }
         // Only the index says where the new rows are, and nobody keeps statistics of them. Where there is no index that makes
         // a query look as dear as one that is worth compiling. What is written waits for no standby.
-        run(&client, "set enable_seqscan = off; set jit = off; set synchronous_commit = local").await?;
+        run(&client, "set enable_seqscan = off; set synchronous_commit = local").await?;
         let unseen = UNSEEN.replace("{from}", "$1::text").replace("{running}", "$2::text");
         // The statement's snapshot comes before everything that it asks.
         let boundary = format!(
