@@ -9,7 +9,7 @@
 //! A drain is handed out only once the log is flushed up to its position: what a crash of the server could take back is not
 //! in it.
 //!
-//! A task of its own ([`drainer`]) has the connection, and holds the advisory lock that makes it the only one. With the
+//! A task of its own (`drainer`) has the connection, and holds the advisory lock that makes it the only one. With the
 //! connection goes the lock, and the session.
 
 use std::sync::Arc;

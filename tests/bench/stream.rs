@@ -144,9 +144,9 @@ fn rules(shape: Shape) -> String {
                 (Action::Delete, _) | (Action::Mixed, 4) => delete,
                 (Action::Mixed, 0) => format!("{json}\nwhen = \"row.i1 > 5 && row.t0 != 'x'\""),
                 (Action::Mixed, 1) => format!("key = \"{key}\"\nvalue = \"hash\"\ncolumns = [\"*\"]"),
-                (Action::Mixed, 2) => format!("key = \"{key}\"\nvalue = \"set\"\nmember = \"{{i1}}\""),
+                (Action::Mixed, 2) => format!("key = \"{key}\"\nvalue = \"set\"\nmember = \"{{i0}}\""),
                 (Action::Mixed, _) => {
-                    format!("key = \"{key}\"\nvalue = \"zset\"\nmember = \"{{i1}}\"\nscore = \"row.i1\"")
+                    format!("key = \"{key}\"\nvalue = \"zset\"\nmember = \"{{i0}}\"\nscore = \"row.i1\"")
                 }
             };
             writeln!(text, "[rule.t{table}-r{rule}]\ntable = \"public.t{table}\"\n{action}")
