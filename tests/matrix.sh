@@ -38,7 +38,7 @@ fetch_valkey() {
     ln -sfn usr/bin "$1/bin"
 }
 
-of_postgres=(steps:: uncarried:: values:: catalog:: source provision:: outbox_sql:: gaps::a_)
+of_postgres=(steps:: uncarried:: values:: catalog:: provision:: outbox_sql::)
 of_redis=(steps:: checkpoint:: redis_side:: owned:: cases::)
 
 # Runs tests, those of the names in the arguments unless all are wanted.
