@@ -535,3 +535,27 @@ async fn another_server_answers_under_the_same_name() {
     let slots: i64 = client.query_one("select count(*) from pg_replication_slots", &[]).await.unwrap().get(0);
     assert_eq!(slots, 0);
 }
+
+/// `warm = false`: keys are there because somebody changed their row, or asked for them. What a gap makes right are those.
+#[tokio::test]
+async fn a_gap_fills_no_key_that_may_be_missing() {
+    let stage = Stage::set();
+    stage.execute(TABLE).await;
+    stage.execute("insert into rows values (1, 1), (2, 1), (3, 1)").await;
+    let rules =
+        stage.rules(&ROWS.replace("columns = [\"id\", \"version\"]", "columns = [\"id\", \"version\"]\nwarm = false"));
+    stage.keepstep(&["setup"]);
+    let daemon = Daemon::start(&stage, &rules).await;
+    stage.execute("update rows set version = 2 where id = 1").await;
+    wait_for("the key of the row that changed", async || stage.get::<Option<String>>("row:1").await).await;
+    stage.put("row:1", "stale").await;
+    stage.put("row:77", "no row has this key").await;
+    drop_streaming_slot(&stage).await;
+    let counted = "keepstep_reconciles_total{reason=\"slot_lost\"} 1";
+    wait_for("the gap", async || daemon.get("/metrics").await?.1.contains(counted).then_some(())).await;
+    nothing_is_owed(&daemon).await;
+    assert_eq!(stage.get::<Option<String>>("row:1").await.as_deref(), Some(r#"{"id":1,"version":2}"#));
+    for missing in ["row:2", "row:3", "row:77"] {
+        assert_eq!(stage.get::<Option<String>>(missing).await, None, "{missing}");
+    }
+}
