@@ -116,6 +116,12 @@ impl Refreshes {
         self.collected.contains_key(key)
     }
 
+    /// What was collected is compared no more.
+    fn forget_collected(&mut self) {
+        self.collected.clear();
+        self.collected_bytes = 0;
+    }
+
     /// How many keys are stale.
     pub(super) fn stale(&self) -> usize {
         self.lane.stale()
@@ -143,7 +149,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         let Released { from, stale, swept } = released;
         swept.iter().for_each(|sweep| self.refreshes.lane.swept(sweep, from));
         if !swept.is_empty() {
-            self.refreshes.collected.clear();
+            self.refreshes.forget_collected();
         }
         self.owe_swept(&swept);
         self.ask_lane(stale, from);
@@ -157,7 +163,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.ask_lane(stale, self.reached_low);
         let keys = keys.into_iter().filter(|key| self.refreshes.lane.is_stale(key)).collect();
         (self.refreshes.awaited, self.refreshes.compares_at) = (Some(Awaited { keys, answer }), None);
-        self.refreshes.collected.clear();
+        self.refreshes.forget_collected();
         self.refreshes.settle(&[]);
     }
 
@@ -173,8 +179,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             if compared { _ = keys.insert(key) } else { skipped += 1 }
         }
         self.reads.skipped(skipped);
-        self.refreshes.collected.clear();
-        self.refreshes.collected_bytes = 0;
+        self.refreshes.forget_collected();
         (self.refreshes.awaited, self.refreshes.compares_at) = (Some(Awaited { keys, answer }), None);
         self.refreshes.settle(&[]);
     }
