@@ -73,8 +73,12 @@ impl Woken {
 async fn set_up(client: &Client, statement_timeout: Duration) -> Result<()> {
     let settings = VALUE_SETTINGS.iter().map(|(name, value)| format!("SET {name} = '{value}';")).collect::<String>();
     let timeout_ms = statement_timeout.as_millis();
-    // Compiling a query of the catalog, or a chunk's, takes longer than running it.
-    let settings = format!("{settings} SET row_security = off; SET jit = off; SET statement_timeout = {timeout_ms}");
+    // Compiling a query of the catalog, or a chunk's, takes longer than running it. Where a statement waits for a lock, it has to
+    // see what it waited for.
+    let settings = format!(
+        "{settings} SET row_security = off; SET jit = off; SET statement_timeout = {timeout_ms};
+        SET default_transaction_isolation = 'read committed'"
+    );
     client.batch_execute(&settings).await.map_err(|error| query_error("cannot set up the session", error))
 }
 

@@ -241,8 +241,7 @@ pub async fn state(client: &Client, schema: &str) -> Result<Option<State>> {
     }
     let sql = format!(
         "select s.made_lsn::text, s.confirmed_lsn::text, g.last_value + g.is_called::int,
-            (select sum(pg_catalog.pg_table_size(relid))::int8
-               from pg_catalog.pg_partition_tree('{name}.outbox'::regclass) where isleaf),
+            pg_catalog.pg_table_size('{name}.outbox_0') + pg_catalog.pg_table_size('{name}.outbox_1'),
             (select l.pid from pg_catalog.pg_locks l join pg_catalog.pg_namespace n on n.oid = l.objid
               where l.locktype = 'advisory' and l.classid = {LOCK_CLASS} and l.objsubid = 2 and n.nspname = $1
                 and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
@@ -256,7 +255,7 @@ pub async fn state(client: &Client, schema: &str) -> Result<Option<State>> {
         made: lsn(row.try_get(0).map_err(failed)?)?,
         confirmed: lsn(row.try_get(1).map_err(failed)?)?,
         gap: row.try_get(2).map_err(failed)?,
-        bytes: row.try_get::<_, Option<i64>>(3).map_err(failed)?.map_or(0, i64::unsigned_abs),
+        bytes: row.try_get::<_, i64>(3).map_err(failed)?.unsigned_abs(),
         holder: row.try_get(4).map_err(failed)?,
         database: row.try_get(5).map_err(failed)?,
     }))

@@ -10,12 +10,12 @@ const ROUNDS: usize = 5;
 
 pub(crate) fn measure(quick: bool) -> Vec<Figure> {
     let stand = Stand::start(&[]);
-    for database in ["without", "with"] {
+    for database in ["plain", "captured"] {
         stand.sql(&format!("create database {database}"));
         pgbench(&stand, &["-i", "-q", "-s", if quick { "4" } else { "20" }, database]);
     }
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/sql/outbox.sql");
-    let made = stand.postgres.command("psql").args(["-Xq", "-d", "with", "-f", file]).output().expect("psql");
+    let made = stand.postgres.command("psql").args(["-Xq", "-d", "captured", "-f", file]).output().expect("psql");
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     for table in ["accounts", "branches", "tellers", "history"] {
         in_outbox(&stand, &format!("select keepstep.follow('pgbench_{table}')"));
@@ -28,7 +28,7 @@ fn round(stand: &Stand, clients: usize, least: f64, seconds: &str) -> Figure {
     let run = |database| pgbench(stand, &["-n", "-M", "prepared", "-j", "2", "-T", seconds, "-c", &count, database]);
     let rounds: Vec<(f64, f64)> = (0..ROUNDS)
         .map(|_| {
-            let pair = (transactions_per_s(&run("with")), transactions_per_s(&run("without")));
+            let pair = (transactions_per_s(&run("captured")), transactions_per_s(&run("plain")));
             // As a daemon would, so that every round begins with an empty one.
             for _ in 0..2 {
                 in_outbox(stand, "select keepstep.rotate(pg_current_snapshot())");
@@ -42,7 +42,8 @@ fn round(stand: &Stand, clients: usize, least: f64, seconds: &str) -> Figure {
 }
 
 fn in_outbox(stand: &Stand, sql: &str) {
-    let output = stand.postgres.command("psql").args(["-XqAtv", "ON_ERROR_STOP=1", "-d", "with", "-c", sql]).output();
+    let output =
+        stand.postgres.command("psql").args(["-XqAtv", "ON_ERROR_STOP=1", "-d", "captured", "-c", sql]).output();
     let output = output.expect("psql");
     assert!(output.status.success(), "{sql}\n{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -91,8 +91,8 @@ pub(super) struct Drainer {
 
 /// How far the reading of a drain has come.
 struct Progress {
-    /// The last row.
-    id: i64,
+    /// The last row's `id` and `xid`, which no other row has.
+    last: [String; 2],
     /// The transaction that the stream is in.
     xid: Option<Xid>,
     /// When it began.
@@ -126,8 +126,9 @@ type Outcome<T> = std::result::Result<T, Stop>;
 
 /// Rows that a snapshot did not see: `{from}` is where its own future begins, `{running}` are those that ran.
 const UNSEEN: &str = "(o.xid >= {from}::pg_catalog.xid8 or o.xid = any({running}::pg_catalog.xid8[]))";
-const ROWS: &str = "select o.id, o.xid::text, o.shape, o.op, o.doubt, o.gone, o.old, o.new from {schema}.outbox o
-    where {unseen} and pg_catalog.pg_visible_in_snapshot(o.xid, {seen}::pg_catalog.pg_snapshot) and o.id > {id} order by o.id";
+const ROWS: &str = "select o.id::text, o.xid::text, o.shape, o.op, o.doubt, o.gone, o.old, o.new from {schema}.outbox o
+    where {unseen} and pg_catalog.pg_visible_in_snapshot(o.xid, {seen}::pg_catalog.pg_snapshot)
+        and (o.id, o.xid) > ({id}::pg_catalog.pg_lsn, {xid}::pg_catalog.xid8) order by o.id, o.xid";
 
 impl Drainer {
     pub(super) async fn open(
@@ -169,7 +170,7 @@ impl Drainer {
                 exists(select from {schema}.outbox o where {unseen})"
         );
         let boundary = client.prepare(&boundary).await.map_err(failed)?;
-        let page = ROWS.replace("{seen}", "$3::text").replace("{id}", "$4");
+        let page = ROWS.replace("{seen}", "$3::text").replace("{id}", "$4::text").replace("{xid}", "$5::text");
         let page = page.replace("{unseen}", &unseen).replace("{schema}", &schema);
         let page = client.prepare(&format!("{page} limit {PAGE_ROWS}")).await.map_err(failed)?;
         let now = Instant::now();
@@ -292,7 +293,7 @@ impl Drainer {
             room.forget();
         }
         let part = Part { drain: Some(drain.clone()), frames: Frames::default(), is_idle: false, lsn: drain.lsn };
-        let mut progress = Progress { id: i64::MIN, xid: None, time, part };
+        let mut progress = Progress { last: ["0/0", "0"].map(str::to_owned), xid: None, time, part };
         let mut taken = self.read_page(&drain, &mut progress).await?;
         loop {
             taken = match taken {
@@ -333,7 +334,8 @@ impl Drainer {
     async fn read_page(&mut self, drain: &Drain, progress: &mut Progress) -> Outcome<Taken> {
         let (from, running) = (self.at.snapshot.xmax().to_string(), self.at.snapshot.running_as_array());
         let seen = drain.snapshot.to_string();
-        let parameters: [&(dyn ToSql + Sync); 4] = [&from, &running, &seen, &progress.id];
+        let [id, xid] = &progress.last;
+        let parameters: [&(dyn ToSql + Sync); 5] = [&from, &running, &seen, id, xid];
         let rows = self.client.query_raw(&self.page, parameters).await.map_err(failed)?;
         self.take(rows, drain, progress).await
     }
@@ -344,7 +346,8 @@ impl Drainer {
         let running = format!("'{}'", self.at.snapshot.running_as_array());
         let unseen = UNSEEN.replace("{from}", &from).replace("{running}", &running);
         let rows = ROWS.replace("{unseen}", &unseen).replace("{seen}", &format!("'{}'", drain.snapshot));
-        let rows = rows.replace("{id}", &progress.id.to_string()).replace("{schema}", &self.schema);
+        let [id, xid] = progress.last.each_ref().map(|value| format!("'{value}'"));
+        let rows = rows.replace("{id}", &id).replace("{xid}", &xid).replace("{schema}", &self.schema);
         run(&self.client, &format!("begin read only; declare drain no scroll cursor for {rows}")).await?;
         let fetch = format!("fetch {FETCH_ROWS} from drain");
         loop {
@@ -384,11 +387,14 @@ impl Drainer {
     }
 
     fn encode(&mut self, row: &Row, drain: &Drain, progress: &mut Progress) -> Result<()> {
-        let Progress { id, xid, time, part } = progress;
+        let Progress { last, xid, time, part } = progress;
         let frames = &mut part.frames;
         let image = |column| row.try_get::<_, Option<&str>>(column).map(|text| text.map(str::as_bytes)).map_err(failed);
-        *id = row.try_get(0).map_err(failed)?;
-        let whole: u64 = row.try_get::<_, &str>(1).map_err(failed)?.parse().map_err(|_| nonsense())?;
+        for (column, value) in last.iter_mut().enumerate() {
+            value.clear();
+            value.push_str(row.try_get(column).map_err(failed)?);
+        }
+        let whole: u64 = last[1].parse().map_err(|_| nonsense())?;
         let whole = Xid(whole as u32);
         if xid.replace(whole) != Some(whole) {
             frames.begin(commit_lsn(drain), *time, whole);
@@ -397,7 +403,7 @@ impl Drainer {
         let (old, new) = (image(6)?, image(7)?);
         let shape = row.try_get::<_, Option<i32>>(2).map_err(failed)?;
         let invalid = |error: encode::InvalidImage| {
-            Error::new(ErrorKind::Protocol, format!("row {id} of the outbox makes no sense", id = *id)).because(error)
+            Error::new(ErrorKind::Protocol, format!("row {} of the outbox makes no sense", last[0])).because(error)
         };
         let Some(shape) = shape else {
             // A message: what it is called, and what it says.
@@ -414,7 +420,7 @@ impl Drainer {
         }
         let mut gone = row.try_get::<_, Option<Vec<i16>>>(5).map_err(failed)?.unwrap_or_default();
         gone.extend(self.retyped.get(&shape).into_iter().flatten());
-        let doubt = row.try_get(4).map_err(failed)?;
+        let doubt = row.try_get::<_, Option<bool>>(4).map_err(failed)?.unwrap_or(false);
         let change = encode::Row { op, doubt, gone: &gone, old, new };
         frames.row(known, &change).map_err(invalid)
     }
