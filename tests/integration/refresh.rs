@@ -620,4 +620,16 @@ async fn queries_that_cannot_be_refreshed_are_refused_at_their_place() {
         shown.push_str(&refused(sql, "rows", &format!("keys = \"{keys}\"")));
     }
     insta::assert_snapshot!(shown);
+    // What is looked up may be no text.
+    stage.rules(
+        "[query.page]\nkey = \"page:{category}:{seller}\"\nmode = \"refresh\"\nsql = \"select :category || :seller\"\n\
+         shape = \"value\"\n[[query.page.on]]\ntable = \"public.products\"\n\
+         lookup = \"select name as category, name as seller from public.sellers where id = :seller_id\"\n",
+    );
+    let output = stage.run(&["check", "--connect"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        output.status.success() && said.contains("warning[KS057]: query `page` can give two results the same key"),
+        "{said}"
+    );
 }
