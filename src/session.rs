@@ -540,7 +540,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         let owing = self.debts.next(&self.checkpoint.owing);
-        // What is owed already writes these keys.
+        // What is owed already writes these keys, all of them.
+        self.reads.rewrite(&due, &self.debts);
         due.iter().filter(|(rule, _)| !owing.contains_key(*rule)).for_each(|(rule, debt)| self.debts.owe(rule, *debt));
     }
 

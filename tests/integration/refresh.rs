@@ -500,6 +500,60 @@ async fn all_keys_that_there_should_be_are_there_and_no_others() {
 }
 
 #[tokio::test]
+async fn more_keys_than_are_tried_again_are_written_in_the_end() {
+    let stage = Stage::set();
+    stage.execute(CATEGORIES).await;
+    let (keyed, _) = KEYED.split_once("[query.clock]").unwrap();
+    let rules = prepare(&stage, &keyed.replace("from public.products where", "from public.shown where")).await;
+    stage.execute("create view shown as select * from products").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    all_there(&stage).await;
+    stage.execute("alter view shown rename to hidden").await;
+    stage.execute("insert into categories select generate_series(8, 1300)").await;
+    wait_for("each to fail", async || (count(&daemon, "page", "failed").await > 1300).then_some(())).await;
+    stage.execute("alter view hidden rename to shown").await;
+    all_there(&stage).await;
+}
+
+#[tokio::test]
+async fn keys_that_cannot_be_listed_keep_no_other_rule_owing() {
+    let of_view = r#"
+[rule.category]
+table   = "public.categories"
+key     = "category:{id}"
+value   = "json"
+columns = ["id"]
+ttl     = "1h"
+every   = "2s"
+
+[query.page]
+key   = "page:{category}"
+mode  = "refresh"
+shape = "value"
+sql   = "select count(*) from public.products where category_id = :category"
+keys  = "select id as category from public.shown"
+every = "2s"
+[[query.page.on]]
+table  = "public.categories"
+params = { category = "{id}" }
+"#;
+    let stage = Stage::set();
+    stage.execute(CATEGORIES).await;
+    stage.execute("create view shown as select * from categories").await;
+    let rules = prepare(&stage, of_view).await;
+    let _daemon = Daemon::start(&stage, &rules).await;
+    wait_for("a page", async || is_there(&stage, "page:7").await.then_some(())).await;
+    stage.execute("alter view shown rename to hidden").await;
+    let only_pages = async || {
+        let owing = stage.checkpoint().await?.owing;
+        (owing.contains_key("page.1") && !owing.contains_key("category")).then_some(())
+    };
+    wait_for("the rows to be written", only_pages).await;
+    stage.execute("alter view hidden rename to shown").await;
+    wait_for("the pages", async || (!stage.checkpoint().await?.owing.contains_key("page.1")).then_some(())).await;
+}
+
+#[tokio::test]
 async fn verify_finds_what_differs_and_repairs_it() {
     let stage = Stage::set();
     stage.execute(CATEGORIES).await;

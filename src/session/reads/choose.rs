@@ -62,8 +62,11 @@ impl<C: Cache + Send + 'static> Session<C> {
             // Those that could not be read wait for the others.
             .min_by_key(|(rule, table)| (self.reads.failed.contains(&table.relation.oid), *rule));
         let table = Arc::clone(first?.1);
+        let owing = || table.rules.iter().filter(can_pay);
+        // Which keys a query has is asked by itself: where that fails for good, everything else is right by then.
+        let listed = owing().all(is_listed);
         let owes: Vec<(&BoundRule, Debt)> =
-            table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
+            owing().filter(|rule| is_listed(rule) == listed).filter_map(|rule| Some((rule, debt(rule)?))).collect();
         let worst = owes.iter().map(|(_, debt)| *debt).max()?;
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
         let listings: Vec<KeyListing> = owes.iter().filter_map(|(rule, _)| listing(rule)).collect();
@@ -183,9 +186,14 @@ pub(super) fn is_readable(rule: &BoundRule) -> bool {
     rule.write.as_ref().is_some_and(|write| write.value.is_some()) && rule.on.insert && rule.on.update
 }
 
+/// Whether it is known which keys the rule's query has.
+pub(super) fn is_listed(rule: &BoundRule) -> bool {
+    rule.refresh.as_ref().is_some_and(|refresh| refresh.query.listing().is_some())
+}
+
 /// All keys of the rule's query, if it is known which there are.
 fn listing(rule: &BoundRule) -> Option<KeyListing> {
-    let refresh = rule.refresh.as_ref().filter(|refresh| refresh.query.listing().is_some())?;
+    let refresh = rule.refresh.as_ref().filter(|_| is_listed(rule))?;
     let (query, pattern) = (Arc::clone(&refresh.query), refresh.key.pattern.clone());
     Some(KeyListing { rule: rule.rule, query, pattern })
 }
