@@ -126,7 +126,7 @@ impl Lookups {
             self.count(rule, "failed");
             // The statement may be for tables that have changed, and the connection be one that is gone.
             self.prepared.remove(&rule);
-            self.client.take_if(|client| client.is_closed() || error.kind() == ErrorKind::PostgresAway);
+            self.client.take_if(|_| error.kind() == ErrorKind::PostgresAway);
             let name = self.rules[usize::from(rule)].as_str();
             let wait = backoff.next_wait();
             if self.failing.contains(&rule) || Instant::now() + wait > give_up {
@@ -141,8 +141,7 @@ impl Lookups {
 
     async fn ask(&mut self, ask: &Question) -> Result<Vec<Row>> {
         const DOING: &str = "cannot look up";
-        // Nobody closes it.
-        let _permit = self.permits.acquire().await;
+        self.client.take_if(|client| client.is_closed());
         let client = match &self.client {
             Some(client) => client,
             None => {

@@ -1093,8 +1093,8 @@ pub const FIELDS: &[Field] = &[
         name: "min_interval",
         kind: Kind::Duration { min: Duration::from_millis(1), max: Duration::from_secs(600), off: false },
         default: Fallback::Absent,
-        meaning: "One and the same key is not read again sooner than this after the last time; what changes meanwhile is one \
-                  read.",
+        meaning: "One and the same key is not read again sooner than this after the last time, unless that failed; what changes \
+                  meanwhile is one read.",
         needs: &["sql"],
         limits: "",
         example: "\"100ms\"",

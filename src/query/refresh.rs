@@ -71,12 +71,13 @@ impl Refresher {
         if let Err(error) = &answered {
             // The statement may be for tables that have changed, and the connection be one that is gone.
             self.prepared.retain(|(query, _)| !Arc::ptr_eq(query, &stale.query));
-            self.client.take_if(|client| client.is_closed() || error.kind() == ErrorKind::PostgresAway);
+            self.client.take_if(|_| error.kind() == ErrorKind::PostgresAway);
         }
         answered
     }
 
     async fn ask(&mut self, stale: &Stale) -> Result<Answer> {
+        self.client.take_if(|client| client.is_closed());
         let client = match &self.client {
             Some(client) => client,
             None => {

@@ -12,7 +12,7 @@ use tokio::task::JoinSet;
 
 use super::Session;
 use super::debts::Debts;
-use super::lane::{Asked, Lane};
+use super::lane::{Asked, Done, Lane};
 use super::later::Released;
 use crate::batch::{Batch, Form, Life, Sweep};
 use crate::cache::Cache;
@@ -280,7 +280,8 @@ impl<C: Cache + Send + 'static> Session<C> {
                 Err(_) => None,
             };
             let key = stale.key.clone();
-            self.refreshes.lane.done(&key, value.is_some(), Instant::now());
+            // What is merely compared is never given up.
+            let _ = self.refreshes.lane.done(&key, value.is_some(), Instant::now());
             let len = value.as_ref().and_then(Option::as_ref).map_or(0, String::len);
             match value.filter(|_| self.refreshes.collected_bytes + len <= COLLECTED_BYTES_MAX) {
                 Some(value) => {
@@ -315,7 +316,9 @@ impl<C: Cache + Send + 'static> Session<C> {
                 false
             }
         };
-        self.refreshes.lane.done(&stale.key, went_well, Instant::now());
+        if self.refreshes.lane.done(&stale.key, went_well, Instant::now()) == Done::GivenUp {
+            owe(&self.config, &mut self.debts, &query);
+        }
         self.refreshes.settle(&stale.key);
         self.stand_here();
     }

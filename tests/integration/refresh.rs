@@ -406,6 +406,48 @@ async fn many_changes_within_min_interval_are_one_read() {
     assert!(count(&daemon, "count", "written").await < 10);
 }
 
+#[tokio::test]
+async fn a_connection_that_ended_while_nothing_was_read_costs_no_key() {
+    let (stage, rules) = set(RULES).await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    touch(&stage).await;
+    let of_queries = "from pg_stat_activity where pid <> pg_backend_pid() and (query like '%octet_length(found.value)%'
+        or query like '%pg_current_wal_flush_lsn() >=%' or query like '%as looked_up limit%')";
+    let sql = stage.sql().await;
+    let ended = sql.query(&format!("select pg_terminate_backend(pid) {of_queries}"), &[]).await.unwrap();
+    assert!(ended.len() >= 2, "one of each kind");
+    wait_for("no query connection", async || {
+        let left = sql.query_one(&format!("select count(*) {of_queries}"), &[]).await.unwrap();
+        (left.get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    seen(&stage, 1).await;
+    stage.execute("insert into products values (100, 1, 1)").await;
+    in_step(&stage).await;
+    assert!(!daemon.get("/metrics").await.unwrap().1.contains("outcome=\"failed\""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_goes_stale_faster_than_it_is_read_holds_up_nothing() {
+    let slow =
+        RULES.replace("select count(*) from public.products", "select count(*) from public.products, pg_sleep(0.3)");
+    let (stage, rules) = set(&slow).await;
+    stage.execute("insert into marks select generate_series(1, 500)").await;
+    let sql = stage.sql().await;
+    let writer = tokio::spawn(async move {
+        for id in 1000.. {
+            sql.batch_execute(&format!("insert into products values ({id}, 1, 1)")).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let daemon = Daemon::start(&stage, &rules).await;
+    let warm = async || daemon.get("/ready?warm=1").await.is_some_and(|(status, _)| status == 200);
+    assert!(crate::support::comes_within(Duration::from_secs(15), warm).await);
+    assert!(is_there(&stage, "mark:500").await && is_there(&stage, "count:products").await);
+    assert!(!writer.is_finished());
+    writer.abort();
+}
+
 /// A page for each of the categories there are, and what time changes.
 const KEYED: &str = r#"
 [query.page]
