@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use postgres_protocol::types as wire;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Row, Statement};
@@ -50,8 +49,6 @@ pub struct Lookups {
     rules: Vec<String>,
     metrics: Arc<Metrics>,
     limits: Limits,
-    /// `query_connections`
-    permits: Arc<Semaphore>,
     client: Option<Client>,
     /// What is prepared on that connection, by rule.
     prepared: HashMap<u16, (Arc<BoundLookup>, Statement)>,
@@ -61,15 +58,9 @@ pub struct Lookups {
 
 impl Lookups {
     /// Not connected yet. Answers of more than `limits` are shortened to sweeps.
-    pub fn new(
-        postgres: ConnInfo,
-        rules: Vec<String>,
-        metrics: Arc<Metrics>,
-        limits: Limits,
-        permits: Arc<Semaphore>,
-    ) -> Self {
+    pub fn new(postgres: ConnInfo, rules: Vec<String>, metrics: Arc<Metrics>, limits: Limits) -> Self {
         let (prepared, failing) = (HashMap::new(), HashSet::new());
-        Lookups { postgres, rules, metrics, limits, permits, client: None, prepared, failing }
+        Lookups { postgres, rules, metrics, limits, client: None, prepared, failing }
     }
 
     /// What follows from all of these.
@@ -124,7 +115,7 @@ impl Lookups {
                 Err(error) => error,
             };
             self.count(rule, "failed");
-            // The statement may be for tables that have changed, and the connection be one that is gone.
+            // The statement may be for tables that have changed, and the connection lead nowhere.
             self.prepared.remove(&rule);
             self.client.take_if(|_| error.kind() == ErrorKind::PostgresAway);
             let name = self.rules[usize::from(rule)].as_str();
