@@ -24,7 +24,7 @@ const RULES: &str = r#"
 key   = "page:{category}"
 mode  = "refresh"
 shape = "rows"
-sql   = """select p.id, p.name, s.name as seller from public.products p left join public.sellers s on s.id = p.seller_id
+sql   = """select p.id as result, p.name, s.name as seller from public.products p left join public.sellers s on s.id = p.seller_id
            where p.category_id = :category order by p.rank, p.id limit 9 -- the best"""
 [[query.page.on]]
 table  = "public.products"
@@ -69,7 +69,7 @@ columns = ["id"]
 
 /// What each key must hold; of the keys that need not be there only those that can be.
 const EXPECTED: &str = "
-    select 'page:' || c, coalesce((select json_agg(t) from (select p.id, p.name, s.name as seller from products p
+    select 'page:' || c, coalesce((select json_agg(t) from (select p.id as result, p.name, s.name as seller from products p
         left join sellers s on s.id = p.seller_id where p.category_id = c order by p.rank, p.id limit 9) t), '[]')::text
       from generate_series(1, 7) c
     union all
