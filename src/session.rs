@@ -395,7 +395,9 @@ impl<C: Cache + Send + 'static> Session<C> {
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 (lookups, answers) = optional(&mut self.looking_up) => self.looked_up(lookups, &answers),
-                read = refreshes::read(&mut self.refreshes, self.batch.is_full()) => self.refreshed(read),
+                read = refreshes::read(&mut self.refreshes, self.batch.is_full()), if drain_until.is_none() => {
+                    self.refreshed(read);
+                }
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
