@@ -406,8 +406,8 @@ pub const FIELDS: &[Field] = &[
         name: "query_connections",
         kind: Kind::Count { min: 1, max: 64 },
         default: Fallback::Value("2"),
-        meaning: "How many connections run the queries of `lookup` and `[query.NAME]` at a time. Warming, reconciling and verifying \
-                  have two of their own.",
+        meaning: "How many connections run the queries of `lookup` and `[query.NAME]` at a time. One of them is for `lookup`, or one \
+                  more where there is only one and both are used. Warming, reconciling and verifying have two of their own.",
         needs: &[],
         limits: "",
         example: "2",
@@ -1104,7 +1104,8 @@ pub const FIELDS: &[Field] = &[
         name: "max_keys",
         kind: Kind::Count { min: 1, max: 10_000 },
         default: Fallback::Value("1000"),
-        meaning: "How many keys one change may make stale by `lookup`. With more, all that the template can have made are deleted.",
+        meaning: "How many keys a `lookup` may find for one change. With more, all that the template can have made are deleted. What \
+                  rows name by `params` alone is not counted.",
         needs: &[],
         limits: "",
         example: "1000",
