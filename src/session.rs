@@ -396,7 +396,7 @@ impl<C: Cache + Send + 'static> Session<C> {
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 (lookups, answers) = optional(&mut self.looking_up) => self.looked_up(lookups, &answers),
                 read = refreshes::read(&mut self.refreshes, self.batch.is_full()), if drain_until.is_none() => {
-                    self.refreshed(read);
+                    self.refreshed(read)?;
                 }
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {

@@ -273,8 +273,8 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// Writes what was read; nothing if it is merely the turn of the next key.
-    pub(super) fn refreshed(&mut self, read: Option<Read>) {
-        let Some(Read { refresher, stale, answer }) = read else { return };
+    pub(super) fn refreshed(&mut self, read: Option<Read>) -> Result<()> {
+        let Some(Read { refresher, stale, answer }) = read else { return Ok(()) };
         self.refreshes.idle.push(refresher);
         let query = Arc::clone(&stale.query);
         let name = query.name.value.as_str();
@@ -296,37 +296,42 @@ impl<C: Cache + Send + 'static> Session<C> {
                 }
                 None => self.reads.skipped(1),
             }
-            return self.refreshes.settle(&key);
+            self.refreshes.settle(&key);
+            return Ok(());
         }
-        let went_well = match answer {
+        let failed = match answer {
             Ok(Answer::Value(value)) => {
                 self.count_refresh(name, "written");
                 self.write_stale(&stale, value.as_bytes());
-                true
+                None
             }
             Ok(Answer::Nothing) => {
                 self.count_refresh(name, "deleted");
                 self.delete_stale(stale.rule, &stale.key);
-                true
+                None
             }
             Ok(Answer::TooLarge) => {
                 self.count_refresh(name, "too_large");
                 tracing::warn!(query = name, "a result is larger than 8 MiB: its key is deleted");
                 self.delete_stale(stale.rule, &stale.key);
-                true
+                None
             }
             Err(error) => {
                 self.count_refresh(name, "failed");
                 tracing::warn!(query = name, %error, "the query fails: the key is deleted, and it is tried again");
                 self.delete_stale(stale.rule, &stale.key);
-                false
+                Some(error)
             }
         };
-        if self.refreshes.lane.done(&stale.key, went_well, Instant::now()) == Done::GivenUp {
-            owe(&self.config, &mut self.debts, &query);
-        }
+        let done = self.refreshes.lane.done(&stale.key, failed.is_none(), Instant::now());
         self.refreshes.settle(&stale.key);
         self.stand_here();
+        if done == Done::GivenUp {
+            owe(&self.config, &mut self.debts, &query);
+            // It would be read again and again, and never be caught up.
+            return failed.filter(|_| self.ends_when_caught_up).map_or(Ok(()), Err);
+        }
+        Ok(())
     }
 
     fn write_stale(&mut self, stale: &Stale, value: &[u8]) {

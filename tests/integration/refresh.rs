@@ -558,15 +558,16 @@ async fn more_keys_than_are_tried_again_are_written_in_the_end() {
 }
 
 #[tokio::test]
-async fn keys_that_cannot_be_listed_keep_no_other_rule_owing() {
-    let of_view = r#"
-[rule.category]
-table   = "public.categories"
-key     = "category:{id}"
-value   = "json"
-columns = ["id"]
-ttl     = "1h"
-every   = "2s"
+async fn whoever_ends_when_caught_up_does_not_wait_for_keys_that_fail_for_good() {
+    let (keyed, _) = KEYED.split_once("[query.clock]").unwrap();
+    let failing = keyed.replace("id, name from public.products", "1 / (id * 0) from public.products");
+    let stage = Stage::set();
+    stage.execute(CATEGORIES).await;
+    let rules = prepare(&stage, &failing).await;
+    stage.execute("insert into categories select generate_series(8, 1300)").await;
+    stage.execute("insert into products select i, i from generate_series(100, 1300) i").await;
+    assert_eq!(Daemon::spawn(&stage, &rules, &["--until-caught-up"]).end().await.code(), Some(1));
+}
 
 [query.page]
 key   = "page:{category}"
