@@ -9,7 +9,7 @@
 //! then the audit (`choose`); `outgoing` sends or compares what was read. One table is read at a time; single rows (values
 //! that the log did not carry) are read in between.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -65,8 +65,8 @@ pub(super) struct Reads {
     pub(super) progress: Option<Progress>,
     /// What each rule made before.
     former: Vec<Former>,
-    /// Tables that could not be read, or not all of their keys, when it was tried last.
-    failed: BTreeSet<u32>,
+    /// When reading for a rule last went wrong, wholly or for some of its keys.
+    failed: BTreeMap<u16, Instant>,
     backoff: Backoff,
     not_before: Instant,
     audited: Instant,
@@ -168,7 +168,7 @@ impl Reads {
             barrier_passed: false,
             progress,
             former,
-            failed: BTreeSet::new(),
+            failed: BTreeMap::new(),
             backoff: Backoff::default(),
             not_before: now,
             audited: now,
@@ -647,12 +647,12 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
         match paid {
             true => {
-                self.reads.failed.remove(&pass.table.relation.oid);
+                self.reads.failed.retain(|rule, _| !pass.rules.contains(rule));
                 self.reads.backoff.reset();
             }
             // Something went wrong for these rules meanwhile, or they owe anew.
             false => {
-                self.reads.failed.insert(pass.table.relation.oid);
+                self.reads.failed.extend(pass.rules.iter().map(|rule| (*rule, Instant::now())));
                 self.wait_before_reading();
             }
         }
@@ -666,10 +666,8 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// The reader could not go on.
     fn reading_failed(&mut self, error: Error) -> Result<()> {
         let asked = self.reads.pass_mut().is_some_and(|pass| matches!(pass.purpose, Why::Asked(_)));
-        if let Some(pass) = self.reads.pass_mut() {
-            let table = pass.table.relation.oid;
-            self.reads.failed.insert(table);
-        }
+        let rules = self.reads.pass_mut().map(|pass| pass.rules.clone()).unwrap_or_default();
+        self.reads.failed.extend(rules.into_iter().map(|rule| (rule, Instant::now())));
         let rereads =
             self.reads.reading.as_mut().map(|reading| std::mem::take(&mut reading.rereads)).unwrap_or_default();
         match error.kind().is_transient() {
