@@ -945,8 +945,8 @@ pub const FIELDS: &[Field] = &[
         default: Fallback::Absent,
         meaning: "A query for what keys need of other tables. `:column` stands for a column of the changed row, old and new; \
                   the templates use the columns of the result beside those of the row, and each row of it names keys. It \
-                  runs once the change is visible. With more than 1000 rows, or if it fails for ten seconds, everything that \
-                  those templates can have made goes.",
+                  runs once the change is visible. With more than 1000 rows, if it fails for ten seconds, or where all that is to \
+                  be looked up at a time takes half a minute, everything that those templates can have made goes.",
         needs: &[],
         limits: "Needs `delete`, `delete_tags`, `delete_match` or `bump`; not together with `key`. What changes in the \
                  tables that it reads is a matter of other rules.",
