@@ -595,10 +595,10 @@ impl Batch {
         rendered
     }
 
-    /// Every key of the rule that matches goes, whatever the batch said of it before; closes the batch.
-    pub fn sweep(&mut self, rule: u16, pattern: Pattern) {
+    /// Every key that matches goes, whatever the batch said of it before; closes the batch.
+    pub fn sweep(&mut self, pattern: Pattern) {
         let bytes = &self.bytes;
-        let swept = |entry: &&mut Entry| entry.rule == rule && pattern.matches(entry.key(bytes));
+        let swept = |entry: &&mut Entry| pattern.matches(entry.key(bytes));
         for entry in self.entries.iter_mut().filter(swept) {
             entry.decision = Decision::Gone;
         }
@@ -975,8 +975,19 @@ mod tests {
         let mut batch = Batch::new(LIMITS, 1);
         set(&mut batch, "list:1", "1");
         set(&mut batch, "row:1", "1");
-        batch.sweep(0, Pattern::beginning_with(b"list:"));
-        assert_eq!(show(&batch), ["-list:1", "row:1=1"], "the same rule's other keys stay as they were decided");
+        let of_another = batch.cell(1, |out| {
+            out.extend_from_slice(b"list:2");
+            true
+        });
+        let written = batch
+            .set(of_another.expect("the key was rendered"), Form::String, Life::Forever, false, |_| Ok::<_, ()>(()));
+        written.expect("the value was rendered");
+        batch.sweep(Pattern::beginning_with(b"list:"));
+        assert_eq!(
+            show(&batch),
+            ["-list:1", "row:1=1", "-list:2"],
+            "whoever wrote them; others stay as they were decided"
+        );
     }
 
     #[test]
@@ -984,7 +995,7 @@ mod tests {
         let (mut first, mut later) = (Batch::new(LIMITS, 1), Batch::new(LIMITS, 1));
         set(&mut first, "gen:1", "1");
         set(&mut first, "gen:2", "1");
-        later.sweep(0, Pattern::beginning_with(b"gen:"));
+        later.sweep(Pattern::beginning_with(b"gen:"));
         set(&mut later, "gen:2", "2");
         first.absorb(&later);
         assert_eq!(show(&first), ["-gen:1", "gen:2=2"]);

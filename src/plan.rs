@@ -299,7 +299,7 @@ pub fn sweep(rule: u16, key: &BoundKey, batch: &mut Batch) {
             });
             cell.into_iter().for_each(|cell| batch.delete(cell));
         }
-        None => batch.sweep(rule, key.pattern.clone()),
+        None => batch.sweep(key.pattern.clone()),
     }
 }
 

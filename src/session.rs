@@ -395,7 +395,9 @@ impl<C: Cache + Send + 'static> Session<C> {
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 (lookups, answers) = optional(&mut self.looking_up) => self.looked_up(lookups, &answers),
-                read = refreshes::read(&mut self.refreshes, self.batch.is_full()) => self.refreshed(read),
+                read = refreshes::read(&mut self.refreshes, self.batch.is_full()), if drain_until.is_none() => {
+                    self.refreshed(read)?;
+                }
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
@@ -540,7 +542,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             return;
         }
         let owing = self.debts.next(&self.checkpoint.owing);
-        // What is owed already writes these keys.
+        // What is owed already writes these keys, all of them.
+        self.reads.rewrite(&due, &self.debts);
         due.iter().filter(|(rule, _)| !owing.contains_key(*rule)).for_each(|(rule, debt)| self.debts.owe(rule, *debt));
     }
 

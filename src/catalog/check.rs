@@ -8,7 +8,7 @@ use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::open::{OpenRule, pattern_of};
 use crate::config::{Config, Rule, TableName, Value};
 use crate::decode::types::Types;
-use crate::rules::bind::{BoundRule, bind};
+use crate::rules::bind::{BoundRule, bind, shared_result};
 use crate::rules::ownership::check_overlaps;
 use crate::suggest::nearest;
 
@@ -115,6 +115,7 @@ fn check_rule(
     match bind(rule, index, &facts.relation, Some(facts), types, &config.redis.prefix) {
         Ok(bound) => {
             found.extend(old_keys_unknown(rule, &bound));
+            found.extend(results_in_doubt(rule, &bound));
             (Some(bound), found)
         }
         Err(unbound) => {
@@ -149,6 +150,13 @@ fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
         "make Postgres log the old row:  ALTER TABLE {} REPLICA IDENTITY FULL;",
         sql_table(&rule.table.value)
     )))
+}
+
+/// What a lookup gives counts as text: whether two results can share a key is for whoever knows better to say.
+fn results_in_doubt(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
+    let refresh = bound.refresh.as_ref().filter(|_| rule.lookup.is_some())?;
+    let found = shared_result(&refresh.query, &refresh.key)?.diagnostic(rule);
+    Some(Diagnostic { severity: Severity::Warning, ..found })
 }
 
 fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic {

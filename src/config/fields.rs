@@ -406,8 +406,8 @@ pub const FIELDS: &[Field] = &[
         name: "query_connections",
         kind: Kind::Count { min: 1, max: 64 },
         default: Fallback::Value("2"),
-        meaning: "How many connections run the queries of `lookup` and `[query.NAME]` at a time. Warming, reconciling and verifying \
-                  have two of their own.",
+        meaning: "How many connections run the queries of `lookup` and `[query.NAME]` at a time. One of them is for `lookup`, or one \
+                  more where there is only one and both are used. Warming, reconciling and verifying have two of their own.",
         needs: &[],
         limits: "",
         example: "2",
@@ -945,8 +945,8 @@ pub const FIELDS: &[Field] = &[
         default: Fallback::Absent,
         meaning: "A query for what keys need of other tables. `:column` stands for a column of the changed row, old and new; \
                   the templates use the columns of the result beside those of the row, and each row of it names keys. It \
-                  runs once the change is visible. With more than 1000 rows, or if it fails for ten seconds, everything that \
-                  those templates can have made goes.",
+                  runs once the change is visible. With more than 1000 rows, if it fails for ten seconds, or where all that is to \
+                  be looked up at a time takes half a minute, everything that those templates can have made goes.",
         needs: &[],
         limits: "Needs `delete`, `delete_tags`, `delete_match` or `bump`; not together with `key`. What changes in the \
                  tables that it reads is a matter of other rules.",
@@ -1093,8 +1093,8 @@ pub const FIELDS: &[Field] = &[
         name: "min_interval",
         kind: Kind::Duration { min: Duration::from_millis(1), max: Duration::from_secs(600), off: false },
         default: Fallback::Absent,
-        meaning: "One and the same key is not read again sooner than this after the last time; what changes meanwhile is one \
-                  read.",
+        meaning: "One and the same key is not read again sooner than this after the last time, unless that failed; what changes \
+                  meanwhile is one read.",
         needs: &["sql"],
         limits: "",
         example: "\"100ms\"",
@@ -1104,7 +1104,8 @@ pub const FIELDS: &[Field] = &[
         name: "max_keys",
         kind: Kind::Count { min: 1, max: 10_000 },
         default: Fallback::Value("1000"),
-        meaning: "How many keys one change may make stale by `lookup`. With more, all that the template can have made are deleted.",
+        meaning: "How many keys a `lookup` may find for one change. With more, all that the template can have made are deleted. What \
+                  rows name by `params` alone is not counted.",
         needs: &[],
         limits: "",
         example: "1000",

@@ -135,7 +135,7 @@ fn stale_sets(
                 // No such keys.
                 Err(Rendered::Null | Rendered::TooLarge) => {}
                 // Which ones it would be is not known: all of them (I9).
-                Err(_) => settled.sweep(rule.rule, matching.pattern.clone()),
+                Err(_) => settled.sweep(matching.pattern.clone()),
             }
         }
     }
@@ -147,7 +147,7 @@ fn stale_sets(
 
 fn every_stale_set(rule: &BoundRule, settled: &mut Batch) {
     for matching in &rule.settled.delete_match {
-        settled.sweep(rule.rule, matching.pattern.clone());
+        settled.sweep(matching.pattern.clone());
     }
     rule.settled.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
 }
@@ -223,7 +223,7 @@ pub fn looked_up(ask: &Question, found: &[Option<&str>], settled: &mut Batch) {
 /// Adds that everything goes that the lookup can have named: what it would say is not known. A generation that is missing
 /// is no earlier one.
 pub fn everything_looked_up(lookup: &BoundLookup, settled: &mut Batch) {
-    lookup.patterns().for_each(|pattern| settled.sweep(lookup.rule, pattern.clone()));
+    lookup.patterns().for_each(|pattern| settled.sweep(pattern.clone()));
     lookup.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
 }
 

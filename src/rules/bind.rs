@@ -30,7 +30,7 @@ use super::template::{OF_TABLE, PRIMARY_KEY, Part, Placeholder, RESERVED, TAG, T
 use crate::batch::{Form, Of};
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::{
-    ColumnSelection, Life, Lifetime, Operations, Redelete, RowForm, RowValue, Rule, Settled, Spanned, Value,
+    ColumnSelection, Life, Lifetime, Operations, Query, Redelete, RowForm, RowValue, Rule, Settled, Spanned, Value,
 };
 use crate::decode::types::{JsonType, Types};
 use crate::model::Relation;
@@ -612,6 +612,10 @@ impl Scope<'_> {
     /// The parameters of the query that refreshes the key.
     fn refresh(&self, rule: u16, keys: &[BoundKey], problems: &mut Vec<BindProblem>) -> Option<BoundRefresh> {
         let (query, key) = (self.rule.refresh.as_ref()?, keys.first()?.clone());
+        // What is looked up has no type here: see [`shared_result`].
+        if self.rule.lookup.is_none() {
+            problems.extend(shared_result(query, &key));
+        }
         // What the placeholders of the key stand for, without their filters.
         let alone = |name: &str| Template::parse_free(&format!("{{{name}}}")).ok();
         let text = |value: Template| self.text(&Spanned { value, span: query.key.span.clone() }, problems);
@@ -953,7 +957,7 @@ impl Scope<'_> {
             let how = match value.lost.filter(|_| needed)? {
                 Lost::Filter(filter) => Sharing::Filter { filter },
                 Lost::Default => Sharing::Default,
-                Lost::Boundary { key, encoding_helps } => Sharing::Boundary { key, encoding_helps },
+                Lost::Boundary(boundary) => Sharing::Boundary(boundary),
             };
             Some((value.placeholder, how))
         });
@@ -1006,6 +1010,13 @@ impl Scope<'_> {
         }
         (problems.len() == known).then_some(fields)
     }
+}
+
+/// Why two results of the query could have this key of it, if they can.
+pub fn shared_result(query: &Query, key: &BoundKey) -> Option<BindProblem> {
+    let (placeholder, boundary) = key.boundary()?;
+    let found = query.key.value.placeholders().nth(placeholder).map(|found| placeholder_span(&query.key, found));
+    Some(BindProblem::SharedResult { span: found.unwrap_or(query.key.span.clone()), boundary })
 }
 
 fn json_fields(fields: Vec<(String, FieldSource)>) -> Vec<JsonField> {

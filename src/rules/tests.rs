@@ -428,6 +428,33 @@ fn keys_that_rows_share() {
 }
 
 #[test]
+fn keys_that_results_share() {
+    let report = |key: &str, params: &str| {
+        let config = config(&format!(
+            "[query.page]\nkey = \"{key}\"\nmode = \"refresh\"\nsql = \"select :a || :b\"\nshape = \"value\"\n\
+             [[query.page.on]]\ntable = \"public.products\"\n{params}\n"
+        ));
+        let problems =
+            bound(&config.rules[0], &full_products()).err().map_or_else(Vec::new, |unbound| unbound.problems);
+        let shown: Vec<Diagnostic> = problems.iter().map(|problem| problem.diagnostic(&config.rules[0])).collect();
+        render(&shown, &config.file, false)
+    };
+    const TEXTS: &str = "params = { a = \"{sku}\", b = \"{name}\" }";
+    for (key, params) in [
+        ("page:{a|urlencode}:{b}", TEXTS),
+        ("page:{a|md5}:{b}", TEXTS),
+        ("page:{a}:{b}", "params = { a = \"{id}\", b = \"{sku}:{name}\" }"),
+        ("page:{a}:{b}", "params = { a = \"{sku}\" }\nlookup = \"select 'b' as b\""),
+    ] {
+        assert_eq!(report(key, params), "", "{key} {params}");
+    }
+    insta::assert_snapshot!(
+        [report("page:{a}:{b}", TEXTS), report("page:{a|sha256}{b}{a}", "params = { a = \"{id}\", b = \"{sku}\" }")]
+            .join("\n")
+    );
+}
+
+#[test]
 fn keys_of_keepstep_and_fields_named_twice() {
     insta::assert_snapshot!(shown(
         &full_products(),

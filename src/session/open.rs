@@ -9,8 +9,6 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
-
 use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
@@ -317,13 +315,12 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
     let now = Instant::now();
     let names = daemon.rules.names.clone();
     let connections = config.postgres.query_connections;
-    let permits = Arc::new(Semaphore::new(connections));
     let (info, metrics) = (streamed.info.clone(), Arc::clone(&daemon.metrics));
-    let lookups = Lookups::new(info.clone(), names, metrics, LATER_LIMITS, Arc::clone(&permits));
+    let lookups = Lookups::new(info.clone(), names, metrics, LATER_LIMITS);
     // One is left to lookups, which more waits for.
     let reserved = usize::from(config.rules.iter().any(|rule| rule.lookup.is_some()));
     let refreshers = connections.saturating_sub(reserved).max(1);
-    let refreshes = Refreshes::new(&info, &streamed.checkpoint.origin, refreshers, permits);
+    let refreshes = Refreshes::new(&info, &streamed.checkpoint.origin, refreshers);
     Session {
         config: Arc::clone(config),
         metrics: Arc::clone(&daemon.metrics),

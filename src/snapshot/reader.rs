@@ -402,8 +402,9 @@ impl Reader {
             let (answer, read) = oneshot::channel();
             self.say(Found::Listed(stale, answer)).await?;
             read.await.map_err(|_| Stop::Abandoned)?;
+            // What the stream has touched and this sees need not be kept.
+            self.nothing().await?;
             if job.verifies {
-                self.nothing().await?;
                 let (answer, compared) = oneshot::channel();
                 self.say(Found::Answers(answer)).await?;
                 compared.await.map_err(|_| Stop::Abandoned)?;
