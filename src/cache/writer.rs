@@ -18,8 +18,8 @@ use redis::{Cmd, Value};
 use crate::backoff::Backoff;
 use crate::batch::{Batch, CacheOp, Claim, Members, Sweep, Vanished};
 use crate::catalog::signature::Signatures;
-use crate::config::RedisConfig;
 use crate::config::open::OpenRule;
+use crate::config::{RedisConfig, Rule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::rules::bind::Tagging;
@@ -167,16 +167,17 @@ impl Writer {
         }
     }
 
-    /// The keys that this rule made before and that may be there still; known once the cache is claimed.
-    pub fn former(&self, rule: &str, owns: bool) -> Former {
-        let main = self.records.first();
-        main.map(|record| record.claims.former(rule, owns, &self.config.prefix)).unwrap_or_default()
+    /// The keys that each rule made before and that may be there still; known once the cache is claimed.
+    pub fn former(&self, rules: &[Rule]) -> Vec<Former> {
+        let owns = |rule: &Rule| rule.write.as_ref().is_some_and(|write| write.owns);
+        let rules = rules.iter().map(|rule| (rule.name.value.as_str(), owns(rule)));
+        self.records.first().map(|record| record.claims.former(rules, &self.config.prefix)).unwrap_or_default()
     }
 
     /// The rules of patterns whose tables are gone; known once the cache is claimed.
     pub fn vanished(&self, open: &[OpenRule]) -> Vec<Vanished> {
-        let owns = |pattern: &str| open.iter().find(|open| open.name() == pattern).map(OpenRule::owns);
-        self.records.first().map(|record| record.claims.vanished(owns)).unwrap_or_default()
+        let is_open = |pattern: &str| open.iter().any(|open| open.name() == pattern);
+        self.records.first().map(|record| record.claims.vanished(is_open)).unwrap_or_default()
     }
 
     fn catalog_key(&self) -> String {

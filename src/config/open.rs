@@ -87,11 +87,6 @@ impl OpenRule {
         self.rule.write.is_some()
     }
 
-    /// Whether every key that its templates can make is its own, whatever a text in it looks like.
-    pub fn owns(&self) -> bool {
-        self.rule.write.as_ref().is_some_and(|write| write.owns)
-    }
-
     /// What is wrong with it, whatever tables there are.
     pub(super) fn problems(&self) -> Vec<Diagnostic> {
         let vars = self.rule.vars.iter().filter(|(name, _)| template::OF_TABLE.contains(&name.value.as_str()));

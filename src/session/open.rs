@@ -23,7 +23,7 @@ use crate::catalog::signature::{self, Signatures};
 use crate::catalog::{self, Carrier, Catalog};
 use crate::config::code::Code;
 use crate::config::open::pattern_of;
-use crate::config::{self, Config, OnGap, PostgresConfig, Rule, diagnostic};
+use crate::config::{self, Config, OnGap, PostgresConfig, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
@@ -116,8 +116,7 @@ pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Ch
         }
     };
     let vanished = writer.vanished(&config.open);
-    let owns = |rule: &Rule| rule.write.as_ref().is_some_and(|write| write.owns);
-    let former = config.rules.iter().map(|rule| writer.former(&rule.name.value, owns(rule))).collect();
+    let former = writer.former(&config.rules);
     begun(daemon, &checkpoint, &reasons);
     let (flushed, signatures) = (identity.flush_lsn, catalog.signatures);
     let streamed =
@@ -499,7 +498,7 @@ fn warn_of_removed_rules(daemon: &Daemon, before: Option<&BTreeMap<String, Strin
     };
     let (vanished, removed): (Vec<String>, Vec<String>) = removed.into_iter().partition(of_pattern);
     if !vanished.is_empty() {
-        tracing::info!(rules = ?vanished, "their tables are gone, and their keys go too");
+        tracing::info!(rules = ?vanished, "their tables are gone: their keys go next");
     }
     if !removed.is_empty() {
         tracing::warn!(rules = ?removed, "removed rules: the keys that they wrote stay, and are no longer kept right");
