@@ -180,7 +180,7 @@ async fn what_a_publication_carries_is_what_postgres_says() {
         (14, "table middle, leaf_1, other.leaf_2"),
         (14, "table parent, only child"),
         (14, "table leaf_3"),
-        (15, "table plain (g, b, id)"),
+        (18, "table plain (g, b, id)"),
         (15, "table plain (b, id) where (id > 10), parent where (id < 3), other.plain"),
         (15, "tables in schema other"),
         (15, "tables in schema public"),

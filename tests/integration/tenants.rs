@@ -112,7 +112,7 @@ async fn tenants_come_and_go_while_it_runs_and_while_it_does_not() {
     in_step(&stage, &["tenant_a", "tenant_c", "tenant_d"]).await;
     assert_eq!(stage.get::<Option<String>>("tenant_b:list").await, None);
     let log = daemon.log();
-    assert!(log.contains("their keys go too") && !log.contains("are no longer kept right"), "{log}");
+    assert!(log.contains("their keys go next") && !log.contains("are no longer kept right"), "{log}");
 
     // Seen, perhaps, and not done with.
     stage.execute(&tenant("tenant_e")).await;
@@ -127,6 +127,56 @@ async fn tenants_come_and_go_while_it_runs_and_while_it_does_not() {
     assert!(record.contains("product[tenant_e.products]") && !record.contains("tenant_b"), "{record}");
     let all = stage.keepstep(&["verify"]);
     assert!(all.contains(" 100 keys compared: 0 not right"), "{all}");
+    assert!(daemon.terminate().await.success());
+}
+
+/// A dropped table is as good as TRUNCATE: keys go that hold a text, too, and the next tenant of that name finds none.
+#[tokio::test]
+async fn keys_that_hold_a_text_go_with_their_table() {
+    let stage = Stage::set();
+    let pages = |schema: &str| {
+        format!(
+            "create schema {schema}; create table {schema}.pages (slug text primary key, body text);
+             insert into {schema}.pages values ('home', 'h'), ('a:b', 'c')"
+        )
+    };
+    for schema in ["tenant_acme", "tenant_b"] {
+        stage.execute(&pages(schema)).await;
+    }
+    let rules = stage.rules(
+        "[rule.page]\ntable = \"tenant_*.pages\"\nkey = \"{_schema}:page:{_pk}\"\nvalue = \"json\"\ncolumns = [\"*\"]\n",
+    );
+    stage.keepstep(&["setup"]);
+    let daemon = Daemon::start(&stage, &rules).await;
+    wait_for("the pages", async || stage.get::<Option<String>>("tenant_b:page:a:b").await).await;
+    stage.execute("drop schema tenant_acme cascade").await;
+    gone(&stage, "tenant_acme:page:home").await;
+    gone(&stage, "tenant_acme:page:a:b").await;
+    let record: String = stage.cache().await.get(format!("{}keepstep:rules", Stage::PREFIX)).await.unwrap();
+    assert!(record.contains("tenant_b") && !record.contains("tenant_acme"), "{record}");
+    assert_eq!(stage.get::<Option<String>>("tenant_b:page:home").await.as_deref(), Some(r#"{"slug":"home","body":"h"}"#));
+    assert!(daemon.terminate().await.success());
+}
+
+/// A long ALTER on a table of the publication is no matter of those that the rules follow, nor of other tenants.
+#[tokio::test]
+async fn a_locked_table_holds_up_no_other() {
+    let stage = Stage::set();
+    stage.execute("create schema other; create table other.t (id int primary key)").await;
+    let daemon = three(&stage).await;
+    stage.execute("alter publication keepstep add table other.t").await;
+    let busy = stage.sql().await;
+    busy.batch_execute("begin; lock table other.t, tenant_b.products in access exclusive mode").await.unwrap();
+    daemon.kill();
+    let daemon = Daemon::start(&stage, &stage.folder().join("keepstep.toml")).await;
+    stage.execute("update tenant_a.products set name = 'meanwhile' where id = 3").await;
+    wait_for("the change", async || {
+        stage.get::<Option<String>>("tenant_a:product:0:3").await?.contains("meanwhile").then_some(())
+    })
+    .await;
+    busy.batch_execute("rollback").await.unwrap();
+    in_step(&stage, &["tenant_a", "tenant_b", "tenant_c"]).await;
+    assert_eq!(daemon.metric("keepstep_sessions_total").await, Some(1.0));
     assert!(daemon.terminate().await.success());
 }
 
