@@ -18,7 +18,7 @@ pub mod signature;
 
 pub use check::{Checked, check_rules};
 pub use load::{load, row_filter};
-pub use matching::{RULES_MAX, with_tables};
+pub use matching::{RULES_MAX, with_other_tables, with_tables};
 
 /// What carries changes out of the database.
 #[derive(Clone, Debug, PartialEq, Eq)]

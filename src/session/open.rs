@@ -158,7 +158,7 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &mut Daemon, out
 /// Asks for the tables of rules with patterns, once: from then on they are looked at while it streams, and what has changed
 /// comes as an order, so that the rules of an order that waits keep their numbers.
 async fn match_tables(daemon: &mut Daemon, client: &tokio_postgres::Client) -> Result<()> {
-    if !daemon.config.matched {
+    if daemon.config.tables.is_none() {
         let config = catalog::with_tables(client, &daemon.config).await?;
         for rule in config.idle() {
             let (rule, pattern) = (rule.name(), rule.table().value.written());
@@ -171,7 +171,7 @@ async fn match_tables(daemon: &mut Daemon, client: &tokio_postgres::Client) -> R
 
 /// The configuration with the tables that there are, through a connection of its own.
 pub async fn with_tables(config: Config) -> Result<Config> {
-    if config.matched {
+    if config.tables.is_some() {
         return Ok(config);
     }
     let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
@@ -474,10 +474,7 @@ pub(super) async fn rehearse(config: &Config) -> Result<Config> {
 /// [`ErrorKind::Config`] if it cannot be followed: too many tables, or keys that two rules would fight for. What else does
 /// not fit pauses its own rule.
 pub(super) async fn for_tables_now(config: &Config, client: &tokio_postgres::Client) -> Result<Option<Config>> {
-    if config.open.is_empty() {
-        return Ok(None);
-    }
-    let now = catalog::with_tables(client, config).await?;
+    let Some(now) = catalog::with_other_tables(client, config).await? else { return Ok(None) };
     if RuleSet::new(&now.rules) == RuleSet::new(&config.rules) {
         return Ok(None);
     }
