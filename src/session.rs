@@ -148,8 +148,9 @@ impl Daemon {
             *seen = None;
         }
         self.rules = Arc::new(RuleSet::new(&config.rules));
-        self.config = config;
         self.metrics.rule_paused.reset();
+        self.metrics.forget(&self.config.rules, &config.rules);
+        self.config = config;
         self.show_rules();
     }
 
