@@ -529,7 +529,24 @@ impl<C: Cache + Send + 'static> Session<C> {
         let progress = self.reads.progress.clone();
         // A restart begins at the lower of the two.
         let drains = self.source.drains(low.min(good.lsn));
-        Checkpoint { applied, low, good, written_us, owing, progress, drains, ..self.checkpoint.clone() }
+        // Without a copy of what rules owed before.
+        let Checkpoint { version, epoch, released, gap, ref origin, ref rules, .. } = self.checkpoint;
+        let (origin, rules) = (origin.clone(), rules.clone());
+        Checkpoint {
+            version,
+            origin,
+            epoch,
+            applied,
+            low,
+            good,
+            rules,
+            written_us,
+            released,
+            owing,
+            progress,
+            drains,
+            gap,
+        }
     }
 
     /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
