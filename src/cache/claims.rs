@@ -189,6 +189,11 @@ pub struct Former {
 }
 
 impl Former {
+    /// The same as patterns.
+    pub fn patterns(&self) -> &[Pattern] {
+        &self.made
+    }
+
     /// Whether the key is one of them. One that a present rule can make is that rule's.
     pub fn matches(&self, key: &[u8]) -> bool {
         let made = |patterns: &[Pattern]| patterns.iter().any(|pattern| pattern.matches(key));

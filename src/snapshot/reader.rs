@@ -492,17 +492,28 @@ impl Reader {
         self.say(Found::Piece(empty)).await
     }
 
-    /// How many cells there are in Redis, about: each key is one, and, where rows are members, each row.
+    /// How many cells there are to be known of, about: each key is one, and, where rows are members, each row.
     async fn cells_in_redis(&self, job: &TableJob, wanted: &Wanted) -> Result<u64> {
-        let mut cells = Scan::key_count(&self.setting.redis).await?;
+        let keys = Scan::key_count(&self.setting.redis).await?;
+        let mut cells = keys;
+        if keys > PART_CELLS_MAX {
+            // Most can be those of others, and the table is read once for each part. Its rows are known of too.
+            let of_rows = self.row_count(job).await?.saturating_mul(job.table.rules.len() as u64);
+            cells = wanted.count(&self.setting.redis).await?.max(keys.min(of_rows));
+        }
         let of_a_row = wanted.members_of_a_row();
         if of_a_row > 0 {
-            let sql = "select coalesce(sum(greatest(c.reltuples, 0)), 0)::int8::text from pg_catalog.pg_class c
-                where c.oid in (select $1 union select relid from pg_catalog.pg_partition_tree($1))";
-            let row = query_one(&self.client, sql, &[(&job.table.relation.oid, Type::OID)]).await?;
-            cells += of_a_row * parse::<u64>(&row, 0)?;
+            cells += of_a_row * self.row_count(job).await?;
         }
         Ok(cells)
+    }
+
+    /// About how many rows the table has.
+    async fn row_count(&self, job: &TableJob) -> Result<u64> {
+        let sql = "select coalesce(sum(greatest(c.reltuples, 0)), 0)::int8::text from pg_catalog.pg_class c
+                where c.oid in (select $1 union select relid from pg_catalog.pg_partition_tree($1))";
+        let row = query_one(&self.client, sql, &[(&job.table.relation.oid, Type::OID)]).await?;
+        parse(&row, 0)
     }
 
     /// What the orphans are called.
@@ -519,7 +530,13 @@ impl Reader {
         self.say(Found::Candidates(found)).await
     }
 
-    async fn leaves(&mut self, job: &TableJob, table: &BoundTable, facts: &TableFacts, rows_wanted: bool) -> Outcome<()> {
+    async fn leaves(
+        &mut self,
+        job: &TableJob,
+        table: &BoundTable,
+        facts: &TableFacts,
+        rows_wanted: bool,
+    ) -> Outcome<()> {
         let condition = condition([facts.row_filter.as_deref(), job.filter.as_deref()]);
         let mut leaves: Vec<(u32, &TableName)> = facts.leaves.iter().map(|leaf| (leaf.oid, &leaf.name)).collect();
         if leaves.is_empty() {
