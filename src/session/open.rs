@@ -335,6 +335,8 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         messages: Messages::new(streamed.proven),
         desk: Arc::clone(&daemon.desk),
         tables_refused: None,
+        unbound: BTreeSet::new(),
+        next_tables: None,
         vanished: Vec::new(),
         successor: None,
         batch: batch(),

@@ -111,6 +111,11 @@ impl Tables {
         Ok(self.bind_with(relation, &catalog, &types))
     }
 
+    /// The table of this name as the catalog has it.
+    pub async fn relation(&self, name: &TableName, client: &Client) -> Result<Option<Relation>> {
+        Ok(self.look(client, name).await?.tables.remove(name).map(|facts| facts.relation))
+    }
+
     async fn look(&self, client: &Client, name: &TableName) -> Result<Catalog> {
         catalog::load(client, &Carrier::of(&self.config.postgres), std::slice::from_ref(name)).await
     }
