@@ -12,6 +12,7 @@
 //! **Architecture invariant:** what is acknowledged to Postgres comes from a checkpoint that Redis has answered for,
 //! never from what was received.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -27,11 +28,11 @@ use crate::cache::checkpoint::{Checkpoint, Debt, RuleSet};
 use crate::cache::{Applied, Cache, Differing};
 use crate::canary::{self, Canary};
 use crate::catalog::signature::Signatures;
-use crate::config::{Config, OnGap};
+use crate::config::{Config, OnGap, Rule, TableName};
 use crate::decode::pgoutput;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
-use crate::model::{Lsn, Position};
+use crate::model::{Lsn, Position, Relation};
 use crate::query::Lookups;
 use crate::rules::bind::BoundRule;
 use crate::rules::pattern::Pattern;
@@ -40,7 +41,7 @@ use crate::snapshot::visibility::{self, Snapshot};
 use crate::source::{Frame, Source};
 
 use acks::Acks;
-use debts::Debts;
+use debts::{Debts, Reason};
 use desk::Desk;
 use intake::{Ask, Intake};
 use look::Looked;
@@ -147,9 +148,10 @@ impl Daemon {
         if !same_cache || postgres.url != config.postgres.url || postgres.slot != config.postgres.slot {
             *seen = None;
         }
+        self.metrics.rule_paused.reset();
+        self.metrics.forget(&self.config.rules, &config.rules);
         self.rules = Arc::new(RuleSet::new(&config.rules));
         self.config = config;
-        self.metrics.rule_paused.reset();
         self.show_rules();
     }
 
@@ -294,6 +296,10 @@ pub struct Session<C> {
     desk: Arc<Desk>,
     /// Why the tables that there are now are not followed.
     tables_refused: Option<String>,
+    /// Tables of rules that owe, by names that the stream knows nothing of.
+    unbound: BTreeSet<TableName>,
+    /// The rules for the tables that there are now, once a pass has ended that would have to begin anew.
+    next_tables: Option<Config>,
     /// Rules whose tables are gone, and whose keys still stand.
     vanished: Vec<Vanished>,
     /// What the next session follows, once it was ordered.
@@ -459,9 +465,8 @@ impl<C: Cache + Send + 'static> Session<C> {
                 None => {}
                 Some(Ask::Hear(content)) => self.reads.hear(&content, !self.batch.is_empty()),
                 Some(Ask::Bind(relation)) => {
-                    let bound = tokio::time::timeout(BIND_LIMIT, self.tables.bind(relation, &self.client)).await;
-                    let bound = bound.unwrap_or_else(|_| Err(catalog_silent()))?;
-                    self.intake.bind(bound);
+                    self.owe_renamed(&relation);
+                    self.bind(relation).await?;
                 }
             }
         }
@@ -469,6 +474,39 @@ impl<C: Cache + Send + 'static> Session<C> {
             true => self.send_status(false).await,
             false => Ok(()),
         }
+    }
+
+    async fn bind(&mut self, relation: Relation) -> Result<()> {
+        let bound = tokio::time::timeout(BIND_LIMIT, self.tables.bind(relation, &self.client)).await;
+        self.intake.bind(bound.unwrap_or_else(|_| Err(catalog_silent()))?);
+        Ok(())
+    }
+
+    /// Tables are bound by the names that the catalog has for them now. What the stream has described already keeps its
+    /// columns: so its rows are sent until it says something else.
+    async fn bind_unbound(&mut self) -> Result<()> {
+        for name in std::mem::take(&mut self.unbound) {
+            let Some(now) = self.tables.relation(&name, &self.client).await? else { continue };
+            let TableName { schema, name } = name;
+            let sent = self.intake.relation(now.oid).map(|sent| Relation { schema, name, ..sent.clone() });
+            self.bind(sent.unwrap_or(now)).await?;
+        }
+        Ok(())
+    }
+
+    /// The stream calls a table something else than before. What it brings of it is nothing to the rules of its old name, and it
+    /// may get that back without leaving a trace in the catalog.
+    fn owe_renamed(&mut self, relation: &Relation) {
+        let Some(known) = self.intake.relation(relation.oid).map(TableName::from) else { return };
+        if known == TableName::from(relation) {
+            return;
+        }
+        let rules: Vec<&Rule> = self.config.rules.iter().filter(|rule| rule.table.value == known).collect();
+        if !rules.is_empty() {
+            tracing::warn!(table = %known, now = %TableName::from(relation), "the table was renamed: its rules are reconciled");
+            self.metrics.reconciles_total.with_label_values(&[Reason::Catalog.label()]).inc();
+        }
+        rules.iter().for_each(|rule| self.debts.owe(&rule.name.value, Debt::Reconcile));
     }
 
     /// Sends something if nothing is in flight; whether it did. The stream and what is read take turns.
@@ -530,7 +568,24 @@ impl<C: Cache + Send + 'static> Session<C> {
         let progress = self.reads.progress.clone();
         // A restart begins at the lower of the two.
         let drains = self.source.drains(low.min(good.lsn));
-        Checkpoint { applied, low, good, written_us, owing, progress, drains, ..self.checkpoint.clone() }
+        // Without a copy of what rules owed before.
+        let Checkpoint { version, epoch, released, gap, ref origin, ref rules, .. } = self.checkpoint;
+        let (origin, rules) = (origin.clone(), rules.clone());
+        Checkpoint {
+            version,
+            origin,
+            epoch,
+            applied,
+            low,
+            good,
+            rules,
+            written_us,
+            released,
+            owing,
+            progress,
+            drains,
+            gap,
+        }
     }
 
     /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
@@ -683,6 +738,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
         self.look_at_visibility();
         self.sweep_vanished();
+        self.bind_unbound().await?;
         self.look(now);
         self.forget_stale(now);
         self.probe_if_idle(now);

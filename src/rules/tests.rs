@@ -380,6 +380,7 @@ fn tags_of_rows_that_are_not_logged() {
 #[test]
 fn partitions_that_log_less() {
     let leaf = |name: &str, identity, columns: &[&str]| Leaf {
+        oid: 0,
         name: TableName { schema: "public".to_owned(), name: name.to_owned() },
         identity,
         identity_columns: columns.iter().map(|column| (*column).to_owned()).collect(),

@@ -126,6 +126,8 @@ struct Pass {
     swept: bool,
     /// Which of the keys that Redis holds nobody has rendered or touched since the pass began.
     search: Option<SharedSearch>,
+    /// Where it has come to is stored.
+    resumes: bool,
     began: Instant,
     rows: u64,
     share: f64,
@@ -218,6 +220,12 @@ impl Reads {
     /// Whether somebody waits for a pass.
     pub(super) fn is_asked(&self) -> bool {
         self.asked.iter().any(|asked| !asked.is_audit)
+    }
+
+    /// Whether what is being read for a debt would have to begin anew in another session.
+    pub(super) fn would_begin_anew(&self) -> bool {
+        let pass = self.reading.as_ref().and_then(|reading| reading.pass.as_ref());
+        pass.is_some_and(|pass| matches!(pass.purpose, Why::Debt(_)) && !pass.resumes)
     }
 
     /// Whether nothing is being read, and nobody has asked for it.
@@ -633,6 +641,9 @@ impl<C: Cache + Send + 'static> Session<C> {
             "{} done",
             pass.purpose.name()
         );
+        if let Some(now) = self.next_tables.take() {
+            self.go_on_with(now);
+        }
         if !matches!(pass.purpose, Why::Debt(_)) {
             return;
         }

@@ -81,12 +81,11 @@ impl<C: Cache + Send + 'static> Session<C> {
         let former: Vec<(u16, Former)> =
             reconciled.filter_map(|rule| Some((rule.rule, self.reads.former_of(rule.rule)?.clone()))).collect();
         let searched = former.iter().map(|(rule, _)| *rule).collect();
+        // While nothing was read, a change that `changed` skips can have moved a row to where it was read already.
+        let resumes = worst == Debt::Warm && owes.iter().all(|(rule, _)| rule.changed.is_none());
         // What was read for other rules, or of another table, or leaves more to do, is no part of this.
         let same = |progress: &&Progress| {
-            let changes_count = owes.iter().all(|(rule, _)| rule.changed.is_none());
-            progress.from.table == table.relation.oid && progress.rules == self.names(&rules)
-                // While nothing was read, a change that `changed` skips can have moved a row to where it was read already.
-                && worst == Debt::Warm && changes_count
+            resumes && progress.from.table == table.relation.oid && progress.rules == self.names(&rules)
         };
         let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
         let job = TableJob {
@@ -100,7 +99,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             listings,
             barrier: !self.reads.barrier_passed,
         };
-        Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst), &job) }, job))
+        Some((Pass { former: searched, resumes, ..pass(&table, rules, Why::Debt(worst), &job) }, job))
     }
 
     pub(super) fn names(&self, rules: &[u16]) -> Vec<String> {
@@ -180,6 +179,7 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why, job: &TableJob) 
         former: Vec::new(),
         swept: false,
         search: job.search.as_ref().map(|search| Arc::clone(&search.known)),
+        resumes: false,
         began: Instant::now(),
         rows: 0,
         share: 0.0,
