@@ -97,7 +97,7 @@ impl Table {
             Self::Stream => {
                 "An entry of a Redis stream for each change, once the change is visible in Postgres: `op`, `table`, `key`, \
                  `before`, `after`, `epoch`, `lsn`, `ordinal` and `ts`. Consumers tell repeats by `epoch`, `lsn` and `ordinal`. Where \
-                 changes may have been missed, an entry has the `op` `gap` and no row."
+                 changes may have been missed, an entry has the `op` `gap`, the `ordinal` 0 and no row: that one is never a repeat."
             }
             Self::Publish => {
                 "A message for each change, once the change is visible in Postgres: JSON with `op`, `table`, `key` and \

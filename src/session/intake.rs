@@ -425,53 +425,44 @@ impl Intake {
         Ok(())
     }
 
-    fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
+    /// Each of the tables has a place of its own: what is told of them can be told apart.
+    fn truncate(&mut self, relation: u32, batch: &mut Batch) -> Result<()> {
         let (position, transaction, xid) = self.next_position()?;
-        let settles = !transaction.released || relations.iter().any(|relation| self.refreshes(*relation));
-        let tables = relations.iter().filter_map(|relation| self.tables.get(relation));
-        for table in tables.filter(|table| !table.repeats.is_empty()) {
+        let table =
+            self.tables.get(&relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
+        if !table.repeats.is_empty() {
             self.again.everything(&table.repeats, table.bound.rules.iter().filter(|rule| rule.on.delete));
             self.again.collected(xid, transaction.visible, transaction.commit_lsn, position);
         }
-        if position <= self.good && !settles {
-            return Ok(());
-        }
-        for relation in relations {
-            let table =
-                self.tables.get(relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
-            let settled = Some(self.later.collect()).filter(|_| settles);
-            if position <= self.good {
-                plan::truncate(&table.bound, transaction, &mut self.redo, settled);
-                self.redo.clear();
-                continue;
-            }
+        let settles = !transaction.released || table.refreshes;
+        let settled = Some(self.later.collect()).filter(|_| settles);
+        let is_new = position > self.good;
+        if is_new {
             table.truncates.inc();
             plan::truncate(&table.bound, transaction, batch, settled);
             if let Some(touches) = &mut self.touches {
                 table.bound.rules.iter().for_each(|rule| touches.rule(xid, rule.rule));
             }
+        } else if settles {
+            plan::truncate(&table.bound, transaction, &mut self.redo, settled);
+            self.redo.clear();
         }
         if settles {
             self.later.collected(xid, transaction.visible, transaction.commit_lsn, position);
         }
-        if position <= self.good {
-            return Ok(());
+        if is_new {
+            self.reached(position, transaction.commit_lsn, batch);
         }
-        self.reached(position, transaction.commit_lsn, batch);
         Ok(())
     }
 
-    /// Counts a row change.
+    /// Counts a row change, or a table that is truncated.
     fn next_position(&mut self) -> Result<(Position, Transaction, Xid)> {
         let open = self.open.as_mut().ok_or_else(|| protocol("a change outside of a transaction"))?;
         open.transaction.ordinal += 1;
         let position = Position { lsn: open.transaction.commit_lsn, ordinal: open.transaction.ordinal };
         open.transaction.released = position <= self.released;
         Ok((position, open.transaction, open.xid))
-    }
-
-    fn refreshes(&self, relation: u32) -> bool {
-        self.tables.get(&relation).is_some_and(|table| table.refreshes)
     }
 
     fn reached(&mut self, position: Position, low: Lsn, batch: &mut Batch) {
@@ -542,7 +533,7 @@ fn protocol(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{CacheOp, Limits};
+    use crate::batch::{self, CacheOp, Effect, Limits};
     use crate::cache::checkpoint::tests::checkpoint;
     use crate::model::{Timestamp, Tuple, Xid};
     use crate::plan::tests::{bound, text_tuple};
@@ -690,6 +681,23 @@ mod tests {
         assert_eq!((stream.batch.applied, stream.batch.low), (Some(at(300, 1)), Lsn(300)));
         stream.insert("2", "1");
         assert!(!stream.intake.is_whole(&stream.batch), "the second one is not");
+    }
+
+    #[test]
+    fn what_is_told_of_tables_that_are_truncated_together_has_places_of_its_own() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        let told = bound("stream = { key = \"events\" }", &["id"]);
+        let other = Relation { oid: 2, name: "other".into(), ..told.relation.clone() };
+        stream.intake.bind(BoundTable { relation: other, ..told.clone() });
+        stream.intake.bind(told);
+        stream.begin(200);
+        stream.take(Event::Truncate { relations: vec![1, 2] }).expect("a TRUNCATE");
+        let ordinals = stream.intake.later.collect().effects().map(|effect| {
+            let Effect::Append { entry, .. } = effect else { panic!("not told: {effect:?}") };
+            batch::fields(entry).find(|(name, _)| *name == b"ordinal").expect("an ordinal").1.to_vec()
+        });
+        assert_eq!(ordinals.collect::<Vec<_>>(), [b"1", b"2"]);
+        assert_eq!(stream.batch.applied, Some(at(200, 2)));
     }
 
     #[test]
