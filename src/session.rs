@@ -306,8 +306,6 @@ pub struct Session<C> {
     cache: Option<C>,
     in_flight: Option<InFlight<C>>,
     flying: Flying,
-    /// Since when.
-    flying_since: Instant,
     reads: Reads,
     settling: Option<Settling>,
     /// At home, while it answers nothing.
@@ -546,7 +544,10 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
         let Some(mut cache) = self.cache.take() else { return false };
-        (self.flying, self.flying_since) = (flying, Instant::now());
+        self.flying = flying;
+        if batch.searches() {
+            self.intake.rest();
+        }
         self.in_flight = Some(Box::pin(async move {
             let outcome = cache.apply(&batch, next).await.map(Outcome::Applied);
             (cache, batch, outcome)
@@ -558,7 +559,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Outcome>) -> Result<()> {
         self.in_flight = None;
         self.cache = Some(cache);
-        let Applied { checkpoint, invalidated, owed } = match (outcome?, self.flying) {
+        let Applied { checkpoint, invalidated, owed, searched } = match (outcome?, self.flying) {
             (Outcome::Applied(applied), _) => applied,
             (Outcome::Compared(differing), flying) => {
                 self.compared(batch, &differing, flying == Flying::Comparison { orphans: true });
@@ -567,10 +568,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         };
         self.answered_at = Instant::now();
-        if !batch.sweeps().is_empty() {
-            // Redis is left to others for as long as going through all keys took.
-            self.intake.rest_until(self.answered_at + self.flying_since.elapsed());
-        }
+        // Redis is left to others for as long as going through all keys took.
+        self.intake.rest_until(self.answered_at + searched);
         if self.flying == Flying::Stream {
             self.proven = checkpoint.applied;
         }

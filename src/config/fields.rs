@@ -900,7 +900,8 @@ pub const FIELDS: &[Field] = &[
         meaning: "Whoever fills a deleted key at once can still read the old row. With `\"settled\"` the keys of `delete` are \
                   deleted again once everybody sees the change; mostly it is visible the first time. With a duration, so are \
                   they, and so long after that everything that `delete`, `delete_tags` and `delete_match` name once more: for \
-                  those that take a while to fill. Until then Postgres keeps the change's log.",
+                  those that take a while to fill. Until then Postgres keeps the change's log. Where more goes stale than may \
+                  wait (16,384 keys or tags, 1 MiB of their names, 256 patterns), everything that such rules can name goes instead.",
         needs: &[],
         limits: "Needs `delete`, `delete_tags` or `delete_match`. No duration together with `lookup`.",
         example: "\"30s\"",

@@ -93,6 +93,8 @@ pub struct Intake {
     later: Later,
     /// What waits for longer.
     again: Again,
+    /// Going through all keys for any of that is left until then; `None` while a batch in flight does so.
+    rest_until: Option<Instant>,
     /// Up to here that has gone out.
     released: Position,
     /// The last look at what is visible.
@@ -122,6 +124,7 @@ impl Intake {
             released: checkpoint.released,
             later: Later::new(settled_limits, rules.names.len()),
             again: Again::new(rules.names.len()),
+            rest_until: Some(Instant::now()),
             seen: None,
             tables: HashMap::new(),
             open: None,
@@ -205,7 +208,9 @@ impl Intake {
                 }
             }
             Event::Change { relation, change } => self.change(relation, change, batch)?,
-            Event::Truncate { relations } => self.truncate(&relations, batch)?,
+            Event::Truncate { relations } => {
+                relations.iter().try_for_each(|relation| self.truncate(*relation, batch))?;
+            }
             Event::Commit { end_lsn, .. } => {
                 let open = self.open.take().ok_or_else(|| protocol("a commit without a transaction"))?;
                 if !open.transaction.visible {
@@ -291,19 +296,30 @@ impl Intake {
 
     /// What waits for nothing any more goes into the batch; gives what has to be read again.
     pub(super) fn release(&mut self, batch: &mut Batch) -> Option<Released> {
-        let (until, released) = self.later.release(batch, Instant::now())?;
+        let now = Instant::now();
+        let (until, released) = self.later.release(batch, now, self.may_search(now))?;
         batch.released = Some(until);
         Some(released)
     }
 
     /// What is to be deleted once more by now goes into the batch; whether that was anything.
     pub fn release_again(&mut self, batch: &mut Batch) -> bool {
-        self.again.release(batch, Instant::now())
+        let now = Instant::now();
+        self.again.release(batch, now, self.may_search(now))
     }
 
-    /// All keys were just gone through: that is not done again before then.
+    /// All keys are gone through: nothing is released that asks for that too.
+    pub fn rest(&mut self) {
+        self.rest_until = None;
+    }
+
+    /// That is over; nor is anything like it released before then.
     pub fn rest_until(&mut self, instant: Instant) {
-        self.later.rest_until(instant);
+        self.rest_until = Some(instant);
+    }
+
+    fn may_search(&self, now: Instant) -> bool {
+        self.rest_until.is_some_and(|until| now >= until)
     }
 
     /// From now on what the stream touches is noted, as it may be already.

@@ -343,7 +343,6 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         cache: Some(cache),
         in_flight: None,
         flying: Flying::Stream,
-        flying_since: now,
         reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone(), streamed.former),
         settling: None,
         lookups: Some(Box::new(lookups)),
