@@ -368,7 +368,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         flushed_at_start: streamed.flushed,
         server_end: streamed.flushed,
         looked_at: None,
-        forgot_at: Instant::now(),
+        forget_due: false,
         heartbeat_sent: now,
         reply_requested: false,
         checkpoint_due: false,

@@ -199,6 +199,45 @@ async fn a_kill_in_the_middle_leaves_no_key_with_the_tag() {
     }
 }
 
+#[tokio::test]
+async fn short_runs_forget_members_without_a_key_too() {
+    let (stage, rules, daemon) = set().await;
+    fill(&stage, "page:/1", "category:1").await;
+    let () = stage.cache().await.del("test:page:/1").await.unwrap();
+    assert!(daemon.terminate().await.success());
+    let mut checkpoint = stage.checkpoint().await.unwrap();
+    checkpoint.written_us -= 2 * 3_600_000_000;
+    let () = stage.cache().await.set("test:keepstep:checkpoint", checkpoint.encode()).await.unwrap();
+    assert!(Daemon::spawn(&stage, &rules, &["--until-caught-up"]).end().await.success());
+    assert_eq!(members(&stage, "category:1").await, cards(1));
+}
+
+/// The writer alone.
+#[tokio::test]
+async fn only_going_through_all_keys_takes_time_that_is_rested() {
+    let stage = Stage::set();
+    let (config, _) = config::load(&stage.rules(RULES), &|_| None).unwrap();
+    let rules = Arc::new(RuleSet::new(&config.rules));
+    let mut writer = Writer::new(config.redis, Arc::clone(&rules), Arc::new(Metrics::new())).unwrap();
+    writer.claim(None).await.unwrap();
+    fill(&stage, "page:/1", "category:1").await;
+    let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 3);
+    batch.sweep_tag(b"test:tag:category:1".to_vec());
+    assert_eq!(writer.apply(&batch, checkpoint(&rules)).await.unwrap().searched, Duration::ZERO);
+    assert_eq!(stage.get::<Option<String>>("page:/1").await, None);
+    // Redis does not answer for a while.
+    batch.sweep(0, numbered("page:/"));
+    stage.put("page:/2", "filled").await;
+    let pause = Duration::from_secs(2);
+    let mut stall = redis::cmd("CLIENT");
+    stall.arg("PAUSE").arg(pause.as_millis() as u64);
+    let () = stall.query_async(&mut stage.cache().await).await.unwrap();
+    let began = Instant::now();
+    let searched = writer.apply(&batch, Checkpoint { written_us: 1, ..checkpoint(&rules) }).await.unwrap().searched;
+    assert!(!searched.is_zero() && searched + pause / 2 < began.elapsed(), "{searched:?} of {:?}", began.elapsed());
+    assert_eq!(stage.get::<Option<String>>("page:/2").await, None);
+}
+
 /// The writer alone: of members whose keys are gone, only those that no row keeps there go.
 #[tokio::test]
 async fn members_without_a_key_are_forgotten() {
