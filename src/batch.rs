@@ -600,9 +600,12 @@ impl Batch {
         self.sweeps.add(Sweep::Owned(pattern));
     }
 
-    /// Every key of a rule that is no more goes.
+    /// Every key of a rule that is no more goes, and every key with a tag of it.
     pub fn sweep_vanished(&mut self, vanished: Vanished, prefix: &str) {
-        vanished.forms.iter().for_each(|form| self.sweeps.add(Sweep::Owned(form.pattern(prefix))));
+        for form in &vanished.forms {
+            let pattern = form.pattern(prefix);
+            self.sweeps.add(if form.is_tag() { Sweep::Tags(pattern, Members::All) } else { Sweep::Owned(pattern) });
+        }
         self.vanished.push(vanished);
     }
 

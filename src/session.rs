@@ -707,6 +707,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         if self.vanished.is_empty() || self.in_flight.is_some() || !self.intake.is_past_start() {
             return;
         }
+        self.intake.say_claims(&mut self.batch);
         let some = self.vanished.len().min(VANISHED_AT_A_TIME);
         for vanished in self.vanished.drain(..some) {
             self.batch.sweep_vanished(vanished, &self.config.redis.prefix);

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use keepstep::batch::{Batch, Claim, Limits};
 use keepstep::cache::Cache;
@@ -153,6 +154,18 @@ async fn a_gap_makes_every_tag_stale() {
     assert_eq!(members(&stage, "category:1").await, left);
 }
 
+#[tokio::test]
+async fn a_tag_that_nobody_deletes_by_any_more_takes_its_keys_with_it() {
+    let (stage, _rules, daemon) = set().await;
+    fill(&stage, "page:/1", "category:1").await;
+    assert!(daemon.terminate().await.success());
+    let rules = stage.rules(&RULES.replace("category:{", "cat:{"));
+    let _daemon = Daemon::start(&stage, &rules).await;
+    wait_for("the end of reconciling", async || stage.checkpoint().await?.owing.is_empty().then_some(())).await;
+    assert_eq!(stage.get::<Option<String>>("page:/1").await, None);
+    assert_eq!((members(&stage, "category:1").await, members(&stage, "cat:1").await), (BTreeSet::new(), cards(1)));
+}
+
 /// Pages with a tag, so many that they do not go in one step.
 async fn many(stage: &Stage, count: u32) {
     let mut cache = stage.cache().await;
@@ -250,8 +263,7 @@ async fn members_without_a_key_are_forgotten() {
         fill(&stage, key, "category:1").await;
     }
     let () = stage.cache().await.del(&["test:page:/1", "test:card:1"]).await.unwrap();
-    let form = r#"[{"literal":"tag:category:"},{"value":{"source":{"column":23}}}]"#;
-    let tags = serde_json::from_str::<KeyForm>(form).unwrap().pattern("test:");
+    let tags = numbered("tag:category:");
     let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 3);
     let registered = vec![(tags.clone(), Pattern::beginning_with(b"test:card:"))];
     batch.claim(0, Claim::Tags(Tagging { kept: Vec::new(), registered }));
@@ -259,6 +271,12 @@ async fn members_without_a_key_are_forgotten() {
     writer.apply(&batch, checkpoint(&rules)).await.unwrap();
     let left = ["card:1", "card:2", "page:/2"].map(str::to_owned);
     assert_eq!(members(&stage, "category:1").await, BTreeSet::from(left));
+}
+
+/// The keys that are this and a number.
+fn numbered(literal: &str) -> Pattern {
+    let form = format!(r#"[{{"literal":"{literal}"}},{{"value":{{"source":{{"column":23}}}}}}]"#);
+    serde_json::from_str::<KeyForm>(&form).unwrap().pattern("test:")
 }
 
 fn checkpoint(rules: &RuleSet) -> Checkpoint {
