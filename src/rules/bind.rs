@@ -100,6 +100,7 @@ impl BoundRule {
     pub fn tagging(&self) -> Tagging {
         let of_write = |write: &&BoundWrite| !write.present_only;
         let written = self.write.iter().filter(of_write).map(|write| &write.key).chain(self.settled.keys());
+        let written = written.chain(self.deletes().filter(|_| self.refresh.is_some()));
         let tagged = self.write.iter().flat_map(|write| write.tags.iter().map(move |tag| (tag, write)));
         Tagging {
             kept: written.map(|key| key.pattern.clone()).collect(),

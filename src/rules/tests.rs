@@ -483,6 +483,20 @@ fn keys_that_rules_fight_for() {
     assert_eq!(report(&apart), "");
 }
 
+#[test]
+fn no_tag_takes_a_key_that_a_query_fills() {
+    let query = "[query.page]\nkey = \"page:{category}\"\nmode = \"refresh\"\nshape = \"value\"\nsql = \"select 1 where 1 = :category\"\n\
+                 [[query.page.on]]\ntable = \"public.products\"\nparams = { category = \"{category_id}\" }\n";
+    let kept = |rules: &str, key: &str| {
+        let tagging = bound_rule(rules, &full_products()).tagging();
+        tagging.kept.iter().any(|kept| kept.matches(key.as_bytes()))
+    };
+    assert!(kept(query, "shop:page:7"));
+    let deleted =
+        query.replace("refresh", "delete").replace("shape = \"value\"\nsql = \"select 1 where 1 = :category\"\n", "");
+    assert!(!kept(&deleted, "shop:page:7"));
+}
+
 /// A column's value in text form, for each column of `products`.
 fn any_row() -> impl Strategy<Value = [Option<String>; 6]> {
     let text = || prop::option::weighted(0.9, ".{0,6}");
