@@ -821,9 +821,15 @@ impl Batch {
     }
 
     /// The keys that may hold something wrong where nothing can be written. Tags are not among them: others have a part in
-    /// them, and one member more does no harm.
+    /// them.
     pub fn keys_in_doubt(&self) -> impl Iterator<Item = &[u8]> {
         self.entries.iter().filter(|entry| entry.of != Of::Tag).map(|entry| entry.key(&self.bytes))
+    }
+
+    /// The rules of which a key is a member of a tag no more.
+    pub fn untagging(&self) -> impl Iterator<Item = u16> {
+        let gone = |entry: &&Entry| entry.of == Of::Tag && matches!(entry.decision, Decision::Gone);
+        self.entries.iter().filter(gone).map(|entry| entry.rule)
     }
 
     /// The keys that go as a whole, and when that was decided; empty where there are no members.

@@ -438,15 +438,17 @@ impl Writer {
         }
     }
 
-    /// The rules whose keys are deleted where they should be written, and those whose entries and messages nobody gets, which
-    /// is a gap to whoever follows them.
+    /// The rules whose keys are deleted where they should be written, or stay members of tags, and those whose entries and
+    /// messages nobody gets, which is a gap to whoever follows them.
     fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = (&'b str, Debt)> + 'b {
         // With a member goes its whole key.
         let must_be = |rule: u16, op: &CacheOp<'_>| op.puts() && !self.rules.may_miss[usize::from(rule)];
         let lost = batch.ops().filter(move |(rule, op)| must_be(*rule, op) || op.member().is_some());
         let lost = lost.map(|(rule, _)| (rule, Debt::Warm));
-        let untold = batch.telling().map(|rule| (rule, Debt::Reconcile));
-        lost.chain(untold).map(|(rule, debt)| (self.rules.names[usize::from(rule)].as_str(), debt))
+        // No row says who is no member any more.
+        let untagged = batch.untagging();
+        let reconciled = batch.telling().chain(untagged).map(|rule| (rule, Debt::Reconcile));
+        lost.chain(reconciled).map(|(rule, debt)| (self.rules.names[usize::from(rule)].as_str(), debt))
     }
 
     /// Redis takes no writes: what should be set is deleted instead. Says the same as [`Writer::try_apply`].
@@ -753,5 +755,32 @@ pub(super) fn into_error(failure: Failure) -> Error {
         Failure::OutOfMemory => out_of_memory(),
         Failure::WrongType => wrong_type(),
         Failure::Changed => Error::new(ErrorKind::Fenced, "another daemon has written this cache in the meantime"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Form, Life, Limits, Of};
+    use crate::config::tests::redis_config;
+
+    #[test]
+    fn without_memory_a_member_that_should_go_is_searched_for_later() {
+        let rules = RuleSet { names: vec!["card".to_owned()], may_miss: vec![true], ..RuleSet::new(&[]) };
+        let writer = Writer::new(redis_config("", &[]), Arc::new(rules), Arc::new(Metrics::new())).expect("a writer");
+        let owed = |stays: bool| {
+            let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 1);
+            let cell = batch.cell_of(0, Of::Tag, |out| {
+                out.extend_from_slice(b"tag:acard:1");
+                Some(5)
+            });
+            if stays {
+                let Ok(()) = batch.set(cell.expect("a member"), Form::String, Life::Forever, false, |_| {
+                    Ok::<_, std::convert::Infallible>(())
+                });
+            }
+            writer.owed(&batch).map(|(_, debt)| debt).max()
+        };
+        assert_eq!((owed(true), owed(false)), (Some(Debt::Warm), Some(Debt::Reconcile)));
     }
 }
