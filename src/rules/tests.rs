@@ -467,6 +467,16 @@ fn keys_that_rules_fight_for() {
         report(&[write("set", "tag:cat:{id}"), of("stale", "delete_tags = [\"cat:{id}\"]")]),
     ];
     insta::assert_snapshot!("tags_that_rules_fight_for", reports.join("\n"));
+    // The one that has to be looked up is bound behind the other.
+    let lookup = "lookup = \"select code as dept from departments where id = :category_id\"\n";
+    let templates = "bump = [\"gen:{dept}\", \"product:{id}\"]\ndelete_match = [\"page:{dept}:*\", \"product:{id}*\"]\n\
+                     delete_tags = [\"dept:{dept}\", \"cat:{id}\"]";
+    let mixed = report(&[
+        write("product", "product:{id}"),
+        of("told", &(lookup.to_owned() + templates)),
+        write("set", "tag:cat:{id}"),
+    ]);
+    insta::assert_snapshot!("templates_with_and_without_a_lookup", mixed);
     let apart = [
         write("by-id", "product:{id}"),
         write("cart", "product:{id}:cart"),
