@@ -249,7 +249,8 @@ const JITTER_MEANING: &str = "Each TTL is shortened at random by up to this shar
                               not expire together.";
 const WRITE_MEANING: &str = "`\"present\"` refreshes only keys that exist, for applications that fill their cache \
                              themselves; `\"always\"` writes every row.";
-const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL; `\"delete\"` removes it.";
+const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL, also where TRUNCATE deletes the row; `\"delete\"` \
+                                 removes it. The key leaves its `tags` either way.";
 
 const EVERY: Kind = Kind::Duration { min: Duration::from_secs(1), max: TEN_YEARS, off: true };
 const EVERY_MEANING: &str = "The rows are read and their keys written again that often, so that their TTL never empties \
