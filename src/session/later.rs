@@ -100,7 +100,7 @@ impl Later {
 
     /// Whether nothing more may be collected for now.
     pub(super) fn is_full(&self) -> bool {
-        self.collecting.batch.is_full()
+        self.collecting.batch.is_large()
     }
 
     /// Whether a look at what is visible would help.
