@@ -315,7 +315,7 @@ impl Intake {
 
     /// That is over; nor is anything like it released before then.
     pub fn rest_until(&mut self, instant: Instant) {
-        self.rest_until = Some(instant);
+        self.rest_until = self.rest_until.max(Some(instant));
     }
 
     fn may_search(&self, now: Instant) -> bool {
@@ -714,6 +714,19 @@ mod tests {
         });
         assert_eq!(ordinals.collect::<Vec<_>>(), [b"1", b"2"]);
         assert_eq!(stream.batch.applied, Some(at(200, 2)));
+    }
+
+    #[test]
+    fn all_keys_are_not_gone_through_again_before_the_rest_is_over() {
+        let (mut stream, now) = (Stream::from(at(100, 0), at(100, 0)), Instant::now());
+        let hour = Duration::from_secs(3600);
+        assert!(stream.intake.may_search(now + hour));
+        stream.intake.rest();
+        assert!(!stream.intake.may_search(now + hour), "a batch in flight does it");
+        stream.intake.rest_until(now + hour);
+        // The next batch does not, and is answered at once.
+        stream.intake.rest_until(now);
+        assert!(!stream.intake.may_search(now) && stream.intake.may_search(now + hour));
     }
 
     #[test]
