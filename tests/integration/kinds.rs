@@ -395,7 +395,12 @@ async fn a_hash_that_keeps_its_ttl_ends_with_it() {
         out.extend_from_slice(b"test:h:1");
         true
     });
-    let one = |out: &mut Vec<u8>| batch::field(out, b"id", |out| Ok::<_, ()>(out.push(b'1')));
+    let one = |out: &mut Vec<u8>| {
+        batch::field(out, b"id", |out| {
+            out.push(b'1');
+            Ok::<_, ()>(())
+        })
+    };
     batch.set(cell.unwrap(), Form::Hash, Life::Keep, true, one).unwrap();
     let commands = commands::encode(&batch, &config.redis, |_| true);
     let mut cache = stage.cache().await;
