@@ -82,8 +82,8 @@ const LATER_LIMITS: Limits = Limits { ops: 16_384, bytes: 8 << 20 };
 const VANISHED_AT_A_TIME: usize = 64;
 /// How often slot and catalog are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// How often members of tags whose keys are gone are looked for: applications add some, and keys expire.
-const FORGET_EVERY: Duration = Duration::from_secs(3600);
+/// How often (in microseconds) members of tags whose keys are gone are looked for: applications add some, and keys expire.
+const FORGET_EVERY_US: u64 = 3_600_000_000;
 /// How long an orderly end may take.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// No query of ours may take longer: the loop waits for those that bind a table.
@@ -312,8 +312,6 @@ pub struct Session<C> {
     cache: Option<C>,
     in_flight: Option<InFlight<C>>,
     flying: Flying,
-    /// Since when.
-    flying_since: Instant,
     reads: Reads,
     settling: Option<Settling>,
     /// At home, while it answers nothing.
@@ -355,8 +353,8 @@ pub struct Session<C> {
     /// The same as it was when the slot was looked at last.
     server_end: Lsn,
     looked_at: Option<Instant>,
-    /// When stale members of tags were looked for last.
-    forgot_at: Instant,
+    /// Members of tags whose keys are gone are to be looked for.
+    forget_due: bool,
     heartbeat_sent: Instant,
     /// The server has asked to hear from us.
     reply_requested: bool,
@@ -589,8 +587,9 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
-    /// that its time is where the next session goes on from, however long it was away.
+    /// that its time is where the next session goes on from, however long it was away. Tags come round in the same way.
     fn owe_rewrites(&mut self, now_us: u64) {
+        self.forget_due |= self.rewritten_us / FORGET_EVERY_US < now_us / FORGET_EVERY_US;
         let due: Vec<(&str, Debt)> = debts::to_rewrite(&self.config.rules, self.rewritten_us, now_us).collect();
         self.rewritten_us = now_us;
         if due.is_empty() {
@@ -604,7 +603,10 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
         let Some(mut cache) = self.cache.take() else { return false };
-        (self.flying, self.flying_since) = (flying, Instant::now());
+        self.flying = flying;
+        if batch.searches() {
+            self.intake.rest();
+        }
         self.in_flight = Some(Box::pin(async move {
             let outcome = cache.apply(&batch, next).await.map(Outcome::Applied);
             (cache, batch, outcome)
@@ -616,7 +618,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Outcome>) -> Result<()> {
         self.in_flight = None;
         self.cache = Some(cache);
-        let Applied { checkpoint, invalidated, owed } = match (outcome?, self.flying) {
+        let Applied { checkpoint, invalidated, owed, searched } = match (outcome?, self.flying) {
             (Outcome::Applied(applied), _) => applied,
             (Outcome::Compared(differing), flying) => {
                 self.compared(batch, &differing, flying == Flying::Comparison { orphans: true });
@@ -625,10 +627,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         };
         self.answered_at = Instant::now();
-        if !batch.sweeps().is_empty() {
-            // Redis is left to others for as long as going through all keys took.
-            self.intake.rest_until(self.answered_at + self.flying_since.elapsed());
-        }
+        // Redis is left to others for as long as going through all keys took.
+        self.intake.rest_until(self.answered_at + searched);
         if self.flying == Flying::Stream {
             self.proven = checkpoint.applied;
         }
@@ -740,18 +740,17 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.sweep_vanished();
         self.bind_unbound().await?;
         self.look(now);
-        self.forget_stale(now);
+        self.forget_stale();
         self.probe_if_idle(now);
         self.show();
         Ok(())
     }
 
     /// Members of tags that rules delete by go, now and then, where their keys have gone by themselves.
-    fn forget_stale(&mut self, now: Instant) {
-        if now.duration_since(self.forgot_at) < FORGET_EVERY || !self.intake.is_past_start() {
+    fn forget_stale(&mut self) {
+        if !self.intake.is_past_start() || !std::mem::take(&mut self.forget_due) {
             return;
         }
-        self.forgot_at = now;
         let rules = self.intake.tables().flat_map(|table| &table.rules);
         let tags: Vec<Pattern> = rules.flat_map(BoundRule::delete_tags).map(|tag| tag.pattern.clone()).collect();
         if !tags.is_empty() {
@@ -767,6 +766,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         if self.vanished.is_empty() || self.in_flight.is_some() || !self.intake.is_past_start() {
             return;
         }
+        self.intake.say_claims(&mut self.batch);
         let some = self.vanished.len().min(VANISHED_AT_A_TIME);
         for vanished in self.vanished.drain(..some) {
             self.batch.sweep_vanished(vanished, &self.config.redis.prefix);
@@ -826,6 +826,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             && !self.intake.has_rereads()
             && !self.intake.has_later()
             && self.vanished.is_empty()
+            && !self.forget_due
             && self.refreshes.oldest().is_none()
             && !self.can_pay();
         idle && (drain_until.is_some() || caught_up)

@@ -114,7 +114,8 @@ impl Claims {
             if forms.is_empty() {
                 return Former::default();
             }
-            let made = forms.iter().map(|form| form.pattern(prefix)).collect();
+            // A tag is more than a key.
+            let made = forms.iter().filter(|form| !form.is_tag()).map(|form| form.pattern(prefix)).collect();
             Former { forms, made, making: Arc::clone(&making) }
         });
         former.collect()

@@ -134,13 +134,11 @@ fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
         _ => None,
     });
     let bound_members = bound.write.iter().filter_map(|write| write.member.as_ref()).map(|member| &member.text);
-    // With a lookup some of the others are with it, and its own span stands for them.
-    let of_row = |_: &_| bound.lookup.is_none();
-    let bumped = rule.settled.bump.iter().zip(&bound.settled.bump).filter(of_row);
-    let mut keys = written.chain(members.zip(bound_members)).chain(bound.delete_templates(rule)).chain(bumped);
+    let stale =
+        bound.delete_templates(rule).into_iter().chain(bound.tag_templates(rule)).chain(bound.bump_templates(rule));
+    let mut keys = written.chain(members.zip(bound_members)).chain(stale);
     let found = keys.find(|(_, key)| !key.in_identity).map(|(template, _)| template.span.clone());
-    let matching = rule.settled.delete_match.iter().zip(&bound.settled.delete_match);
-    let mut matching = matching.filter(|(_, matching)| bound.lookup.is_none() && !matching.in_identity());
+    let mut matching = bound.match_templates(rule).into_iter().filter(|(_, matching)| !matching.in_identity());
     let found = found.or_else(|| matching.next().map(|(template, _)| template.span.clone()));
     let lookup = bound.lookup.as_ref().filter(|lookup| !lookup.in_identity).map(|lookup| lookup.sql.span.clone());
     let span = found.or(lookup).filter(|_| rule.on.update)?;

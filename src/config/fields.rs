@@ -97,7 +97,7 @@ impl Table {
             Self::Stream => {
                 "An entry of a Redis stream for each change, once the change is visible in Postgres: `op`, `table`, `key`, \
                  `before`, `after`, `epoch`, `lsn`, `ordinal` and `ts`. Consumers tell repeats by `epoch`, `lsn` and `ordinal`. Where \
-                 changes may have been missed, an entry has the `op` `gap` and no row."
+                 changes may have been missed, an entry has the `op` `gap`, the `ordinal` 0 and no row: that one is never a repeat."
             }
             Self::Publish => {
                 "A message for each change, once the change is visible in Postgres: JSON with `op`, `table`, `key` and \
@@ -249,7 +249,8 @@ const JITTER_MEANING: &str = "Each TTL is shortened at random by up to this shar
                               not expire together.";
 const WRITE_MEANING: &str = "`\"present\"` refreshes only keys that exist, for applications that fill their cache \
                              themselves; `\"always\"` writes every row.";
-const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL; `\"delete\"` removes it.";
+const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL, also where TRUNCATE deletes the row; `\"delete\"` \
+                                 removes it. The key leaves its `tags` either way.";
 
 const EVERY: Kind = Kind::Duration { min: Duration::from_secs(1), max: TEN_YEARS, off: true };
 const EVERY_MEANING: &str = "The rows are read and their keys written again that often, so that their TTL never empties \
@@ -900,7 +901,8 @@ pub const FIELDS: &[Field] = &[
         meaning: "Whoever fills a deleted key at once can still read the old row. With `\"settled\"` the keys of `delete` are \
                   deleted again once everybody sees the change; mostly it is visible the first time. With a duration, so are \
                   they, and so long after that everything that `delete`, `delete_tags` and `delete_match` name once more: for \
-                  those that take a while to fill. Until then Postgres keeps the change's log.",
+                  those that take a while to fill. Until then Postgres keeps the change's log. Where more goes stale than may \
+                  wait (16,384 keys or tags, 1 MiB of their names, 256 patterns), everything that such rules can name goes instead.",
         needs: &[],
         limits: "Needs `delete`, `delete_tags` or `delete_match`. No duration together with `lookup`.",
         example: "\"30s\"",

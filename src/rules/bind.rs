@@ -100,6 +100,7 @@ impl BoundRule {
     pub fn tagging(&self) -> Tagging {
         let of_write = |write: &&BoundWrite| !write.present_only;
         let written = self.write.iter().filter(of_write).map(|write| &write.key).chain(self.settled.keys());
+        let written = written.chain(self.deletes().filter(|_| self.refresh.is_some()));
         let tagged = self.write.iter().flat_map(|write| write.tags.iter().map(move |tag| (tag, write)));
         Tagging {
             kept: written.map(|key| key.pattern.clone()).collect(),
@@ -122,15 +123,41 @@ impl BoundRule {
 
     /// The templates of the keys that a change makes stale, each with its key; `rule` is the one that was bound.
     pub fn delete_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundKey)> {
+        self.paired(rule, &rule.delete, &self.delete, |lookup| &lookup.delete)
+    }
+
+    /// The same for generations.
+    pub fn bump_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundKey)> {
+        self.paired(rule, &rule.settled.bump, &self.settled.bump, |lookup| &lookup.bump)
+    }
+
+    /// The same for tags that go.
+    pub fn tag_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundKey)> {
+        self.paired(rule, &rule.settled.delete_tags, &self.settled.delete_tags, |lookup| &lookup.delete_tags)
+    }
+
+    /// The same for patterns.
+    pub fn match_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundMatch)> {
+        self.paired(rule, &rule.settled.delete_match, &self.settled.delete_match, |lookup| &lookup.delete_match)
+    }
+
+    /// Each template with what it was bound to: the rule's `own`, or what is `behind` its lookup.
+    fn paired<'b, B>(
+        &'b self,
+        rule: &'b Rule,
+        templates: &'b [Spanned<Template>],
+        own: &'b [B],
+        behind: impl Fn(&'b BoundLookup) -> &'b [B],
+    ) -> Vec<(&'b Spanned<Template>, &'b B)> {
         let names = self.lookup.as_ref().map_or(&[][..], |lookup| &lookup.names);
-        let (mut own, mut behind) = (self.delete.iter(), self.lookup.iter().flat_map(|lookup| &lookup.delete));
+        let (mut own, mut behind) = (own.iter(), self.lookup.iter().flat_map(|lookup| behind(lookup)));
         let is_looked_up = |name: &str| names.iter().any(|known| known.value == name);
         let needs = |template: &Spanned<Template>| {
             placeholders(rule, template).any(|(_, placeholder)| is_looked_up(&placeholder.name))
         };
-        let paired = rule.delete.iter().filter_map(|template| {
-            let key = if needs(template) { behind.next() } else { own.next() };
-            Some((template, key?))
+        let paired = templates.iter().filter_map(|template| {
+            let bound = if needs(template) { behind.next() } else { own.next() };
+            Some((template, bound?))
         });
         paired.collect()
     }

@@ -495,6 +495,16 @@ fn keys_that_rules_fight_for() {
         report(&[write("set", "tag:cat:{id}"), of("stale", "delete_tags = [\"cat:{id}\"]")]),
     ];
     insta::assert_snapshot!("tags_that_rules_fight_for", reports.join("\n"));
+    // The one that has to be looked up is bound behind the other.
+    let lookup = "lookup = \"select code as dept from departments where id = :category_id\"\n";
+    let templates = "bump = [\"gen:{dept}\", \"product:{id}\"]\ndelete_match = [\"page:{dept}:*\", \"product:{id}*\"]\n\
+                     delete_tags = [\"dept:{dept}\", \"cat:{id}\"]";
+    let mixed = report(&[
+        write("product", "product:{id}"),
+        of("told", &(lookup.to_owned() + templates)),
+        write("set", "tag:cat:{id}"),
+    ]);
+    insta::assert_snapshot!("templates_with_and_without_a_lookup", mixed);
     let apart = [
         write("by-id", "product:{id}"),
         write("cart", "product:{id}:cart"),
@@ -509,6 +519,20 @@ fn keys_that_rules_fight_for() {
         of("told-too", "bump = [\"gen:{id}\"]\nstream = { key = \"events\" }"),
     ];
     assert_eq!(report(&apart), "");
+}
+
+#[test]
+fn no_tag_takes_a_key_that_a_query_fills() {
+    let query = "[query.page]\nkey = \"page:{category}\"\nmode = \"refresh\"\nshape = \"value\"\nsql = \"select 1 where 1 = :category\"\n\
+                 [[query.page.on]]\ntable = \"public.products\"\nparams = { category = \"{category_id}\" }\n";
+    let kept = |rules: &str, key: &str| {
+        let tagging = bound_rule(rules, &full_products()).tagging();
+        tagging.kept.iter().any(|kept| kept.matches(key.as_bytes()))
+    };
+    assert!(kept(query, "shop:page:7"));
+    let deleted =
+        query.replace("refresh", "delete").replace("shape = \"value\"\nsql = \"select 1 where 1 = :category\"\n", "");
+    assert!(!kept(&deleted, "shop:page:7"));
 }
 
 /// A column's value in text form, for each column of `products`.

@@ -584,8 +584,15 @@ impl<C: Cache + Send + 'static> Session<C> {
         };
         let mut swept = Vec::new();
         // Where it is known which keys a query has, they are read, and the others searched for.
-        let rules = pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule) && !is_listed(rule));
+        let rules = pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule));
         for rule in rules.filter(owes) {
+            // Nobody says any more when these are stale.
+            let former = self.reads.former.get(usize::from(rule.rule)).into_iter().flat_map(|former| &former.forms);
+            let tags = former.filter(|form| form.is_tag()).map(|form| form.pattern(&self.config.redis.prefix));
+            tags.for_each(|tags| self.batch.sweep_tags(tags));
+            if is_listed(&rule) {
+                continue;
+            }
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
             let deleted = rule.delete.iter().filter(|_| rule.refresh.is_none());
             unreadable.chain(deleted).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));

@@ -183,6 +183,31 @@ async fn a_locked_table_holds_up_no_other() {
     assert!(daemon.terminate().await.success());
 }
 
+/// A tag of a table that is gone takes its keys with it: what was made from the table is as stale as if its rows had been deleted.
+#[tokio::test]
+async fn a_tenant_that_is_gone_takes_what_has_its_tags() {
+    let stage = Stage::set();
+    stage.execute(&(tenant("tenant_a") + &tenant("tenant_b"))).await;
+    let stale = "[rule.stale]\ntable = \"tenant_*.products\"\ndelete_tags = [\"{_schema}:product:{_pk}\"]\n";
+    let rules = stage.rules(&(RULES.to_owned() + stale));
+    stage.keepstep(&["setup"]);
+    let _daemon = Daemon::start(&stage, &rules).await;
+    in_step(&stage, &["tenant_a", "tenant_b"]).await;
+    for schema in ["tenant_a", "tenant_b"] {
+        stage.put(&format!("page:{schema}"), "filled").await;
+        let tag = format!("test:tag:{schema}:product:1:1");
+        let () = stage.cache().await.sadd(tag, format!("page:{schema}")).await.unwrap();
+    }
+    stage.execute("drop table tenant_a.products").await;
+    wait_for("the tag to go", async || {
+        let there: bool = stage.cache().await.exists("test:tag:tenant_a:product:1:1").await.unwrap();
+        (!there).then_some(())
+    })
+    .await;
+    assert_eq!(stage.get::<Option<String>>("page:tenant_a").await, None);
+    assert_eq!(stage.get::<String>("page:tenant_b").await, "filled");
+}
+
 /// Killed again and again while tenants come and go, it is right in the end.
 #[tokio::test]
 async fn kills_lose_no_tenant() {
