@@ -34,11 +34,10 @@ select from pg_catalog.pg_namespace n
 /// `pg_publication_tables` would say the same, but it opens every table of the publication: DDL under way on any of them
 /// holds it up, and one that is dropped just then makes it fail. Here no table is locked, but to show its row filter.
 const TABLES: &str = "
-with recursive wanted as materialized (
-  select c.oid, n.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, c.relrowsecurity
-    from rows from (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) as given(schema, name)
-    join pg_catalog.pg_namespace n on n.nspname = given.schema
-    join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = given.name
+with recursive {given}, wanted as materialized (
+  select c.oid, g.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, c.relrowsecurity
+    from given g
+    join pg_catalog.pg_class c on c.relnamespace = g.nspoid and c.relname = g.name
    where c.relkind in ('r', 'p', 'v', 'm', 'f')
 ), {part}, whole(part, oid, level) as (
   select distinct oid, oid, 0 from part
@@ -49,17 +48,23 @@ with recursive wanted as materialized (
     join pg_catalog.pg_inherits i on i.inhrelid = w.oid
 ), {carried}
 select w.oid, w.nspname::text as schema, w.relname::text as name, w.relkind, w.relpersistence, w.relreplident,
-       w.relrowsecurity, c.oid is not null as is_published, c.attnames, pg_catalog.pg_get_expr(c.qual, c.oid) as rowfilter,
-       (select array[n.nspname::text, a.relname::text]
-          from carried l
-          join pg_catalog.pg_class a on a.oid = l.name_of
-          join pg_catalog.pg_namespace n on n.oid = a.relnamespace
-         where l.oid = w.oid) as through,
-       exists (select from part p
-                 join carried l on l.oid = p.oid
-                where w.relkind = 'p' and p.root = w.oid and p.oid <> w.oid) as as_leaves
+       w.relrowsecurity, coalesce(c.name_of = w.oid, false) as is_published,
+       case when c.name_of = w.oid then c.attnames end as attnames,
+       case when c.name_of = w.oid then pg_catalog.pg_get_expr(c.qual, w.oid) end as rowfilter,
+       case when c.name_of <> w.oid then array[n.nspname::text, a.relname::text] end as through,
+       w.oid in (select p.root from part p join carried l on l.oid = p.oid where p.oid <> p.root) as as_leaves
   from wanted w
-  left join carried c on c.oid = w.oid and c.name_of = w.oid";
+  left join carried c on c.oid = w.oid
+  left join pg_catalog.pg_class a on a.oid = c.name_of
+  left join pg_catalog.pg_namespace n on n.oid = a.relnamespace";
+
+/// The names that are asked for, their schemas looked up before anything else: thousands of tables can have one name, a schema
+/// each.
+pub(super) const GIVEN: &str = "given(nspoid, nspname, name) as materialized (
+  select n.oid, n.nspname, g.name
+    from rows from (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) as g(schema, name)
+    join pg_catalog.pg_namespace n on n.nspname = g.schema
+)";
 
 /// Each of the wanted tables and everything below it.
 pub(super) const PART: &str = "part(root, oid) as (
@@ -247,7 +252,7 @@ async fn find(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Answe
         (Carrier::Outbox(_), None) => (listed(client).await?, ""),
         (Carrier::Publication(name), _) => (listed(client).await?, name.as_str()),
     };
-    let query = TABLES.replace("{part}", PART).replace("{carried}", &carried);
+    let query = TABLES.replace("{given}", GIVEN).replace("{part}", PART).replace("{carried}", &carried);
     Ok((publication, client.query(&query, &[&schemas, &names, &carrier]).await?))
 }
 
