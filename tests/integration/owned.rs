@@ -123,7 +123,9 @@ async fn earlier_forms_of_a_rule_are_remembered_and_a_new_name_is_no_removal() {
     let daemon = Daemon::start(&stage, &rules).await;
     stage.execute("insert into rows values (2, 'x')").await;
     wait_for("the new form", async || exists(&stage, "test:item:2").await).await;
-    stage.execute("alter table rows alter id type text; insert into rows values ('c', 'x')").await;
+    stage.execute("alter table rows alter id type text").await;
+    stage.follow();
+    stage.execute("insert into rows values ('c', 'x')").await;
     wait_for("the new type", async || exists(&stage, "test:item:c").await).await;
     assert!(daemon.terminate().await.success());
     let row = &record(&stage, "test:").await["rules"]["row"];
@@ -228,7 +230,6 @@ async fn a_changed_rule_takes_its_earlier_keys_away_and_only_them() {
     let stage = Stage::set();
     stage.execute("create table rows (id int primary key, name text not null unique)").await;
     stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
-    stage.follow();
     let names = |owned: &str| rule("name", "name:{name}") + &rule("owned", "owned:{name}") + owned;
     let rules = stage.rules(&(rule("row", "row:{id}") + &names("owns = true\n")));
     stage.keepstep(&["setup"]);
@@ -385,8 +386,9 @@ async fn an_old_cache_is_ended() {
     let rules = stage.rules(&text);
     with_prefix(&rules, "prefix = \"v1:\"");
     stage.keepstep(&["setup"]);
-    stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
+    stage.execute("alter table rows replica identity full").await;
     stage.follow();
+    stage.execute("insert into rows values (1, 'x')").await;
     run_until(&stage, &rules, async || exists(&stage, "v1:by-name:1:x").await).await;
     set(&stage, &["v1:row:x", "v1:other", "v2:other"]).await;
     for (prefix, why) in [("v1:", "in use"), ("v2:", "no record")] {
@@ -423,8 +425,9 @@ async fn ending_a_cache_without_a_prefix_spares_the_one_that_is_configured() {
     let rules = stage.rules(&text);
     with_prefix(&rules, "prefix = \"\"");
     stage.keepstep(&["setup"]);
-    stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
+    stage.execute("alter table rows replica identity full").await;
     stage.follow();
+    stage.execute("insert into rows values (1, 'x')").await;
     run_until(&stage, &rules, async || exists(&stage, "v2:x:1").await).await;
     let rules = stage.rules(&rule("row", "row:{id}"));
     with_prefix(&rules, "prefix = \"v2:\"");

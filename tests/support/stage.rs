@@ -106,6 +106,15 @@ impl Stage {
         }
     }
 
+    /// What happens until the daemon begins anew is not kept for it.
+    pub(crate) async fn lose_what_comes(&self) {
+        let sql = match reads_outbox() {
+            true => "select setval('keepstep.gate', last_value | 4) from keepstep.gate",
+            false => "select pg_drop_replication_slot('keepstep')",
+        };
+        self.execute(sql).await;
+    }
+
     /// What the daemon has acknowledged.
     pub(crate) async fn confirmed(&self) -> String {
         let query = match reads_outbox() {
