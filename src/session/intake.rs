@@ -269,6 +269,11 @@ impl Intake {
         self.later.oldest()
     }
 
+    /// Whether nothing of what came up to here still waits until it is visible.
+    pub fn released_up_to(&self, applied: Position) -> Option<Position> {
+        Some(applied).filter(|_| self.is_past_start() && self.later.oldest().is_none())
+    }
+
     /// Whether something waits for a look at what is visible.
     pub fn wants_look(&self) -> bool {
         self.later.wants_look()
