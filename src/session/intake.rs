@@ -724,6 +724,22 @@ mod tests {
     }
 
     #[test]
+    fn nothing_counts_as_released_while_it_waits_or_is_still_to_come_again() {
+        let mut stream = Stream::of(checkpoint(100), at(300, 0), at(300, 0));
+        stream.intake.bind(bound("delete = [\"list:{id}\"]", &["id", "version"]));
+        let released = |stream: &Stream| stream.intake.released_up_to(at(300, 0));
+        assert_eq!(released(&stream), None, "the stream may bring what waits");
+        stream.begin(290);
+        stream.insert("1", "1");
+        stream.commit(290);
+        assert_eq!(released(&stream), None, "its second delete waits");
+        stream.intake.settle("2:2:".parse().expect("a snapshot"));
+        assert_eq!(released(&stream), None);
+        assert!(stream.intake.release(&mut stream.batch).is_some());
+        assert_eq!(released(&stream), Some(at(300, 0)));
+    }
+
+    #[test]
     fn a_stream_that_makes_no_sense_is_an_error() {
         let mut stream = Stream::from(at(100, 0), at(100, 0));
         let bytes = text_tuple(&[Some("1"), Some("1")]);

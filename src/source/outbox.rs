@@ -4,7 +4,8 @@
 //! transaction, at the log position that was the end of the log just after its snapshot was taken. No cursor over ids or
 //! transaction ids: those skip what commits late. What lies between two snapshots is the same whoever reads it and when, so a
 //! drain can be read again, page by page, for as long as its rows are there, and no snapshot is held for it. The checkpoint has
-//! the snapshots since `low`: after a crash the same drains come again, with the same positions.
+//! snapshots since `low`: after a crash the same rows come again, in drains with the same positions where anything of them may not
+//! be in the cache yet; of older ones several come as one, so that they stay few however long `low` stands.
 //!
 //! A drain is handed out only once the log is flushed up to its position: what a crash of the server could take back is not
 //! in it.
