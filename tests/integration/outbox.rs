@@ -374,3 +374,16 @@ async fn a_sleeper_that_was_forgotten_says_so_again() {
     stage.execute("select keepstep.sleep(false)").await;
     wait_for("sleep again", asleep).await;
 }
+
+#[tokio::test]
+async fn a_rule_that_uses_no_column_hears_of_rows_that_nothing_identifies() {
+    let stage = Stage::set_with(SETTINGS, &[]);
+    stage.execute("create table notes (note text); alter table notes replica identity full").await;
+    let rules = set_rules(&stage, "", "[rule.feed]\ntable = \"public.notes\"\ndelete = [\"feed:all\"]").await;
+    let _daemon = Daemon::start(&stage, &rules).await;
+    for write in ["insert into notes values ('a')", "update notes set note = 'b'", "delete from notes"] {
+        stage.put("feed:all", "stale").await;
+        stage.execute(write).await;
+        wait_for(write, async || stage.get::<Option<String>>("feed:all").await.is_none().then_some(())).await;
+    }
+}
