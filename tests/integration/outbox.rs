@@ -10,7 +10,7 @@ use keepstep::source::{client, outbox};
 
 use crate::source::{info, url};
 use crate::support::{
-    Daemon, Mirror, Reader, Replica, Stage, assert_in_step, comes_within, lasts, reads_outbox, wait_for,
+    Daemon, Mirror, Reader, Replica, Stage, assert_in_step, comes_within, lasts, reads_outbox, signal, wait_for,
 };
 
 const ROWS: &str = r#"
@@ -386,4 +386,25 @@ async fn a_rule_that_uses_no_column_hears_of_rows_that_nothing_identifies() {
         stage.execute(write).await;
         wait_for(write, async || stage.get::<Option<String>>("feed:all").await.is_none().then_some(())).await;
     }
+}
+
+#[tokio::test]
+async fn what_is_not_read_yet_is_not_caught_up() {
+    let stage = Stage::set_with(SETTINGS, &[]);
+    let rules = set(&stage, "").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    stage.execute("insert into rows values (1, 1, 'x')").await;
+    let caught_up = async |is: bool| {
+        let (_, status) = daemon.get("/status").await?;
+        status.contains(&format!("\"caught_up\":{is}")).then_some(())
+    };
+    wait_for("catching up", async || caught_up(true).await).await;
+    let reader = "select pid from pg_locks where locktype = 'advisory' and granted";
+    let reader: i32 = stage.sql().await.query_one(reader, &[]).await.unwrap().get(0);
+    signal(reader.unsigned_abs(), "STOP");
+    stage.execute("insert into rows values (2, 1, 'x')").await;
+    wait_for("the lag to show", async || caught_up(false).await).await;
+    signal(reader.unsigned_abs(), "CONT");
+    wait_for("catching up again", async || caught_up(true).await).await;
+    assert_in_step(&stage, &[MIRROR]).await;
 }
