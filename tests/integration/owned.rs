@@ -386,9 +386,8 @@ async fn an_old_cache_is_ended() {
     let rules = stage.rules(&text);
     with_prefix(&rules, "prefix = \"v1:\"");
     stage.keepstep(&["setup"]);
-    stage.execute("alter table rows replica identity full").await;
+    stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
     stage.follow();
-    stage.execute("insert into rows values (1, 'x')").await;
     run_until(&stage, &rules, async || exists(&stage, "v1:by-name:1:x").await).await;
     set(&stage, &["v1:row:x", "v1:other", "v2:other"]).await;
     for (prefix, why) in [("v1:", "in use"), ("v2:", "no record")] {
@@ -425,9 +424,8 @@ async fn ending_a_cache_without_a_prefix_spares_the_one_that_is_configured() {
     let rules = stage.rules(&text);
     with_prefix(&rules, "prefix = \"\"");
     stage.keepstep(&["setup"]);
-    stage.execute("alter table rows replica identity full").await;
+    stage.execute("alter table rows replica identity full; insert into rows values (1, 'x')").await;
     stage.follow();
-    stage.execute("insert into rows values (1, 'x')").await;
     run_until(&stage, &rules, async || exists(&stage, "v2:x:1").await).await;
     let rules = stage.rules(&rule("row", "row:{id}"));
     with_prefix(&rules, "prefix = \"v2:\"");

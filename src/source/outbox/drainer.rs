@@ -68,8 +68,9 @@ pub(super) struct Drainer {
     shapes: HashMap<i32, Shape>,
     /// Places in them that may hold values of a type that the table did not have then.
     retyped: HashMap<i32, Vec<i16>>,
-    /// Those that were described in the stream.
+    /// Those that were described in the stream, and those that tables have now.
     described: HashMap<u32, i32>,
+    present: HashMap<u32, i32>,
     /// Whether anything is written: it has the lock.
     owns: bool,
     /// How long the server would do without a word from here; it hears one three times as often.
@@ -202,6 +203,7 @@ impl Drainer {
             shapes: HashMap::new(),
             retyped: HashMap::new(),
             described: HashMap::new(),
+            present: HashMap::new(),
             setting,
             client,
             woken,
@@ -245,6 +247,7 @@ impl Drainer {
                 false => self.rest().await?,
             }
             self.remove().await?;
+            self.describe().await?;
         }
     }
 
@@ -457,7 +460,30 @@ impl Drainer {
             let (shape, place) = (row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?);
             self.retyped.entry(shape).or_default().push(place);
         }
+        let sql = format!("select relid, shape from {}.tables where is_present", self.schema);
+        for row in self.client.query_typed(&sql, &[]).await.map_err(failed)? {
+            self.present.insert(row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?);
+        }
         Ok(())
+    }
+
+    /// Says what tables look like now of which the last row was older: what did not fit may fit again, and no row may come.
+    async fn describe(&mut self) -> Outcome<()> {
+        let differs = |(oid, shape): (&u32, &i32)| self.present.get(oid).filter(|present| *present != shape).copied();
+        let changed: Vec<i32> = self.described.iter().filter_map(differs).collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let mut frames = Frames::default();
+        for shape in changed {
+            if !self.shapes.contains_key(&shape) {
+                self.load_shapes(shape).await?;
+            }
+            let relation = &self.shapes.get(&shape).ok_or_else(nonsense)?.relation;
+            frames.relation(relation);
+            self.described.insert(relation.oid, shape);
+        }
+        self.say(Part::Frames(frames, self.said)).await
     }
 
     /// Hands it out, as soon as somebody takes it.
