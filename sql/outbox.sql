@@ -13,11 +13,13 @@
 -- may be run again; rows, and tables that are followed, stay.
 --
 -- THE INTERFACE
---   state     one row. `confirmed_lsn`: what was drained up to there is in the cache.
+--   state     one row. `confirmed_lsn`: what was drained up to there is in the cache. In a dump that is loaded elsewhere `system` is
+--             another server's: then nothing in the outbox counts, and renew() empties it.
 --   gate      a sequence, because every writer reads it and nobody may wait for it: the sum of 1 while the second half of the
 --             outbox is written to, 2 while the daemon is asleep (whoever writes sends NOTIFY on the channel of the schema's
 --             name), 4 while the outbox is full (nothing is written). Set by sleep(), rotate() and reopen().
---   gap       a sequence. Its value changes with each statement that finds the outbox full: what that changed is not written.
+--   gap       a sequence. Its value changes with each statement that finds the outbox full: what that changed is not written. After a
+--             crash of Postgres it can be another one too, because sequences are logged some values ahead: a gap that is none.
 --   tables    one row for each shape that a followed table had: its stored columns in order. `is_present` says whether it is
 --             the table's shape of now. Rows name the shape, so that an old row is read by the shape of its time.
 --   retyped   a view: places in shapes where the table now has another type than it had. What rows have there may be of either.
@@ -64,10 +66,11 @@ CREATE TABLE IF NOT EXISTS state (
   version       int         NOT NULL,
   made_at       timestamptz NOT NULL DEFAULT clock_timestamp(),
   made_lsn      pg_lsn      NOT NULL DEFAULT pg_current_wal_insert_lsn(),
+  system        bigint      NOT NULL DEFAULT (pg_control_system()).system_identifier,
   confirmed_lsn pg_lsn      NOT NULL DEFAULT pg_current_wal_insert_lsn(),
   size_limit    bigint      NOT NULL DEFAULT 0
 );
-COMMENT ON TABLE state IS 'keepstep: what writers and the daemon tell each other';
+COMMENT ON TABLE state IS 'keepstep: what the daemon has read, of which server';
 
 CREATE TABLE IF NOT EXISTS tables (
   shape      int      PRIMARY KEY,
@@ -531,6 +534,33 @@ EXCEPTION WHEN lock_not_available THEN
 END
 $rotate$;
 
+-- Begins anew: what is in the outbox counts no more. Gives where, and what was visible there; nothing while somebody reads it. Rows
+-- of transactions that still write may stay, as what comes behind.
+-- What it costs: as rotate(), of both halves.
+CREATE OR REPLACE FUNCTION renew() RETURNS TABLE (lsn pg_lsn, snapshot pg_snapshot)
+LANGUAGE plpgsql SECURITY DEFINER SET search_path FROM CURRENT SET lock_timeout = '50ms' AS $renew$
+DECLARE
+  this bigint := (pg_control_system()).system_identifier;
+BEGIN
+  IF NOT pg_try_advisory_xact_lock(1801807216, current_schema::regnamespace::oid::int8::bit(32)::int4) THEN
+    RETURN;
+  END IF;
+  BEGIN
+    LOCK TABLE outbox_0, outbox_1 IN ACCESS EXCLUSIVE MODE;
+    TRUNCATE outbox_0, outbox_1;
+  EXCEPTION WHEN lock_not_available THEN
+    -- Of another server's rows nothing says when they were written.
+    IF EXISTS (SELECT FROM state WHERE system <> this OR confirmed_lsn > pg_current_wal_insert_lsn()) THEN
+      RAISE;
+    END IF;
+  END;
+  PERFORM reopen();
+  SELECT pg_current_wal_insert_lsn(), pg_current_snapshot() INTO lsn, snapshot;
+  UPDATE state SET system = this, made_lsn = lsn, confirmed_lsn = lsn;
+  RETURN NEXT;
+END
+$renew$;
+
 -- What the daemon's role needs, and no more.
 CREATE OR REPLACE FUNCTION admit(role text) RETURNS void
 LANGUAGE plpgsql SET search_path FROM CURRENT AS $admit$
@@ -538,7 +568,7 @@ BEGIN
   EXECUTE format('GRANT USAGE ON SCHEMA %I TO %I', current_schema, role);
   EXECUTE format('GRANT SELECT ON outbox, tables, state, retyped, gap, gate TO %I', role);
   EXECUTE format('GRANT UPDATE (confirmed_lsn) ON state TO %I', role);
-  EXECUTE format('GRANT EXECUTE ON FUNCTION rotate(pg_snapshot), emit(text, text), sleep(boolean), reopen(), '
+  EXECUTE format('GRANT EXECUTE ON FUNCTION rotate(pg_snapshot), emit(text, text), sleep(boolean), reopen(), renew(), '
                  'findings(regclass, text[]), shape_of(regclass, text[]), triggers_of(regclass, boolean), capture_name(oid, text), '
                  'ops(), capture_body(tables, text), settings_of(oid[]), step(int, "char", text, text), put(int, "char", text, int, text) TO %I', role);
 END

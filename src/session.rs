@@ -532,10 +532,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         (self.reached, self.reached_low) = (applied, batch.low);
         // Without operations there is no reply that could be bad.
         let good = if batch.is_empty() { applied } else { self.proven };
-        let next = self.next_checkpoint(applied, self.low(), good);
         // What is asked of Postgres once more, after a crash, was released before.
-        let released = batch.released.unwrap_or_default().max(next.released);
-        let next = Checkpoint { released, ..next };
+        let released = batch.released.max(self.intake.released_up_to(applied)).unwrap_or_default();
+        let next = self.next_checkpoint(applied, self.low(), good, released);
         self.checkpoint_due = false;
         self.reads.stream_dispatched();
         self.fly(batch, next, Flying::Stream)
@@ -550,7 +549,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
     }
 
-    fn next_checkpoint(&mut self, applied: Position, low: Lsn, good: Position) -> Checkpoint {
+    fn next_checkpoint(&mut self, applied: Position, low: Lsn, good: Position, released: Position) -> Checkpoint {
+        let released = released.max(self.checkpoint.released);
         self.tables.take_owing().iter().for_each(|(rule, debt)| self.debts.owe(rule, *debt));
         for rule in self.intake.take_overcharged() {
             self.debts.owe(&self.config.rules[usize::from(rule)].name.value, Debt::Warm);
@@ -565,9 +565,9 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.reads.progress.take_if(|progress| progress.rules.iter().any(|rule| self.debts.is_new(rule)));
         let progress = self.reads.progress.clone();
         // A restart begins at the lower of the two.
-        let drains = self.source.drains(low.min(good.lsn));
+        let drains = self.source.drains(low.min(good.lsn), good.min(released).lsn);
         // Without a copy of what rules owed before.
-        let Checkpoint { version, epoch, released, gap, ref origin, ref rules, .. } = self.checkpoint;
+        let Checkpoint { version, epoch, gap, ref origin, ref rules, .. } = self.checkpoint;
         let (origin, rules) = (origin.clone(), rules.clone());
         Checkpoint {
             version,

@@ -63,6 +63,17 @@ impl Standing {
         }
     }
 
+    /// Where the server's log ends.
+    pub fn server_end(&self) -> Option<Lsn> {
+        match self {
+            Standing::Slot(slot, _) => {
+                let slot = slot.as_ref()?;
+                Some(Lsn(slot.restart_lsn?.0.saturating_add(slot.retained_bytes?)))
+            }
+            Standing::Outbox(state) => state.as_ref().map(|state| state.flushed),
+        }
+    }
+
     /// Where it was made.
     pub fn born_at(&self) -> Option<Lsn> {
         match self {
@@ -204,11 +215,12 @@ impl Source {
         }
     }
 
-    /// What has to be known to read again what lies behind `low`, which nothing before will be asked for again.
-    pub fn drains(&mut self, low: Lsn) -> Vec<Drain> {
+    /// What has to be known to read again what lies behind `low`, which nothing before will be asked for again. Of what is
+    /// `done` a replay only asks what is still owed.
+    pub fn drains(&mut self, low: Lsn, done: Lsn) -> Vec<Drain> {
         match self {
             Source::Replication(_) => Vec::new(),
-            Source::Outbox(outbox) => outbox.drains(low),
+            Source::Outbox(outbox) => outbox.drains(low, done),
         }
     }
 

@@ -112,7 +112,11 @@ pub(super) async fn wanted_outbox(
         let columns = &catalog.tables.get(table)?.relation.columns;
         let of_table = config.rules.iter().zip(&bound).filter(|(rule, _)| rule.table.value == *table);
         let places: Option<Vec<_>> = of_table.map(|(_, bound)| Some(bound.as_ref()?.columns())).collect();
-        let places: BTreeSet<usize> = places?.into_iter().flatten().collect();
+        let mut places: BTreeSet<usize> = places?.into_iter().flatten().collect();
+        if places.is_empty() {
+            // There may be nothing that identifies a row, and no row is of no columns.
+            places.insert(0);
+        }
         Some(places.into_iter().filter_map(|place| Some(columns.get(place)?.name.clone())).collect())
     };
     let optional = optional(config);

@@ -43,7 +43,16 @@ pub struct SlotFacts<'a> {
     /// What the server will not send again.
     pub confirmed: Lsn,
     /// Why it can no longer be used, if so.
-    pub lost: Option<&'a str>,
+    pub lost: Option<Loss>,
+}
+
+/// What became of a slot, or of an outbox.
+#[derive(Clone, Debug)]
+pub struct Loss {
+    /// As in "was invalidated".
+    pub what: String,
+    /// What would have prevented it.
+    pub remedy: &'static str,
 }
 
 /// Where to go on from.
@@ -142,7 +151,7 @@ fn place(situation: &Situation<'_>) -> Result<Place> {
         }
         (None, _) => Some(format!("slot `{name}` is physical, and keepstep needs a logical one")),
     };
-    match (foreign, slot.lost) {
+    match (foreign, &slot.lost) {
         (Some(what), _) => Err(Error::new(ErrorKind::Identity, what).hint("choose another name in `[postgres] slot`")),
         (None, Some(_)) => Ok(Place::NewSlot),
         (None, None) => Ok(Place::Slot(slot.confirmed)),
@@ -179,9 +188,7 @@ fn fits<'a>(situation: &Situation<'a>) -> Result<Start<'a>, Misfit> {
 fn standing_slot<'s>(situation: &'s Situation<'_>) -> Result<&'s SlotFacts<'s>, Misfit> {
     let stream = situation.stream;
     let what = match (&situation.slot, situation.stored.or(situation.seen)) {
-        (Some(SlotFacts { lost: Some(why), .. }), _) => {
-            format!("the {stream} was invalidated by the server: {why}")
-        }
+        (Some(SlotFacts { lost: Some(Loss { what, .. }), .. }), _) => format!("the {stream} {what}"),
         (Some(slot), _) => return Ok(slot),
         (None, Some(known)) => {
             format!("the {stream} is gone: what changed after {} is lost", known.low)
@@ -228,15 +235,12 @@ fn same_origin(cache: &Origin, server: &Origin) -> Result<(), Misfit> {
 fn stop(what: String, situation: &Situation<'_>) -> Error {
     let error = Error::new(ErrorKind::Gap, what)
         .hint(
-            "`keepstep run --adopt` mends it: it makes a new slot where one is needed, begins a new epoch, and makes \
-             the keys of every rule right from the tables",
+            "`keepstep run --adopt` mends it: it makes a new slot or empties the outbox where that is needed, begins a new \
+             epoch, and makes the keys of every rule right from the tables",
         )
         .hint("`on_gap = \"reconcile\"` in [postgres] has that done without being asked");
-    match situation.slot {
-        Some(SlotFacts { lost: Some(_), .. }) => error.hint(
-            "raise `max_slot_wal_keep_size` (Postgres 18: also `idle_replication_slot_timeout`) to let the daemon be \
-             away for longer",
-        ),
+    match &situation.slot {
+        Some(SlotFacts { lost: Some(Loss { remedy, .. }), .. }) => error.hint(*remedy),
         _ => error,
     }
 }
@@ -259,7 +263,8 @@ mod tests {
     }
 
     fn lost() -> SlotFacts<'static> {
-        SlotFacts { lost: Some("wal_removed"), ..confirmed(150) }
+        let what = "was invalidated by the server: wal_removed".to_owned();
+        SlotFacts { lost: Some(Loss { what, remedy: "" }), ..confirmed(150) }
     }
 
     /// A cache at 200 and a slot confirmed at 150, where nothing is missing, with a change.
@@ -447,12 +452,12 @@ mod tests {
 
     #[test]
     fn a_slot_of_somebody_else_is_never_touched() {
-        for lost in [None, Some("wal_removed")] {
-            let plugin = SlotFacts { plugin: Some("wal2json"), lost, ..confirmed(150) };
+        for slot in [confirmed(150), lost()] {
+            let plugin = SlotFacts { plugin: Some("wal2json"), ..slot.clone() };
             mistake("Identity: slot `keepstep` uses", |s| s.slot = Some(plugin.clone()));
-            let physical = SlotFacts { plugin: None, lost, ..confirmed(150) };
+            let physical = SlotFacts { plugin: None, ..slot.clone() };
             mistake("Identity: slot `keepstep` is physical", |s| s.slot = Some(physical.clone()));
-            let elsewhere = SlotFacts { database: Some("x"), lost, ..confirmed(150) };
+            let elsewhere = SlotFacts { database: Some("x"), ..slot };
             mistake("Identity: slot `keepstep` belongs to x", |s| s.slot = Some(elsewhere.clone()));
             assert!(check(true, OnGap::Reconcile, |s| s.slot = Some(elsewhere.clone())).is_err(), "not even adopted");
         }

@@ -274,6 +274,11 @@ impl Intake {
         self.later.oldest()
     }
 
+    /// Whether nothing of what came up to here still waits until it is visible.
+    pub fn released_up_to(&self, applied: Position) -> Option<Position> {
+        Some(applied).filter(|_| self.is_past_start() && self.later.oldest().is_none())
+    }
+
     /// Whether something waits for a look at what is visible.
     pub fn wants_look(&self) -> bool {
         self.later.wants_look()
@@ -753,6 +758,22 @@ mod tests {
         assert_eq!(decoded(&stream), [Xid(1)]);
         stream.intake.settle("2:2:".parse().expect("a snapshot"));
         assert_eq!(decoded(&stream), []);
+    }
+
+    #[test]
+    fn nothing_counts_as_released_while_it_waits_or_is_still_to_come_again() {
+        let mut stream = Stream::of(checkpoint(100), at(300, 0), at(300, 0));
+        stream.intake.bind(bound("delete = [\"list:{id}\"]", &["id", "version"]));
+        let released = |stream: &Stream| stream.intake.released_up_to(at(300, 0));
+        assert_eq!(released(&stream), None, "the stream may bring what waits");
+        stream.begin(290);
+        stream.insert("1", "1");
+        stream.commit(290);
+        assert_eq!(released(&stream), None, "its second delete waits");
+        stream.intake.settle("2:2:".parse().expect("a snapshot"));
+        assert_eq!(released(&stream), None);
+        assert!(stream.intake.release(&mut stream.batch).is_some());
+        assert_eq!(released(&stream), Some(at(300, 0)));
     }
 
     #[test]

@@ -24,6 +24,8 @@ const NAMES_SHOWN: usize = 10;
 /// What was found.
 pub(super) struct Looked {
     slot: Option<SlotState>,
+    /// Where the server's log ends.
+    server_end: Option<Lsn>,
     catalog: Look,
     /// What the rules are for the tables that there are now, if that is something else; or why nothing comes of it.
     now: Result<Option<Config>, String>,
@@ -49,31 +51,27 @@ impl<C: Cache + Send + 'static> Session<C> {
             if heartbeat {
                 slot::heartbeat(&client).await?;
             }
-            let slot = Standing::look(&client, &config.postgres).await?.slot(&config.postgres.slot, gap);
+            let standing = Standing::look(&client, &config.postgres).await?;
+            let (slot, server_end) = (standing.slot(&config.postgres.slot, gap), standing.server_end());
             let catalog = signature::look(&client, &Carrier::of(&config.postgres), &tables(&config)).await?;
             let now = match open::for_tables_now(&config, &client).await {
                 Err(error) if error.kind() == ErrorKind::Config => Err(error.to_string()),
                 now => Ok(now?),
             };
-            Ok(Looked { slot, catalog, now })
+            Ok(Looked { slot, server_end, catalog, now })
         }));
     }
 
-    pub(super) fn looked(&mut self, Looked { slot, catalog, now }: Looked) -> Result<()> {
+    pub(super) fn looked(&mut self, Looked { slot, server_end, catalog, now }: Looked) -> Result<()> {
         self.looking = None;
+        self.server_end = server_end.unwrap_or(self.server_end);
         // A slot that is gone ends the stream by itself, with the server's own words.
         if let Some(slot) = slot {
-            if let (Some(Lsn(start)), Some(retained)) = (slot.restart_lsn, slot.retained_bytes) {
-                self.server_end = Lsn(start.saturating_add(retained));
-            }
             let postgres = &self.config.postgres;
-            report::slot(&slot, postgres.max_retained, &self.metrics, &self.shared);
+            report::slot(&slot, postgres, &self.metrics, &self.shared);
             let is_slot = postgres.source == config::Source::Replication;
             if let Some(why) = slot.invalidation_reason.filter(|_| !is_slot) {
-                return Err(Error::new(
-                    ErrorKind::Gap,
-                    format!("the {} misses something: {why}", Carrier::stream(postgres)),
-                ));
+                return Err(Error::new(ErrorKind::Gap, format!("the {} {why}", Carrier::stream(postgres))));
             }
             if is_slot && postgres.on_gap == OnGap::Reconcile && slot.retained_bytes > Some(postgres.max_retained) {
                 // The next session drops it: nobody streams it then.

@@ -34,7 +34,7 @@ use crate::source::{Ready, Source, Standing, client, query_error};
 
 use super::acks::Acks;
 use super::debts::{Debts, Opening, Reason};
-use super::gap::{self, Place, Situation, SlotFacts, Start, Why};
+use super::gap::{self, Loss, Place, Situation, SlotFacts, Start, Why};
 use super::intake::Intake;
 use super::orders::Messages;
 use super::reads::Reads;
@@ -65,7 +65,7 @@ pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Ch
         origin: &origin,
         flush_lsn: identity.flush_lsn,
         stream: &Carrier::stream(&config.postgres),
-        slot: slot.as_ref().map(slot_facts),
+        slot: slot.as_ref().map(|slot| slot_facts(slot, &standing)),
         born_at: standing.born_at(),
         stored: stored.as_ref(),
         seen,
@@ -382,12 +382,24 @@ fn origin(identity: &SystemIdentity, config: &Config) -> Origin {
     Origin { system: identity.system.clone(), timeline: identity.timeline, database: identity.database.clone(), slot }
 }
 
-fn slot_facts(slot: &SlotState) -> SlotFacts<'_> {
+fn slot_facts<'s>(slot: &'s SlotState, standing: &Standing) -> SlotFacts<'s> {
+    let why = slot.invalidation_reason.as_deref();
+    let loss = match standing {
+        Standing::Slot(..) => Loss {
+            what: format!("was invalidated by the server: {}", why.unwrap_or("its WAL was removed")),
+            remedy: "raise `max_slot_wal_keep_size` (Postgres 18: also `idle_replication_slot_timeout`) to let the daemon be \
+                     away for longer",
+        },
+        Standing::Outbox(_) => Loss {
+            what: why.unwrap_or_default().to_owned(),
+            remedy: "raise `max_retained`, or set `on_full = \"keep\"`, to let the daemon be away for longer",
+        },
+    };
     SlotFacts {
         plugin: slot.plugin.as_deref(),
         database: slot.database.as_deref(),
         confirmed: slot.confirmed_flush_lsn.unwrap_or_default(),
-        lost: slot.is_lost().then(|| slot.invalidation_reason.as_deref().unwrap_or("its WAL was removed")),
+        lost: slot.is_lost().then_some(loss),
     }
 }
 

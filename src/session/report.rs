@@ -6,7 +6,8 @@ use prometheus::{Histogram, IntCounter};
 
 use crate::admin::Shared;
 use crate::batch::{Batch, CacheOp};
-use crate::config::Config;
+use crate::catalog::Carrier;
+use crate::config::{Config, PostgresConfig};
 use crate::metrics::Metrics;
 use crate::source::slot::SlotState;
 
@@ -66,7 +67,8 @@ pub(super) fn now_us() -> u64 {
 }
 
 /// The slot was looked at.
-pub(super) fn slot(slot: &SlotState, max_retained: u64, metrics: &Metrics, shared: &Shared) {
+pub(super) fn slot(slot: &SlotState, postgres: &PostgresConfig, metrics: &Metrics, shared: &Shared) {
+    let max_retained = postgres.max_retained;
     let retained = slot.retained_bytes.unwrap_or_default();
     metrics.slot_retained_bytes.set(i64::try_from(retained).unwrap_or(i64::MAX));
     metrics.slot_status.reset();
@@ -74,7 +76,8 @@ pub(super) fn slot(slot: &SlotState, max_retained: u64, metrics: &Metrics, share
         metrics.slot_status.with_label_values(&[status.name()]).set(1);
     }
     if retained > max_retained {
-        tracing::warn!(retained, max_retained, "the slot makes Postgres keep more WAL than `max_retained`");
+        let stream = Carrier::stream(postgres);
+        tracing::warn!(retained, max_retained, "the {stream} makes Postgres keep more than `max_retained`");
     }
     shared.update(|status| {
         status.slot_status = slot.wal_status.map(|status| status.name().to_owned());

@@ -4,7 +4,8 @@
 //! transaction, at the log position that was the end of the log just after its snapshot was taken. No cursor over ids or
 //! transaction ids: those skip what commits late. What lies between two snapshots is the same whoever reads it and when, so a
 //! drain can be read again, page by page, for as long as its rows are there, and no snapshot is held for it. The checkpoint has
-//! the snapshots since `low`: after a crash the same drains come again, with the same positions.
+//! snapshots since `low`: after a crash the same rows come again, in drains with the same positions where anything of them may not
+//! be in the cache yet; of older ones several come as one, so that they stay few however long `low` stands.
 //!
 //! A drain is handed out only once the log is flushed up to its position: what a crash of the server could take back is not
 //! in it.
@@ -12,11 +13,10 @@
 //! A task of its own (`drainer`) has the connection, and holds the advisory lock that makes it the only one. With the
 //! connection goes the lock, and the session.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
@@ -35,7 +35,7 @@ pub mod encode;
 
 mod drainer;
 
-/// How many drains may be such that a restart would have to read them again. With more, no other begins.
+/// How many drains that are done with are kept apart. With more, every two of them would come again as one.
 const DRAINS_MAX: usize = 64;
 /// How many parts of what was read wait for the session.
 const PARTS_MAX: usize = 2;
@@ -75,10 +75,9 @@ pub struct Outbox {
     parts: mpsc::Receiver<Result<Part>>,
     /// What is being handed out.
     part: Option<Part>,
-    /// What of it was.
-    handed: Handed,
+    /// How much of it was: of its frames so many bytes.
+    handed: usize,
     drains: Vec<Drain>,
-    room: Arc<Semaphore>,
     told: watch::Sender<Told>,
     task: JoinHandle<Result<()>>,
 }
@@ -87,16 +86,9 @@ pub struct Outbox {
 #[derive(Clone, Copy, Debug, Default)]
 struct Told {
     acknowledged: Lsn,
+    /// What was drained up to here is done with, wherever a restart would begin.
+    done: Lsn,
     ends: bool,
-}
-
-/// How far a part was handed out.
-#[derive(Debug, Default)]
-struct Handed {
-    drain: bool,
-    /// Of the frames.
-    bytes: usize,
-    idle: bool,
 }
 
 impl Outbox {
@@ -106,7 +98,15 @@ impl Outbox {
     /// # Errors
     /// [`ErrorKind::Fenced`] while somebody else has the lock; what Postgres says otherwise.
     pub async fn start(setting: Setting, drains: &[Drain], from: Lsn) -> Result<Self> {
-        Self::begin(setting, drains, from, true).await
+        let (before, again): (Vec<&Drain>, Vec<&Drain>) = drains.iter().partition(|drain| drain.lsn <= from);
+        let base = match before.last() {
+            Some(base) => Drain::clone(base),
+            None if again.is_empty() => Drain { lsn: from, snapshot: Snapshot::of_nothing() },
+            None => {
+                return Err(Error::new(ErrorKind::Protocol, "the checkpoint does not say what came before its drains"));
+            }
+        };
+        Self::begin(setting, Some(base), again.into_iter().cloned().collect()).await
     }
 
     /// The same from now on, and without the lock: for looking without touching.
@@ -114,57 +114,47 @@ impl Outbox {
     /// # Errors
     /// What Postgres says.
     pub async fn watch(setting: Setting) -> Result<Self> {
-        Self::begin(setting, &[], Lsn::default(), false).await
+        Self::begin(setting, None, Vec::new()).await
     }
 
-    async fn begin(setting: Setting, drains: &[Drain], from: Lsn, owns: bool) -> Result<Self> {
+    async fn begin(setting: Setting, base: Option<Drain>, again: Vec<Drain>) -> Result<Self> {
         let (sender, parts) = mpsc::channel(PARTS_MAX);
         let (told, heard) = watch::channel(Told::default());
-        let room = Arc::new(Semaphore::new(DRAINS_MAX));
-        let drainer = drainer::Drainer::open(setting, owns, sender, heard, Arc::clone(&room)).await?;
-        let (before, again): (Vec<&Drain>, Vec<&Drain>) = drains.iter().partition(|drain| drain.lsn <= from);
-        let base = match (before.last(), again.is_empty(), owns) {
-            (Some(base), ..) => Drain::clone(base),
-            (None, true, true) => Drain { lsn: from, snapshot: Snapshot::of_nothing() },
-            (None, true, false) => drainer.now().await?,
-            (None, false, _) => {
-                return Err(Error::new(ErrorKind::Protocol, "the checkpoint does not say what came before its drains"));
-            }
-        };
-        let again: Vec<Drain> = again.into_iter().cloned().collect();
-        let task = tokio::spawn(drainer.run(base.clone(), again));
-        Ok(Outbox { parts, part: None, handed: Handed::default(), drains: vec![base], room, told, task })
+        let drainer = drainer::Drainer::open(setting, base, sender, heard).await?;
+        let drains = vec![drainer.base().clone()];
+        let task = tokio::spawn(drainer.run(again));
+        Ok(Outbox { parts, part: None, handed: 0, drains, told, task })
     }
 
     /// See [`super::Source::fill`].
     pub(super) async fn fill(&mut self) -> Result<()> {
         let ended = || Err(Error::new(ErrorKind::PostgresAway, "the outbox is not read any more"));
         self.part = Some(self.parts.recv().await.unwrap_or_else(ended)?);
-        self.handed = Handed::default();
+        self.handed = 0;
         Ok(())
     }
 
     /// See [`super::Source::next_buffered`].
     pub(super) fn next_buffered(&mut self) -> Option<Frame<'_>> {
-        let (part, handed) = (self.part.as_ref()?, &mut self.handed);
-        if let Some(drain) = part.drain.as_ref().filter(|_| !std::mem::replace(&mut handed.drain, true)) {
-            self.drains.push(drain.clone());
-            return Some(Frame::Visible(&drain.snapshot));
+        match self.part.as_ref()? {
+            Part::Frames(frames, lsn) => {
+                let (body, next) = frames.at(self.handed)?;
+                self.handed = next;
+                Some(Frame::Data { wal_start: *lsn, wal_end: *lsn, body })
+            }
+            _ if std::mem::replace(&mut self.handed, 1) > 0 => None,
+            Part::Begins(drain) => {
+                self.drains.push(drain.clone());
+                Some(Frame::Visible(&drain.snapshot))
+            }
+            Part::Idle(lsn) => Some(Frame::Keepalive { wal_end: *lsn, reply_requested: false }),
         }
-        if let Some((body, next)) = part.frames.at(handed.bytes) {
-            handed.bytes = next;
-            return Some(Frame::Data { wal_start: part.lsn, wal_end: part.lsn, body });
-        }
-        let idle = part.is_idle && !std::mem::replace(&mut handed.idle, true);
-        idle.then_some(Frame::Keepalive { wal_end: part.lsn, reply_requested: false })
     }
 
     /// See [`super::Source::drains`].
-    pub(super) fn drains(&mut self, low: Lsn) -> Vec<Drain> {
-        let behind = self.drains.iter().take_while(|drain| drain.lsn <= low).count();
-        let done = behind.saturating_sub(1);
-        self.drains.drain(..done);
-        self.room.add_permits(done);
+    pub(super) fn drains(&mut self, low: Lsn, done: Lsn) -> Vec<Drain> {
+        thin(&mut self.drains, low, done);
+        self.told.send_if_modified(|told| std::mem::replace(&mut told.done, done) != done);
         self.drains.clone()
     }
 
@@ -175,7 +165,7 @@ impl Outbox {
 
     /// See [`super::Source::close`].
     pub(super) async fn close(&mut self, flushed: Lsn) -> Result<()> {
-        self.told.send_replace(Told { acknowledged: flushed, ends: true });
+        self.told.send_modify(|told| (told.acknowledged, told.ends) = (flushed, true));
         // It may be waiting for somebody to take what it has read.
         self.parts.close();
         let silent = || Error::new(ErrorKind::PostgresAway, "the connection that reads the outbox did not end");
@@ -188,6 +178,18 @@ impl Drop for Outbox {
     fn drop(&mut self) {
         // With the task goes its connection, and with that the lock.
         self.task.abort();
+    }
+}
+
+/// What has to be known to begin again at `low`: the last drain up to there, and those behind it. What is `done` is left out when
+/// it comes again, whatever its positions are then: so two drains up to there may come as one.
+fn thin(drains: &mut Vec<Drain>, low: Lsn, done: Lsn) {
+    let before = drains.partition_point(|drain| drain.lsn <= low);
+    drains.drain(..before.saturating_sub(1));
+    let done = drains.partition_point(|drain| drain.lsn <= done);
+    if done > DRAINS_MAX {
+        let mut place = 0..done;
+        drains.retain(|_| place.next().is_none_or(|place| place % 2 == 0 || place + 1 == done));
     }
 }
 
@@ -204,13 +206,21 @@ pub struct State {
     pub bytes: u64,
     /// Changes each time that rows could not be written.
     pub gap: i64,
+    /// The end of the server's durable log.
+    pub flushed: Lsn,
+    /// Its positions are another server's: it came here in a dump, or what it says is newer than the server.
+    pub is_foreign: bool,
     database: String,
 }
 
 impl State {
     /// As what it stands in for; with another `gap` than was `known`, something is missing from it.
     pub fn as_slot(&self, schema: &str, known: Option<i64>) -> SlotState {
-        let lost = known.is_some_and(|known| known != self.gap);
+        let lost = match known.is_some_and(|known| known != self.gap) {
+            _ if self.is_foreign => Some("comes from another server, or from a later time of this one"),
+            true => Some("was full, and changes were left out"),
+            false => None,
+        };
         SlotState {
             name: schema.to_owned(),
             plugin: Some("pgoutput".to_owned()),
@@ -221,7 +231,7 @@ impl State {
             wal_status: None,
             safe_wal_size: None,
             retained_bytes: Some(self.bytes),
-            invalidation_reason: lost.then(|| "it was full, and changes were left out".to_owned()),
+            invalidation_reason: lost.map(str::to_owned),
             failover: false,
         }
     }
@@ -246,7 +256,9 @@ pub async fn state(client: &Client, schema: &str) -> Result<Option<State>> {
               where l.locktype = 'advisory' and l.classid = {LOCK_CLASS} and l.objsubid = 2 and n.nspname = $1
                 and l.database = (select oid from pg_catalog.pg_database where datname = current_database())
               limit 1),
-            current_database()::text
+            current_database()::text, pg_catalog.pg_current_wal_flush_lsn()::text,
+            s.system is distinct from (select system_identifier from pg_catalog.pg_control_system())
+              or s.confirmed_lsn > pg_catalog.pg_current_wal_insert_lsn()
            from {name}.state s, {name}.gap g",
         name = sql_identifier(schema)
     );
@@ -258,32 +270,24 @@ pub async fn state(client: &Client, schema: &str) -> Result<Option<State>> {
         bytes: row.try_get::<_, i64>(3).map_err(failed)?.unsigned_abs(),
         holder: row.try_get(4).map_err(failed)?,
         database: row.try_get(5).map_err(failed)?,
+        flushed: lsn(row.try_get(6).map_err(failed)?)?,
+        is_foreign: row.try_get(7).map_err(failed)?,
     }))
 }
 
 /// Begins anew in an outbox that misses something: nothing of what is in it counts. Gives where.
 ///
 /// # Errors
-/// [`ErrorKind::PostgresAway`] when the connection breaks.
+/// [`ErrorKind::Fenced`] while somebody reads it; what Postgres says otherwise.
 pub async fn renew(client: &Client, schema: &str) -> Result<Drain> {
     let failed = |error| query_error("cannot empty the outbox", error);
-    let schema = sql_identifier(schema);
-    let sql = format!(
-        "update {schema}.state set confirmed_lsn = pg_catalog.pg_current_wal_insert_lsn()
-        returning confirmed_lsn::text, pg_catalog.pg_current_snapshot()::text"
-    );
-    let row = client.query_typed_one(&sql, &[]).await.map_err(failed)?;
-    let snapshot: &str = row.try_get(1).map_err(failed)?;
-    // What cannot go now, because somebody still writes there, goes later.
-    for _ in 0..ROTATIONS_MAX {
-        let rotate = format!("select {schema}.rotate($1::text::pg_catalog.pg_snapshot)");
-        let rotated = client.query_typed_one(&rotate, &[(&snapshot, Type::TEXT)]).await.map_err(failed)?;
-        if !rotated.try_get::<_, bool>(0).map_err(failed)? {
-            break;
-        }
-    }
-    client.query_typed(&format!("select {schema}.reopen()"), &[]).await.map_err(failed)?;
-    Ok(Drain { lsn: lsn(row.try_get(0).map_err(failed)?)?, snapshot: self::snapshot(snapshot)? })
+    let sql = format!("select lsn::text, snapshot::text from {}.renew()", sql_identifier(schema));
+    let Some(row) = client.query_typed_opt(&sql, &[]).await.map_err(failed)? else { return Err(taken(schema)) };
+    Ok(Drain { lsn: lsn(row.try_get(0).map_err(failed)?)?, snapshot: snapshot(row.try_get(1).map_err(failed)?)? })
+}
+
+fn taken(schema: &str) -> Error {
+    Error::new(ErrorKind::Fenced, format!("another daemon, or one that just ended, reads outbox `{schema}`"))
 }
 
 /// What IDENTIFY_SYSTEM says, from a connection that is none of replication.
@@ -324,4 +328,41 @@ fn snapshot(text: &str) -> Result<Snapshot> {
 
 fn nonsense() -> Error {
     Error::new(ErrorKind::Protocol, "Postgres answered a question about the outbox with something else")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drains(lsns: impl IntoIterator<Item = u64>) -> Vec<Drain> {
+        lsns.into_iter().map(|lsn| Drain { lsn: Lsn(lsn), snapshot: Snapshot::of_nothing() }).collect()
+    }
+
+    fn thinned(mut list: Vec<Drain>, low: u64, done: u64) -> Vec<u64> {
+        thin(&mut list, Lsn(low), Lsn(done));
+        list.iter().map(|drain| drain.lsn.0).collect()
+    }
+
+    #[test]
+    fn the_last_drain_before_the_beginning_and_all_behind_it_are_kept() {
+        assert_eq!(thinned(drains([10, 20, 30]), 5, 5), [10, 20, 30]);
+        assert_eq!(thinned(drains([10, 20, 30]), 20, 25), [20, 30]);
+        assert_eq!(thinned(drains([10, 20, 30]), 29, 30), [20, 30]);
+        assert_eq!(thinned(drains([10, 20, 30]), 99, 99), [30]);
+    }
+
+    #[test]
+    fn however_long_the_beginning_stands_few_are_kept_and_what_is_not_done_stays_apart() {
+        let mut list = drains([1]);
+        for lsn in 2..10_000 {
+            list.extend(drains([lsn]));
+            let done = lsn.saturating_sub(5);
+            thin(&mut list, Lsn(1), Lsn(done));
+            let kept: Vec<u64> = list.iter().map(|drain| drain.lsn.0).collect();
+            assert!(kept.len() <= DRAINS_MAX + 5 && kept[0] == 1, "{kept:?}");
+            assert!(kept.ends_with(&(done.max(1)..=lsn).collect::<Vec<_>>()), "{kept:?}");
+        }
+        let kept = thinned(list, 5_000, 9_990);
+        assert!(kept[0] <= 5_000 && kept[1] > 5_000, "{kept:?}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Output, Stdio};
 
-use crate::support::{Daemon, Stage, wait_for};
+use crate::support::{Daemon, Stage, reads_outbox, wait_for};
 
 const RULES: &str = r#"
 [rule.product]
@@ -119,8 +119,13 @@ async fn a_dry_run_prints_commands_and_touches_neither_slot_nor_cache() {
     stage.execute(TABLE).await;
     let rules = stage.rules(RULES);
     stage.keepstep(&["setup"]);
-    let slots = "select string_agg(slot_name || coalesce(confirmed_flush_lsn::text, ''), ',') from pg_replication_slots \
-                 where not temporary";
+    let slots = match reads_outbox() {
+        true => "select concat(confirmed_lsn, (select last_value from keepstep.gate)) from keepstep.state",
+        false => {
+            "select string_agg(slot_name || coalesce(confirmed_flush_lsn::text, ''), ',') from pg_replication_slots \
+             where not temporary"
+        }
+    };
     let sql = stage.sql().await;
     let before: String = sql.query_one(slots, &[]).await.unwrap().get(0);
     let mut command = Command::new(env!("CARGO_BIN_EXE_keepstep"));

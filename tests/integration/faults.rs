@@ -192,7 +192,7 @@ async fn an_outage_of_redis_holds_postgres_back_and_memory_down() {
     let daemon = Daemon::start(&stage, &rules).await;
     stage.redis.stop("KILL").unwrap();
     // Much more than the buffers hold, and longer than `wal_sender_timeout`.
-    stage.execute("insert into rows select i, 1, repeat('x', 500) from generate_series(1, 200000) i").await;
+    stage.execute("insert into rows select i, 1, repeat('x', 1000) from generate_series(1, 80000) i").await;
     let until = Instant::now() + Duration::from_secs(6);
     wait_for("the timeout to pass", async || (Instant::now() >= until).then_some(())).await;
     assert_eq!(daemon.metric("keepstep_sessions_total").await, Some(1.0), "the stream was cut:\n{}", daemon.log());

@@ -343,7 +343,7 @@ async fn setup_does_what_is_missing_and_teardown_leaves_nothing() {
     let image: String = client.query_one("select new from keepstep.outbox", &[]).await.unwrap().get(0);
     assert_eq!(image, "(7,a)");
 
-    client.batch_execute("select pg_advisory_lock(7, 'keepstep'::regnamespace::oid::int)").await.unwrap();
+    client.batch_execute("select pg_advisory_lock(1801807216, 'keepstep'::regnamespace::oid::int)").await.unwrap();
     let busy = plan_teardown(&client, "keepstep").await.unwrap_err();
     assert!(busy.to_string().contains("pid"), "{busy}");
     client.batch_execute("select pg_advisory_unlock_all()").await.unwrap();
@@ -394,6 +394,7 @@ async fn nobody_needs_to_be_a_superuser_and_nobody_gets_more_than_he_needs() {
         "insert into keepstep.outbox_0 select",
         "select nextval('keepstep.gap')",
         "select keepstep.emit('', '')",
+        "select keepstep.renew()",
         "create table keepstep.mine ()",
     ] {
         let denied = app.batch_execute(sql).await.unwrap_err();
@@ -401,7 +402,7 @@ async fn nobody_needs_to_be_a_superuser_and_nobody_gets_more_than_he_needs() {
     }
     let rows: i64 = reader.query_one("select count(*) from keepstep.outbox", &[]).await.unwrap().get(0);
     assert_eq!(rows, 3);
-    let works = "select keepstep.emit('a', 'b'), keepstep.sleep(true), keepstep.sleep(false), keepstep.reopen();
+    let works = "select keepstep.emit('a', 'b'), keepstep.sleep(true), keepstep.sleep(false), keepstep.reopen(); select keepstep.renew();
         update keepstep.state set confirmed_lsn = pg_current_wal_insert_lsn(); select * from keepstep.retyped, keepstep.gap, keepstep.gate;
         select t.name, f from keepstep.tables t, keepstep.findings(t.relid, t.columns) f; select keepstep.rotate(pg_current_snapshot())";
     reader.batch_execute(works).await.unwrap();
@@ -551,4 +552,115 @@ async fn subscriptions_are_refused() {
     }
     let refused = plan_setup(&client, &wanted(&["parts", "plain"]), Executor::Role).await.unwrap_err();
     assert!(refused.len() == 1 && refused[0].to_string().contains("filled by a subscription"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_partition_is_refused() {
+    let (_stage, client) = stage().await;
+    let refused = plan_setup(&client, &wanted(&["parts_0", "plain"]), Executor::Role).await.unwrap_err();
+    assert!(refused.len() == 1 && refused[0].to_string().contains("parts_0 is a partition"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn what_was_dumped_works_where_it_is_loaded() {
+    let (stage, client) = stage().await;
+    set_up(&client, &wanted(&FOLLOWED)).await;
+    client.batch_execute("create database loaded").await.unwrap();
+    let dump = stage.postgres.command("pg_dump").arg("postgres").output().unwrap();
+    assert!(dump.status.success(), "{}", String::from_utf8_lossy(&dump.stderr));
+    let script = stage.folder().join("dump.sql");
+    std::fs::write(&script, dump.stdout).unwrap();
+    let loaded = stage
+        .postgres
+        .command("psql")
+        .args(["--no-psqlrc", "-q", "-v", "ON_ERROR_STOP=1", "-d", "loaded", "-f"])
+        .arg(script)
+        .output()
+        .unwrap();
+    assert!(loaded.status.success(), "{}", String::from_utf8_lossy(&loaded.stderr));
+    let (there, connection) =
+        tokio_postgres::connect(&stage.postgres.url("loaded"), tokio_postgres::NoTls).await.unwrap();
+    tokio::spawn(connection);
+    let write = async || {
+        for table in ["plain", "bare", "indexed", "parts", "child"] {
+            let writes =
+                format!("insert into {table} (id, n) values (1, 1); update {table} set n = 0; delete from {table}");
+            there.batch_execute(&writes).await.unwrap_or_else(|error| panic!("{table}: {error:?}"));
+        }
+    };
+    write().await;
+    assert!(set_up(&there, &wanted(&FOLLOWED)).await > 0);
+    assert_eq!(set_up(&there, &wanted(&FOLLOWED)).await, 0);
+    there.batch_execute("truncate keepstep.outbox_0").await.unwrap();
+    write().await;
+    let rows: i64 = there.query_one("select count(*) from keepstep.outbox", &[]).await.unwrap().get(0);
+    assert_eq!(rows, 15);
+}
+
+#[tokio::test]
+async fn a_partition_that_was_detached_is_no_longer_followed() {
+    let (_stage, client) = stage().await;
+    set_up(&client, &wanted(&["parts"])).await;
+    client.batch_execute("insert into parts values (1, 1, 'a'), (2, 0, 'b'), (60, 7, 'c')").await.unwrap();
+    let rows = async || client.query_one("select count(*) from keepstep.outbox", &[]).await.unwrap().get::<_, i64>(0);
+    assert_eq!(rows().await, 3);
+    client
+        .batch_execute("alter table parts detach partition parts_0; alter table parts detach partition parts_1")
+        .await
+        .unwrap();
+    for alone in ["parts_0", "parts_0_low", "parts_1"] {
+        let writes = format!(
+            "insert into {alone} (id, n, t) values (3, 1, 'd'); update {alone} set t = 'e'; delete from {alone}"
+        );
+        client.batch_execute(&writes).await.unwrap();
+    }
+    assert_eq!(rows().await, 3);
+}
+
+#[tokio::test]
+async fn no_cast_of_the_applications_is_called() {
+    let (stage, client) = stage().await;
+    let tables = "
+        create table moody (id mood primary key, n int);
+        create function no_text(mood) returns text language plpgsql as $$ begin raise 'no cast'; end $$;
+        create cast (mood as text) with function no_text(mood) as assignment;
+        create role app login; grant all on moody to app";
+    client.batch_execute(tables).await.unwrap();
+    set_up(&client, &wanted(&["moody"])).await;
+    let app = client::connect(&info(&url(&stage.postgres, "app", "")), Duration::ZERO).await.unwrap();
+    app.batch_execute(
+        "insert into moody values ('sad', 1); update moody set n = 2; update moody set id = 'it''s \"fine\"'",
+    )
+    .await
+    .unwrap();
+    let rows = client.query("select op::text, old, new from keepstep.outbox order by id", &[]).await.unwrap();
+    let rows: Vec<(String, Option<String>, Option<String>)> =
+        rows.iter().map(|row| (row.get(0), row.get(1), row.get(2))).collect();
+    let some = |text: &str| Some(text.to_owned());
+    let fine = some(r#"("it's ""fine""",2)"#);
+    let expected = [("i", None, some("(sad,1)")), ("u", None, some("(sad,2)")), ("u", some("(sad)"), fine)];
+    assert_eq!(rows, expected.map(|(op, old, new)| (op.to_owned(), old, new)));
+}
+
+#[tokio::test]
+async fn who_is_not_there_is_not_called() {
+    let (_stage, client) = stage().await;
+    set_up(&client, &wanted(&["plain"])).await;
+    let asleep = "select last_value & 2 <> 0 from keepstep.gate";
+    let asleep = async || client.query_one(asleep, &[]).await.unwrap().get::<_, bool>(0);
+    let lock = "select pg_advisory_lock(1801807216, 'keepstep'::regnamespace::oid::int); select keepstep.sleep(true)";
+    client.batch_execute(lock).await.unwrap();
+    client.batch_execute("select keepstep.measure()").await.unwrap();
+    assert!(asleep().await);
+    client.batch_execute("select pg_advisory_unlock_all(); select keepstep.measure()").await.unwrap();
+    assert!(!asleep().await);
+}
+
+#[tokio::test]
+async fn an_old_snapshot_rotates_nothing() {
+    let (_stage, client) = stage().await;
+    set_up(&client, &wanted(&["plain"])).await;
+    client.batch_execute("begin isolation level repeatable read").await.unwrap();
+    let refused = client.batch_execute("select keepstep.rotate(pg_current_snapshot())").await.unwrap_err();
+    assert!(refused.as_db_error().unwrap().message().contains("read committed"), "{refused:?}");
 }

@@ -215,12 +215,12 @@ async fn kills_lose_no_tenant() {
     let mut daemon = three(&stage).await;
     let rules = stage.folder().join("keepstep.toml");
     for (round, schema) in ["tenant_x", "tenant_y", "tenant_z"].into_iter().enumerate() {
+        let sessions = daemon.metric("keepstep_sessions_total").await.unwrap();
         stage.execute(&tenant(schema)).await;
         stage.keepstep(&["setup"]);
         if round > 0 {
             stage.execute("drop schema tenant_x cascade; create schema tenant_x").await;
         }
-        let sessions = daemon.metric("keepstep_sessions_total").await.unwrap();
         wait_for("the next session", async || {
             (daemon.metric("keepstep_sessions_total").await? > sessions).then_some(())
         })
@@ -274,7 +274,7 @@ async fn a_table_that_does_not_fit_pauses_its_own_rule() {
         (paused.len() == 4).then_some(paused)
     })
     .await;
-    assert!(all.iter().all(|(_, why)| why.contains("`keepstep setup` sees to it")), "{all:?}");
+    assert!(all.iter().all(|(_, why)| why.contains("`keepstep setup` sees to")), "{all:?}");
     daemon.kill();
     // It starts beside them, too.
     let daemon = Daemon::start(&stage, &stage.folder().join("keepstep.toml")).await;
@@ -291,7 +291,8 @@ async fn a_table_that_does_not_fit_pauses_its_own_rule() {
     stage.execute("update tenant_d.products set name = 'z'").await;
     in_step(&stage, &["tenant_a", "tenant_b", "tenant_c", "tenant_d"]).await;
     let log = daemon.log();
-    assert!(log.contains("has no replica identity"), "{log}");
+    // Triggers see what they are called for, whatever identifies a row.
+    assert!(reads_outbox() || log.contains("has no replica identity"), "{log}");
 }
 
 /// A pass that would have to begin anew is not cut short by each table that comes.

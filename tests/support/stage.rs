@@ -61,8 +61,8 @@ impl Stage {
         // Behind them the rules stand in the same lines.
         let (source, nothing) = if reads_outbox() { ("source = \"outbox\"\n", "") } else { ("", "\n") };
         let servers = format!(
-            "[postgres]\nurl = \"{postgres}\"\n{source}\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n{nothing}\
-             [admin]\nlisten = \"127.0.0.1:{admin}\"\n\n"
+            "[postgres]\nurl = \"{postgres}\"\n{source}\n[redis]\nurl = \"{redis}\"\nprefix = \"{prefix}\"\n\n\
+             [admin]\nlisten = \"127.0.0.1:{admin}\"\n{nothing}"
         );
         fs::write(&path, servers + rules).unwrap();
         path
@@ -94,8 +94,8 @@ impl Stage {
     /// Runs one to its end and gives its standard output; it must succeed.
     pub(crate) fn keepstep(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "keepstep {arguments:?}: {}\n{said}", output.status);
+        let [said, shown] = [&output.stderr, &output.stdout].map(|bytes| String::from_utf8_lossy(bytes));
+        assert!(output.status.success(), "keepstep {arguments:?}: {}\n{said}\n{shown}", output.status);
         String::from_utf8(output.stdout).unwrap()
     }
 
@@ -104,6 +104,15 @@ impl Stage {
         if reads_outbox() {
             self.keepstep(&["setup"]);
         }
+    }
+
+    /// What happens until the daemon begins anew is not kept for it.
+    pub(crate) async fn lose_what_comes(&self) {
+        let sql = match reads_outbox() {
+            true => "select setval('keepstep.gate', last_value | 4) from keepstep.gate",
+            false => "select pg_drop_replication_slot('keepstep')",
+        };
+        self.execute(sql).await;
     }
 
     /// What the daemon has acknowledged.

@@ -128,7 +128,8 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
         // No key goes out before it is recorded what it looks like.
         batch.take_claims(&mut self.batch);
-        let next = self.next_checkpoint(self.checkpoint.applied, self.checkpoint.low, self.proven);
+        let next =
+            self.next_checkpoint(self.checkpoint.applied, self.checkpoint.low, self.proven, self.checkpoint.released);
         self.fly(batch, next, Flying::Read)
     }
 

@@ -6,16 +6,15 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_util::TryStreamExt;
-use tokio::sync::{Semaphore, mpsc, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{Client, Row, RowStream, Statement};
 
 use super::encode::{self, Frames, Shape};
-use super::{Drain, LOCK_CLASS, ROTATIONS_MAX, Setting, Told, lsn, nonsense, snapshot};
+use super::{Drain, LOCK_CLASS, ROTATIONS_MAX, Setting, Told, lsn, nonsense, snapshot, taken};
 use crate::catalog::sql_identifier;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Column, Lsn, Relation, Snapshot, Timestamp, Xid};
@@ -25,10 +24,8 @@ use crate::source::slot::MESSAGE_PREFIX;
 
 /// No statement takes longer; one that reads waits for whoever takes what it has read.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(300);
-/// How many rows are read at once; a drain with more is read through a cursor.
+/// How many rows are read at once; a drain with more is read through a cursor, so many at a time.
 const PAGE_ROWS: usize = 1000;
-/// How many of them at a time.
-const FETCH_ROWS: usize = 1000;
 /// How large a part may grow, but for its last row.
 const PART_BYTES: usize = 256 << 10;
 /// How long it says nothing to the server, and a cursor's snapshot is held while nobody takes what was read; at most.
@@ -36,6 +33,9 @@ const HOLD_LIMIT: Duration = Duration::from_secs(20);
 /// How long it stays awake behind the last row, and how often it looks meanwhile.
 const AWAKE: Duration = Duration::from_millis(50);
 const AWAKE_PAUSE: Duration = Duration::from_millis(2);
+/// Drains lie so much further apart the longer the oldest has not been done with: by this part of that time. So their number
+/// grows with its logarithm, however long Redis is away, and nothing waits for long once it is not.
+const APART: u32 = 64;
 /// So many drains with rows in a row, and being woken is not worth a writer's while.
 const BUSY_DRAINS: u32 = 20;
 /// How often what was read is removed, and how long types may have been others before that is noticed.
@@ -44,16 +44,15 @@ const REMOVE_EVERY: Duration = Duration::from_secs(1);
 const UNACKNOWLEDGED_MAX: usize = 4096;
 const UNACKNOWLEDGED_APART: Duration = Duration::from_millis(500);
 
-/// A part of a drain, or none of any.
+/// What the session takes at once.
 #[derive(Debug)]
-pub(super) struct Part {
-    /// It begins.
-    pub(super) drain: Option<Drain>,
-    pub(super) frames: Frames,
+pub(super) enum Part {
+    /// A drain begins.
+    Begins(Drain),
+    /// What is in it, and where it is.
+    Frames(Frames, Lsn),
     /// Nothing has changed up to here.
-    pub(super) is_idle: bool,
-    /// Where this is.
-    pub(super) lsn: Lsn,
+    Idle(Lsn),
 }
 
 pub(super) struct Drainer {
@@ -64,14 +63,14 @@ pub(super) struct Drainer {
     woken: Woken,
     parts: mpsc::Sender<Result<Part>>,
     told: watch::Receiver<Told>,
-    room: Arc<Semaphore>,
     boundary: Statement,
     page: Statement,
     shapes: HashMap<i32, Shape>,
     /// Places in them that may hold values of a type that the table did not have then.
     retyped: HashMap<i32, Vec<i16>>,
-    /// Those that were described in the stream.
+    /// Those that were described in the stream, and those that tables have now.
     described: HashMap<u32, i32>,
+    present: HashMap<u32, i32>,
     /// Whether anything is written: it has the lock.
     owns: bool,
     /// How long the server would do without a word from here; it hears one three times as often.
@@ -83,6 +82,9 @@ pub(super) struct Drainer {
     asleep: bool,
     busy: u32,
     rows_at: Instant,
+    /// Drains that are not done with, and when the last one began.
+    undone: VecDeque<(Instant, Lsn)>,
+    drained_at: Instant,
     unacknowledged: VecDeque<(Instant, Drain)>,
     removed_at: Instant,
     /// What was read up to here may still be there, and need not be.
@@ -97,12 +99,15 @@ struct Progress {
     xid: Option<Xid>,
     /// When it began.
     time: Timestamp,
-    part: Part,
+    frames: Frames,
 }
 
 /// How the rows of one query went.
 enum Taken {
-    Rows(usize),
+    /// There are no more.
+    End,
+    /// As many as were asked for.
+    More,
     /// Nobody took what was read in time; the rest was not read.
     Held,
     /// Nor was it behind a row of a shape that is not known yet.
@@ -131,13 +136,14 @@ const ROWS: &str = "select o.id::text, o.xid::text, o.shape, o.op, o.doubt, o.go
         and (o.id, o.xid) > ({id}::pg_catalog.pg_lsn, {xid}::pg_catalog.xid8) order by o.id, o.xid";
 
 impl Drainer {
+    /// Connects, and takes the lock to go on behind `base`; without one it only looks at what comes from now on.
     pub(super) async fn open(
         setting: Setting,
-        owns: bool,
+        base: Option<Drain>,
         parts: mpsc::Sender<Result<Part>>,
         told: watch::Receiver<Told>,
-        room: Arc<Semaphore>,
     ) -> Result<Self> {
+        let owns = base.is_some();
         let (client, woken) = client::connect_listening(&setting.postgres, STATEMENT_TIMEOUT).await?;
         let schema = sql_identifier(&setting.schema);
         if owns {
@@ -167,12 +173,16 @@ impl Drainer {
             "select pg_catalog.pg_current_snapshot()::text, pg_catalog.pg_current_wal_insert_lsn()::text,
                 pg_catalog.pg_current_wal_flush_lsn()::text,
                 (extract(epoch from clock_timestamp()) * 1000000)::int8,
-                exists(select from {schema}.outbox o where {unseen})"
+                exists(select from {schema}.outbox o where {unseen}), (select last_value & 2 <> 0 from {schema}.gate)"
         );
         let boundary = client.prepare(&boundary).await.map_err(failed)?;
         let page = ROWS.replace("{seen}", "$3::text").replace("{id}", "$4::text").replace("{xid}", "$5::text");
         let page = page.replace("{unseen}", &unseen).replace("{schema}", &schema);
         let page = client.prepare(&format!("{page} limit {PAGE_ROWS}")).await.map_err(failed)?;
+        let base = match base {
+            Some(base) => base,
+            None => self::now(&client).await?,
+        };
         let now = Instant::now();
         Ok(Drainer {
             schema,
@@ -180,36 +190,35 @@ impl Drainer {
             page,
             owns,
             beat: beat.min(HOLD_LIMIT),
-            at: Drain { lsn: Lsn::default(), snapshot: Snapshot::of_nothing() },
-            said: Lsn::default(),
+            said: base.lsn,
             asleep: false,
             busy: 0,
             rows_at: now,
-            unacknowledged: VecDeque::new(),
+            undone: VecDeque::new(),
+            drained_at: now,
+            unacknowledged: VecDeque::from([(now, base.clone())]),
+            at: base,
             removed_at: now,
             unremoved: None,
             shapes: HashMap::new(),
             retyped: HashMap::new(),
             described: HashMap::new(),
+            present: HashMap::new(),
             setting,
             client,
             woken,
             parts,
             told,
-            room,
         })
     }
 
-    /// Where a look without a past begins.
-    pub(super) async fn now(&self) -> Result<Drain> {
-        let sql = "select pg_catalog.pg_current_wal_flush_lsn()::text, pg_catalog.pg_current_snapshot()::text";
-        let row = self.client.query_typed_one(sql, &[]).await.map_err(failed)?;
-        Ok(Drain { lsn: lsn(row.try_get(0).map_err(failed)?)?, snapshot: snapshot(row.try_get(1).map_err(failed)?)? })
+    /// What it goes on behind.
+    pub(super) fn base(&self) -> &Drain {
+        &self.at
     }
 
-    /// Reads these drains again, which lie behind `base`, and then what comes, until nobody wants it any more.
-    pub(super) async fn run(mut self, base: Drain, again: Vec<Drain>) -> Result<()> {
-        self.drained(base);
+    /// Reads these drains again, and then what comes, until nobody wants it any more.
+    pub(super) async fn run(mut self, again: Vec<Drain>) -> Result<()> {
         match self.drain_all(again).await {
             Ok(()) | Err(Stop::Asked) => self.end().await,
             Err(Stop::Failed(error)) => {
@@ -223,12 +232,11 @@ impl Drainer {
     async fn drain_all(&mut self, again: Vec<Drain>) -> Outcome<()> {
         self.look_at_types().await?;
         for drain in again {
-            self.wait_for_room().await?;
             let time = self.clock().await?;
             self.read(drain, time).await?;
         }
         loop {
-            self.wait_for_room().await?;
+            self.pace().await?;
             match self.drain().await? {
                 true => {
                     (self.busy, self.rows_at) = (self.busy + 1, Instant::now());
@@ -239,6 +247,7 @@ impl Drainer {
                 false => self.rest().await?,
             }
             self.remove().await?;
+            self.describe().await?;
         }
     }
 
@@ -249,6 +258,8 @@ impl Drainer {
         let text = |column| row.try_get::<_, &str>(column).map_err(failed);
         let (seen, end, flushed) = (snapshot(text(0)?)?, lsn(text(1)?)?, lsn(text(2)?)?);
         let time = Timestamp::from_unix_us(row.try_get::<_, i64>(3).map_err(failed)?.unsigned_abs());
+        // Whoever changes something else of the gate at the same time can undo it.
+        self.asleep &= row.try_get::<_, bool>(5).map_err(failed)?;
         if !row.try_get::<_, bool>(4).map_err(failed)? {
             self.idle(end.min(flushed)).await?;
             return Ok(false);
@@ -256,6 +267,12 @@ impl Drainer {
         // What becomes visible without anything being written, as when a standby answers, would have the same position as
         // what came before.
         let end = if flushed < end || end <= self.said { self.flush().await? } else { end };
+        if end <= self.said {
+            let what = format!("the server's log ends at {end}, and what was read of it at {}", self.said);
+            return Err(Error::new(ErrorKind::Gap, what).into());
+        }
+        self.drained_at = Instant::now();
+        self.undone.push_back((self.drained_at, end));
         self.read(Drain { lsn: end, snapshot: seen }, time).await?;
         Ok(true)
     }
@@ -263,7 +280,7 @@ impl Drainer {
     /// Nothing was to be read up to here.
     async fn idle(&mut self, lsn: Lsn) -> Outcome<()> {
         if lsn > self.said {
-            self.say(Part { drain: None, frames: Frames::default(), is_idle: true, lsn }).await?;
+            self.say(Part::Idle(lsn)).await?;
             self.said = lsn;
         }
         Ok(())
@@ -288,19 +305,16 @@ impl Drainer {
     /// Hands out the rows of a drain: those that it sees, and the one before did not. It is one transaction, whose position
     /// lies just before its end: log records begin at multiples of eight.
     async fn read(&mut self, drain: Drain, time: Timestamp) -> Outcome<()> {
-        // There is room; the session gives it back when this need not be read again.
-        if let Ok(room) = self.room.try_acquire() {
-            room.forget();
-        }
-        let part = Part { drain: Some(drain.clone()), frames: Frames::default(), is_idle: false, lsn: drain.lsn };
-        let mut progress = Progress { last: ["0/0", "0"].map(str::to_owned), xid: None, time, part };
+        self.say(Part::Begins(drain.clone())).await?;
+        let last = ["0/0", "0"].map(str::to_owned);
+        let mut progress = Progress { last, xid: None, time, frames: Frames::default() };
         let mut taken = self.read_page(&drain, &mut progress).await?;
         loop {
             taken = match taken {
-                Taken::Rows(rows) if rows < PAGE_ROWS => break,
-                Taken::Rows(_) => self.read_by_cursor(&drain, &mut progress).await?,
+                Taken::End => break,
+                Taken::More => self.read_by_cursor(&drain, &mut progress).await?,
                 Taken::Held => {
-                    self.say(progress.next_part()).await?;
+                    self.say(progress.next_part(&drain)).await?;
                     self.read_page(&drain, &mut progress).await?
                 }
                 Taken::Unknown(shape) => {
@@ -309,12 +323,13 @@ impl Drainer {
                 }
             }
         }
-        if progress.xid.is_none() {
-            // Rows of transactions that were rolled back do not show.
-            progress.part.frames.begin(commit_lsn(&drain), time, Xid(0));
+        if progress.xid.is_some() {
+            progress.frames.commit(commit_lsn(&drain), drain.lsn, time);
+            self.say(progress.next_part(&drain)).await?;
+        } else {
+            // What was to be read again is gone already.
+            self.say(Part::Idle(drain.lsn)).await?;
         }
-        progress.part.frames.commit(commit_lsn(&drain), drain.lsn, time);
-        self.say(progress.part).await?;
         self.drained(drain);
         Ok(())
     }
@@ -349,14 +364,14 @@ impl Drainer {
         let [id, xid] = progress.last.each_ref().map(|value| format!("'{value}'"));
         let rows = rows.replace("{id}", &id).replace("{xid}", &xid).replace("{schema}", &self.schema);
         run(&self.client, &format!("begin read only; declare drain no scroll cursor for {rows}")).await?;
-        let fetch = format!("fetch {FETCH_ROWS} from drain");
+        let fetch = format!("fetch {PAGE_ROWS} from drain");
         loop {
             let nothing: [(&str, Type); 0] = [];
             let rows = self.client.query_typed_raw(&fetch, nothing).await.map_err(failed)?;
             let taken = self.take(rows, drain, progress).await?;
-            if !matches!(taken, Taken::Rows(FETCH_ROWS)) {
+            if !matches!(taken, Taken::More) {
                 run(&self.client, "commit").await?;
-                return Ok(if matches!(taken, Taken::Rows(_)) { Taken::Rows(0) } else { taken });
+                return Ok(taken);
             }
         }
     }
@@ -372,23 +387,22 @@ impl Drainer {
             }
             self.encode(&row, drain, progress)?;
             count += 1;
-            if progress.part.frames.len() < PART_BYTES {
+            if progress.frames.len() < PART_BYTES {
                 continue;
             }
             // No snapshot is held, and no word withheld from the server, for as long as Redis is away.
             let until = *until.get_or_insert_with(|| tokio::time::Instant::now() + self.beat);
             match tokio::time::timeout_at(until, self.parts.reserve()).await {
-                Ok(Ok(permit)) => permit.send(Ok(progress.next_part())),
+                Ok(Ok(permit)) => permit.send(Ok(progress.next_part(drain))),
                 Ok(Err(_)) => return Err(Stop::Asked),
                 Err(_) => return Ok(Taken::Held),
             }
         }
-        Ok(Taken::Rows(count))
+        Ok(if count < PAGE_ROWS { Taken::End } else { Taken::More })
     }
 
     fn encode(&mut self, row: &Row, drain: &Drain, progress: &mut Progress) -> Result<()> {
-        let Progress { last, xid, time, part } = progress;
-        let frames = &mut part.frames;
+        let Progress { last, xid, time, frames } = progress;
         let image = |column| row.try_get::<_, Option<&str>>(column).map(|text| text.map(str::as_bytes)).map_err(failed);
         for (column, value) in last.iter_mut().enumerate() {
             value.clear();
@@ -446,7 +460,30 @@ impl Drainer {
             let (shape, place) = (row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?);
             self.retyped.entry(shape).or_default().push(place);
         }
+        let sql = format!("select relid, shape from {}.tables where is_present", self.schema);
+        for row in self.client.query_typed(&sql, &[]).await.map_err(failed)? {
+            self.present.insert(row.try_get(0).map_err(failed)?, row.try_get(1).map_err(failed)?);
+        }
         Ok(())
+    }
+
+    /// Says what tables look like now of which the last row was older: what did not fit may fit again, and no row may come.
+    async fn describe(&mut self) -> Outcome<()> {
+        let differs = |(oid, shape): (&u32, &i32)| self.present.get(oid).filter(|present| *present != shape).copied();
+        let changed: Vec<i32> = self.described.iter().filter_map(differs).collect();
+        if changed.is_empty() {
+            return Ok(());
+        }
+        let mut frames = Frames::default();
+        for shape in changed {
+            if !self.shapes.contains_key(&shape) {
+                self.load_shapes(shape).await?;
+            }
+            let relation = &self.shapes.get(&shape).ok_or_else(nonsense)?.relation;
+            frames.relation(relation);
+            self.described.insert(relation.oid, shape);
+        }
+        self.say(Part::Frames(frames, self.said)).await
     }
 
     /// Hands it out, as soon as somebody takes it.
@@ -464,18 +501,23 @@ impl Drainer {
         }
     }
 
-    /// Waits while too many drains would have to be read again.
-    async fn wait_for_room(&mut self) -> Outcome<()> {
-        let room = Arc::clone(&self.room);
+    /// Waits until the next drain may begin.
+    async fn pace(&mut self) -> Outcome<()> {
         loop {
-            if self.told.borrow().ends {
+            let Told { done, ends, .. } = *self.told.borrow_and_update();
+            if ends {
                 return Err(Stop::Asked);
             }
-            match tokio::time::timeout(self.beat, room.acquire()).await {
-                // A drain without rows takes none.
-                Ok(Ok(_)) => return Ok(()),
-                Ok(Err(_)) => return Err(Stop::Asked),
-                Err(_) => self.say_alive().await?,
+            let behind = self.undone.iter().take_while(|(_, lsn)| *lsn <= done).count();
+            self.undone.drain(..behind);
+            let age = self.undone.front().map_or(Duration::ZERO, |(since, _)| since.elapsed());
+            let pause = (age / APART).saturating_sub(self.drained_at.elapsed());
+            if pause.is_zero() {
+                return Ok(());
+            }
+            tokio::select! {
+                told = self.told.changed() => told.map_err(|_| Stop::Asked)?,
+                () = tokio::time::sleep(pause.min(self.beat)) => self.say_alive().await?,
             }
         }
     }
@@ -571,10 +613,16 @@ impl Drainer {
 }
 
 impl Progress {
-    fn next_part(&mut self) -> Part {
-        let next = Part { drain: None, frames: Frames::default(), is_idle: false, lsn: self.part.lsn };
-        std::mem::replace(&mut self.part, next)
+    fn next_part(&mut self, drain: &Drain) -> Part {
+        Part::Frames(std::mem::take(&mut self.frames), drain.lsn)
     }
+}
+
+/// Where a look without a past begins.
+async fn now(client: &Client) -> Result<Drain> {
+    let sql = "select pg_catalog.pg_current_wal_flush_lsn()::text, pg_catalog.pg_current_snapshot()::text";
+    let row = client.query_typed_one(sql, &[]).await.map_err(failed)?;
+    Ok(Drain { lsn: lsn(row.try_get(0).map_err(failed)?)?, snapshot: snapshot(row.try_get(1).map_err(failed)?)? })
 }
 
 /// Where the transaction lies that a drain comes as.
@@ -589,10 +637,7 @@ async fn lock(client: &Client, schema: &str) -> Result<()> {
     let row = client.query_typed_one(sql, &parameters).await.map_err(failed)?;
     match row.try_get(0).map_err(failed)? {
         true => Ok(()),
-        false => Err(Error::new(
-            ErrorKind::Fenced,
-            format!("another daemon, or one that just ended, reads outbox `{schema}`"),
-        )),
+        false => Err(taken(schema)),
     }
 }
 

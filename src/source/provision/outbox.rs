@@ -9,7 +9,7 @@ use tokio_postgres::types::Type;
 use super::{Executor, Plan, Statement, identifier, leave_out, literal, with_lock_timeout};
 use crate::config::TableName;
 use crate::error::{Error, ErrorKind, Result};
-use crate::source::query_error;
+use crate::source::{outbox, query_error};
 
 /// What a DBA would run with psql.
 const SCRIPT: &str = include_str!("../../../sql/outbox.sql");
@@ -65,6 +65,8 @@ struct Table {
     oid: Option<u32>,
     kind: Option<char>,
     unlogged: bool,
+    /// It is one of another's.
+    partition: bool,
     owned: bool,
     subscribed: bool,
     /// What is to be stored of it, as in [`Followed`].
@@ -158,6 +160,10 @@ fn table_obstacle(table: &Table, role: &str, executor: Executor) -> Option<Error
     let Table { name, .. } = table;
     let error = match table.kind {
         None => config(format!("table {name} does not exist")),
+        Some('r' | 'p') if table.partition => {
+            config(format!("table {name} is a partition, whose changes come as those of its partitioned table"))
+                .hint("let the rule follow that one: `when` can leave out the rows of other partitions")
+        }
         Some('r' | 'p') if table.unlogged => {
             config(format!("table {name} is unlogged: a crash empties it, and no trigger tells of that"))
                 .hint(format!("ALTER TABLE {name} SET LOGGED;"))
@@ -256,7 +262,7 @@ async fn findings(client: &Client, wanted: &Wanted, oid: u32, followed: &Followe
 async fn tables(client: &Client, wanted: &Wanted) -> Result<Vec<Table>> {
     let sql = "
         select format('%I.%I', schema, name), c.oid, c.relkind::text, coalesce(c.relpersistence <> 'p', false),
-               coalesce(pg_has_role(c.relowner, 'usage'), true),
+               coalesce(c.relispartition, false), coalesce(pg_has_role(c.relowner, 'usage'), true),
                exists (select from pg_subscription_rel where srrelid = c.oid
                        or srrelid in (select relid from pg_partition_tree(c.oid)))
         from unnest($1::text[], $2::text[]) with ordinality as given(schema, name, place)
@@ -271,8 +277,9 @@ async fn tables(client: &Client, wanted: &Wanted) -> Result<Vec<Table>> {
         oid: row.get(1),
         kind: row.get::<_, Option<&str>>(2).and_then(|kind| kind.chars().next()),
         unlogged: row.get(3),
-        owned: row.get(4),
-        subscribed: row.get(5),
+        partition: row.get(4),
+        owned: row.get(5),
+        subscribed: row.get(6),
         columns: None,
         findings: Vec::new(),
     };
@@ -290,7 +297,7 @@ pub async fn plan_teardown(client: &Client, schema: &str) -> Result<Plan> {
         None => plan.remarks.push(format!("schema `{schema}` is not there")),
         Some(Schema { version: None, .. }) => plan.remarks.push(format!("schema `{schema}` holds no outbox and stays")),
         Some(Schema { left, .. }) => {
-            if let Some(pid) = reader(client, schema).await? {
+            if let Some(pid) = outbox::state(client, schema).await?.and_then(|state| state.holder) {
                 let message = format!("outbox `{schema}` is being read by the session with pid {pid}");
                 return Err(denied(message).hint("stop the daemon first"));
             }
@@ -302,15 +309,6 @@ pub async fn plan_teardown(client: &Client, schema: &str) -> Result<Plan> {
         }
     }
     Ok(with_lock_timeout(plan))
-}
-
-/// Who holds the advisory lock whose second half is the schema's OID.
-async fn reader(client: &Client, schema: &str) -> Result<Option<i32>> {
-    let sql = "select l.pid from pg_locks l join pg_namespace n on l.objid = n.oid
-        join pg_database d on d.oid = l.database and d.datname = current_database()
-        where l.locktype = 'advisory' and l.objsubid = 2 and n.nspname = $1::text";
-    let row = client.query_typed_opt(sql, &[(&schema, Type::TEXT)]).await.map_err(failed)?;
-    Ok(row.map(|row| row.get(0)))
 }
 
 fn forget(schema: &str, (oid, name): &(u32, String)) -> Statement {
