@@ -284,7 +284,7 @@ $put$;
 -- The same for plpgsql and for the half whose turn it is: with a plan that is kept, or planned each time and given values.
 CREATE OR REPLACE FUNCTION step(shape int, op "char", rest text, given text DEFAULT NULL) RETURNS text
 LANGUAGE sql STABLE SET search_path FROM CURRENT AS $step$
-  SELECT format('IF signs OPERATOR(pg_catalog.&) 1 OPERATOR(pg_catalog.=) 0 THEN
+  SELECT format('IF gate OPERATOR(pg_catalog.&) 1 OPERATOR(pg_catalog.=) 0 THEN
       %s;
     ELSE
       %s;
@@ -351,48 +351,52 @@ BEGIN
          string_agg(format('ignored := pg_catalog.set_config(%L, had[%s], true);', name, place), ' ') AS restored
     INTO settings
     FROM settings_of(shape.types) WITH ORDINALITY AS s(name, value, differs, place);
-  -- What is out of the ordinary is found out in one expression, a sum: each expression is made ready anew in each transaction.
+  -- Whether anything is out of the ordinary is found out in one expression, because each is made ready anew in each transaction: the
+  -- gate, or 8.
   RETURN format($$
 #variable_conflict use_column
 DECLARE
-  signs pg_catalog.int8 := pg_catalog.pg_sequence_last_value(%1$L)
-    OPERATOR(pg_catalog.+) CASE WHEN pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.>) 1
-         OR coalesce(pg_catalog.current_setting('keepstep.depth_%3$s', true) OPERATOR(pg_catalog.<>) '', false) THEN 8 ELSE 0 END
-    OPERATOR(pg_catalog.+) CASE WHEN %4$s THEN 16 ELSE 0 END
-    OPERATOR(pg_catalog.+) CASE WHEN %5$s THEN 32 ELSE 0 END
-    OPERATOR(pg_catalog.+) CASE WHEN pg_catalog.random() OPERATOR(pg_catalog.<) 0.001 THEN 64 ELSE 0 END;
+  gate pg_catalog.int8 := CASE WHEN pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.>) 1
+         OR pg_catalog.current_setting('keepstep.depth_%3$s', true) OPERATOR(pg_catalog.<>) ''
+         OR %4$s OR %5$s OR pg_catalog.random() OPERATOR(pg_catalog.<) 0.001
+    THEN 8 ELSE pg_catalog.pg_sequence_last_value(%1$L) END;
+  is_odd pg_catalog.bool := gate OPERATOR(pg_catalog.>) 1;
   doubt pg_catalog.bool;
   had pg_catalog.text[];
   ignored pg_catalog.text;
   written pg_catalog.int8;
 BEGIN
-  IF signs OPERATOR(pg_catalog.>) 1 THEN
-    IF signs OPERATOR(pg_catalog.&) 32 OPERATOR(pg_catalog.<>) 0 THEN
+  IF is_odd THEN
+    gate := pg_catalog.pg_sequence_last_value(%1$L);
+    IF %5$s THEN
       RETURN NULL;
     END IF;
-    IF signs OPERATOR(pg_catalog.&) 4 OPERATOR(pg_catalog.<>) 0 THEN
+    IF gate OPERATOR(pg_catalog.&) 4 OPERATOR(pg_catalog.<>) 0 THEN
       PERFORM pg_catalog.nextval(%2$L);
       RETURN NULL;
     END IF;
-    IF signs OPERATOR(pg_catalog.&) 2 OPERATOR(pg_catalog.<>) 0 THEN
+    IF gate OPERATOR(pg_catalog.&) 2 OPERATOR(pg_catalog.<>) 0 THEN
       PERFORM pg_catalog.pg_notify(%6$L, '');
     END IF;
-    IF signs OPERATOR(pg_catalog.&) 8 OPERATOR(pg_catalog.<>) 0 THEN
+    IF pg_catalog.pg_trigger_depth() OPERATOR(pg_catalog.>) 1
+       OR pg_catalog.current_setting('keepstep.depth_%3$s', true) OPERATOR(pg_catalog.<>) '' THEN
       doubt := %7$sdoubts('keepstep.depth_%3$s', pg_catalog.pg_trigger_depth());
     END IF;
-    IF signs OPERATOR(pg_catalog.&) 16 OPERATOR(pg_catalog.<>) 0 THEN
+    IF %4$s THEN
       had := ARRAY[%8$s]::pg_catalog.text[];
       %9$s
     END IF;
   END IF;
   %11$s
   GET DIAGNOSTICS written = ROW_COUNT;
-  IF signs OPERATOR(pg_catalog.>) 1 OR written OPERATOR(pg_catalog.<>) 1 THEN
+  IF is_odd OR written OPERATOR(pg_catalog.<>) 1 THEN
     %12$s
-    IF signs OPERATOR(pg_catalog.&) 16 OPERATOR(pg_catalog.<>) 0 THEN
+    IF had IS NOT NULL THEN
       %10$s
     END IF;
-    IF signs OPERATOR(pg_catalog.&) 64 OPERATOR(pg_catalog.<>) 0 OR written OPERATOR(pg_catalog.>) 1000 THEN
+    -- A thousandth of the statements, and what writes much.
+    IF is_odd AND doubt IS NULL AND had IS NULL OR written OPERATOR(pg_catalog.>) 1000
+       OR pg_catalog.random() OPERATOR(pg_catalog.<) 0.001 THEN
       PERFORM %7$smeasure();
     END IF;
   END IF;

@@ -17,6 +17,10 @@ use crate::rules::lookup::{Question, Questions};
 use crate::rules::pattern::Pattern;
 use crate::rules::refresh::{Stale, StaleKeys};
 
+use sweeps::Sweeps;
+
+mod sweeps;
+
 /// Transactions noted for the delay: changes of one and the same key add nothing else.
 const COMMITS_MAX: usize = 65_536;
 
@@ -184,7 +188,7 @@ impl<'a> CacheOp<'a> {
 }
 
 /// Keys that go, whatever they are called exactly.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Sweep {
     /// All that a template can have made.
     Owned(Pattern),
@@ -197,7 +201,7 @@ pub enum Sweep {
 }
 
 /// Which members of a tag go.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Members {
     /// All, and their keys with them.
     All,
@@ -224,11 +228,6 @@ impl Sweep {
             Sweep::Tag(_) => Some(&Members::All),
             Sweep::Tags(_, members) => Some(members),
         }
-    }
-
-    /// Whether what the batch says besides of a rule's keys must not come before: it closes the batch.
-    fn is_of_rule(&self) -> bool {
-        matches!(self, Sweep::Owned(_) | Sweep::Tags(_, Members::Registered(_)))
     }
 
     /// What all of them begin with, `[redis] prefix` included.
@@ -389,9 +388,6 @@ struct EffectEntry {
     append: Option<Option<u64>>,
 }
 
-/// How many patterns a batch holds at most: each key that SCAN shows is compared with every one of them.
-const SWEEPS_MAX: usize = 256;
-
 /// Operations, and how far the stream has come with them.
 #[derive(Debug)]
 pub struct Batch {
@@ -404,7 +400,7 @@ pub struct Batch {
     decided: u32,
     places: HashTable<usize>,
     hasher: DefaultHashBuilder,
-    sweeps: Vec<Sweep>,
+    sweeps: Sweeps,
     effects: Vec<EffectEntry>,
     questions: Questions,
     stale: StaleKeys,
@@ -435,7 +431,7 @@ impl Batch {
             decided: 0,
             places: HashTable::new(),
             hasher: DefaultHashBuilder::default(),
-            sweeps: Vec::new(),
+            sweeps: Sweeps::default(),
             effects: Vec::new(),
             questions: Questions::default(),
             stale: StaleKeys::default(),
@@ -473,17 +469,16 @@ impl Batch {
 
     /// Whether there is nothing to do, in Redis or before.
     pub fn is_empty(&self) -> bool {
-        self.entries.is_empty() && self.sweeps.is_empty() && self.effects.is_empty() && !self.asks()
+        self.entries.is_empty() && self.sweeps().is_empty() && self.effects.is_empty() && !self.asks()
     }
 
     /// Whether it must go out before anything more is taken in.
     pub fn is_full(&self) -> bool {
-        self.is_large() || self.sweeps.iter().any(Sweep::is_of_rule)
+        self.is_large() || self.sweeps.closes()
     }
 
     /// Whether it holds as much as it may.
     pub fn is_large(&self) -> bool {
-        let each = |sweep: &&Sweep| matches!(sweep, Sweep::Matching(_) | Sweep::Tag(_));
         self.entries.len() >= self.limits.ops
             || self.bytes.len() >= self.limits.bytes
             || self.commits.len() >= COMMITS_MAX
@@ -492,7 +487,7 @@ impl Batch {
             || self.questions.byte_len() >= self.limits.bytes
             || self.stale.len() >= self.limits.ops
             || self.stale.byte_len() >= self.limits.bytes
-            || self.sweeps.iter().filter(each).count() >= SWEEPS_MAX
+            || self.sweeps.is_large(self.limits)
     }
 
     /// Whether it wants something of Postgres.
@@ -595,19 +590,22 @@ impl Batch {
         rendered
     }
 
-    /// Every key of the rule that matches goes, whatever the batch said of it before; closes the batch.
-    pub fn sweep(&mut self, rule: u16, pattern: Pattern) {
+    /// Every key that matches goes, whatever the batch said of it before; closes the batch.
+    pub fn sweep(&mut self, pattern: Pattern) {
         let bytes = &self.bytes;
-        let swept = |entry: &&mut Entry| entry.rule == rule && pattern.matches(entry.key(bytes));
+        let swept = |entry: &&mut Entry| pattern.matches(entry.key(bytes));
         for entry in self.entries.iter_mut().filter(swept) {
             entry.decision = Decision::Gone;
         }
-        self.sweeps.push(Sweep::Owned(pattern));
+        self.sweeps.add(Sweep::Owned(pattern));
     }
 
-    /// Every key of a rule that is no more goes.
+    /// Every key of a rule that is no more goes, and every key with a tag of it.
     pub fn sweep_vanished(&mut self, vanished: Vanished, prefix: &str) {
-        self.sweeps.extend(vanished.forms.iter().map(|form| Sweep::Owned(form.pattern(prefix))));
+        for form in &vanished.forms {
+            let pattern = form.pattern(prefix);
+            self.sweeps.add(if form.is_tag() { Sweep::Tags(pattern, Members::All) } else { Sweep::Owned(pattern) });
+        }
         self.vanished.push(vanished);
     }
 
@@ -618,22 +616,17 @@ impl Batch {
 
     /// Every key that matches goes; no rule writes any.
     pub fn sweep_matching(&mut self, glob: Glob) {
-        let known = |sweep: &Sweep| matches!(sweep, Sweep::Matching(known) if *known == glob);
-        if !self.sweeps.iter().any(known) {
-            self.sweeps.push(Sweep::Matching(glob));
-        }
+        self.sweeps.add(Sweep::Matching(glob));
     }
 
     /// The keys of all members of a tag go, and the tag.
     pub fn sweep_tag(&mut self, tag: Vec<u8>) {
-        if !self.sweeps.iter().any(|sweep| matches!(sweep, Sweep::Tag(known) if **known == *tag)) {
-            self.sweeps.push(Sweep::Tag(tag.into()));
-        }
+        self.sweeps.add(Sweep::Tag(tag.into()));
     }
 
     /// The same for every tag like these.
     pub fn sweep_tags(&mut self, tags: Pattern) {
-        self.sweeps.push(Sweep::Tags(tags, Members::All));
+        self.sweeps.add(Sweep::Tags(tags, Members::All));
     }
 
     /// No key of the rule is a member of such tags, whatever the batch said of it before; closes the batch.
@@ -641,17 +634,22 @@ impl Batch {
         for entry in self.entries.iter_mut().filter(|entry| entry.rule == rule && entry.of == Of::Tag) {
             entry.decision = Decision::Gone;
         }
-        self.sweeps.push(Sweep::Tags(tags, Members::Registered(keys)));
+        self.sweeps.add(Sweep::Tags(tags, Members::Registered(keys)));
     }
 
     /// Members of such tags whose keys are gone, go.
     pub fn sweep_stale(&mut self, tags: Pattern) {
-        self.sweeps.push(Sweep::Tags(tags, Members::Stale));
+        self.sweeps.add(Sweep::Tags(tags, Members::Stale));
     }
 
     /// The keys that go before the operations: these concern other rules' keys, or are deletes themselves.
     pub fn sweeps(&self) -> &[Sweep] {
-        &self.sweeps
+        self.sweeps.all()
+    }
+
+    /// Whether all keys of Redis are gone through for them.
+    pub fn searches(&self) -> bool {
+        self.sweeps.searches()
     }
 
     /// What else goes is not known before this is answered: a batch that holds questions waits for the answers.
@@ -735,7 +733,7 @@ impl Batch {
 
     /// Takes over what the other one does: its operations are the later ones.
     pub fn absorb(&mut self, other: &Batch) {
-        let (bytes, swept) = (&self.bytes, other.sweeps.iter().filter(|sweep| matches!(sweep, Sweep::Owned(_))));
+        let (bytes, swept) = (&self.bytes, other.sweeps().iter().filter(|sweep| matches!(sweep, Sweep::Owned(_))));
         for sweep in swept {
             let matching = |entry: &&mut Entry| sweep.matches(entry.key(bytes));
             self.entries.iter_mut().filter(matching).for_each(|entry| entry.decision = Decision::Gone);
@@ -758,7 +756,7 @@ impl Batch {
                 }
             }
         }
-        self.sweeps.extend_from_slice(&other.sweeps);
+        other.sweeps().iter().for_each(|sweep| self.sweeps.add(sweep.clone()));
         other.stale.iter().for_each(|stale| self.refresh(stale.clone()));
         for effect in &other.effects {
             let (target, body) = (&other.bytes[effect.target.clone()], &other.bytes[effect.body.clone()]);
@@ -823,9 +821,15 @@ impl Batch {
     }
 
     /// The keys that may hold something wrong where nothing can be written. Tags are not among them: others have a part in
-    /// them, and one member more does no harm.
+    /// them.
     pub fn keys_in_doubt(&self) -> impl Iterator<Item = &[u8]> {
         self.entries.iter().filter(|entry| entry.of != Of::Tag).map(|entry| entry.key(&self.bytes))
+    }
+
+    /// The rules of which a key is a member of a tag no more.
+    pub fn untagging(&self) -> impl Iterator<Item = u16> {
+        let gone = |entry: &&Entry| entry.of == Of::Tag && matches!(entry.decision, Decision::Gone);
+        self.entries.iter().filter(gone).map(|entry| entry.rule)
     }
 
     /// The keys that go as a whole, and when that was decided; empty where there are no members.
@@ -975,8 +979,19 @@ mod tests {
         let mut batch = Batch::new(LIMITS, 1);
         set(&mut batch, "list:1", "1");
         set(&mut batch, "row:1", "1");
-        batch.sweep(0, Pattern::beginning_with(b"list:"));
-        assert_eq!(show(&batch), ["-list:1", "row:1=1"], "the same rule's other keys stay as they were decided");
+        let of_another = batch.cell(1, |out| {
+            out.extend_from_slice(b"list:2");
+            true
+        });
+        let written = batch
+            .set(of_another.expect("the key was rendered"), Form::String, Life::Forever, false, |_| Ok::<_, ()>(()));
+        written.expect("the value was rendered");
+        batch.sweep(Pattern::beginning_with(b"list:"));
+        assert_eq!(
+            show(&batch),
+            ["-list:1", "row:1=1", "-list:2"],
+            "whoever wrote them; others stay as they were decided"
+        );
     }
 
     #[test]
@@ -984,10 +999,24 @@ mod tests {
         let (mut first, mut later) = (Batch::new(LIMITS, 1), Batch::new(LIMITS, 1));
         set(&mut first, "gen:1", "1");
         set(&mut first, "gen:2", "1");
-        later.sweep(0, Pattern::beginning_with(b"gen:"));
+        later.sweep(Pattern::beginning_with(b"gen:"));
         set(&mut later, "gen:2", "2");
         first.absorb(&later);
         assert_eq!(show(&first), ["-gen:1", "gen:2=2"]);
+    }
+
+    #[test]
+    fn a_sweep_that_comes_again_is_one_and_concerns_what_came_meanwhile() {
+        let (mut first, mut later) = (Batch::new(LIMITS, 1), Batch::new(LIMITS, 1));
+        let truncate = |batch: &mut Batch| {
+            set(batch, "list:1", "1");
+            batch.sweep(Pattern::beginning_with(b"list:"));
+            batch.sweep_tags(Pattern::beginning_with(b"tag:"));
+        };
+        truncate(&mut first);
+        (0..2).for_each(|_| truncate(&mut later));
+        first.absorb(&later);
+        assert_eq!((show(&first), first.sweeps().len()), (vec!["-list:1".to_owned()], 2));
     }
 
     #[test]

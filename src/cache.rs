@@ -15,6 +15,7 @@
 //! **Architecture invariant:** nothing outside this module sends a command that writes, and every reply is looked at.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::batch::Batch;
 use crate::catalog::signature::Signatures;
@@ -43,6 +44,8 @@ pub struct Applied {
     pub invalidated: bool,
     /// Rules came to owe, because keys were deleted that rows outside of this batch have a part in.
     pub owed: bool,
+    /// How long going through all keys took, if that was done.
+    pub searched: Duration,
 }
 
 /// A cell that may not be as a batch would write it.

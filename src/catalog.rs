@@ -17,8 +17,8 @@ mod matching;
 pub mod signature;
 
 pub use check::{Checked, check_rules};
-pub use load::load;
-pub use matching::{RULES_MAX, with_tables};
+pub use load::{load, row_filter};
+pub use matching::{RULES_MAX, with_other_tables, with_tables};
 
 /// What carries changes out of the database.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,7 +115,7 @@ pub struct TableFacts {
     /// The columns of its replica identity, published or not; every one under FULL. (A generated column counts from
     /// Postgres 18 on, where it can be published.)
     pub identity_columns: Vec<String>,
-    /// Its partitions that hold rows, however deep they lie.
+    /// Its partitions that hold rows, however deep they lie, by their OIDs.
     pub leaves: Vec<Leaf>,
     /// How its changes are published.
     pub published: Published,
@@ -213,6 +213,8 @@ pub struct UniqueIndex {
 /// A partition that holds rows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Leaf {
+    /// Its OID.
+    pub oid: u32,
     /// Its name.
     pub name: TableName,
     /// Its own replica identity.

@@ -36,7 +36,7 @@ mod syntax;
 use code::Code;
 use diagnostic::{Diagnostic, Severity};
 use document::Document;
-use open::OpenRule;
+use open::{OpenRule, Table};
 pub use sources::Sources;
 
 /// How large a rules file may be, with all that it includes: far beyond thousands of rules, and no way to fill the memory by a wrong path.
@@ -88,8 +88,8 @@ pub struct Config {
     pub rules: Vec<Rule>,
     /// Rules whose tables the catalog has to tell.
     pub open: Vec<OpenRule>,
-    /// Whether it has told, and what they come to is among `rules`.
-    pub matched: bool,
+    /// What it has told; what they come to is among `rules`. `None` while there are such rules and it was not asked.
+    pub tables: Option<Vec<Table>>,
 }
 
 /// A rules file as read.
@@ -149,7 +149,8 @@ pub fn parse(file: RulesFile, env: &Environment<'_>) -> Result<(Config, Vec<Diag
     let failed = diagnostics.iter().any(|diagnostic| diagnostic.severity == Severity::Error);
     match document {
         Some(Document { postgres, redis, admin, rules, open }) if !failed => {
-            Ok((Config { file, postgres, redis, admin, rules, matched: open.is_empty(), open }, diagnostics))
+            let tables = open.is_empty().then(Vec::new);
+            Ok((Config { file, postgres, redis, admin, rules, tables, open }, diagnostics))
         }
         _ => Err(Problems { file, diagnostics }),
     }

@@ -2,11 +2,15 @@
 //!
 //! **Architecture invariant:** no label holds a key or a value of a row.
 
-use prometheus::core::Collector;
+use std::collections::{BTreeSet, HashMap};
+
+use prometheus::core::{Collector, MetricVec, MetricVecBuilder};
 use prometheus::{
     Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     TextEncoder,
 };
+
+use crate::config::Rule;
 
 /// From a tenth of a millisecond to a minute.
 const DELAY_BUCKETS_S: [f64; 17] =
@@ -148,6 +152,20 @@ impl Metrics {
         }
     }
 
+    /// Other rules are in force: the series of those that are gone, and of their tables, go too.
+    pub fn forget(&self, before: &[Rule], now: &[Rule]) {
+        let names = |rules: &[Rule]| rules.iter().map(|rule| rule.name.value.clone()).collect::<BTreeSet<_>>();
+        let tables = |rules: &[Rule]| rules.iter().map(|rule| rule.table.value.to_string()).collect::<BTreeSet<_>>();
+        let rules: BTreeSet<String> = names(before).difference(&names(now)).cloned().collect();
+        let tables: BTreeSet<String> = tables(before).difference(&tables(now)).cloned().collect();
+        forget(&self.commit_to_cache_seconds, "rule", &rules);
+        forget(&self.rule_paused, "rule", &rules);
+        let counters = [&self.cache_ops_total, &self.unrendered_total, &self.keyless_total, &self.lookups_total];
+        let of_reads = [&self.warm_rows_total, &self.audit_keys_checked_total, &self.audit_keys_diverged_total];
+        counters.into_iter().chain(of_reads).for_each(|counter| forget(counter, "rule", &rules));
+        forget(&self.changes_total, "table", &tables);
+    }
+
     /// In Prometheus's text format.
     pub fn render(&self) -> String {
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
@@ -157,6 +175,20 @@ impl Metrics {
 impl Default for Metrics {
     fn default() -> Self {
         Self::new()
+    }
+}
+
+/// Removes the series whose label has one of these values.
+fn forget<B: MetricVecBuilder>(metrics: &MetricVec<B>, label: &str, values: &BTreeSet<String>) {
+    for family in metrics.collect() {
+        for metric in family.get_metric() {
+            let labels: HashMap<&str, &str> =
+                metric.get_label().iter().map(|pair| (pair.name(), pair.value())).collect();
+            if labels.get(label).is_some_and(|value| values.contains(*value)) {
+                // It is there: it was collected just now, and this is the one thread.
+                let _ = metrics.remove(&labels);
+            }
+        }
     }
 }
 
@@ -170,6 +202,7 @@ fn register<C: Collector + Clone + 'static>(registry: &Registry, collector: prom
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{RulesFile, parse};
 
     #[test]
     fn every_metric_is_valid_and_shows() {
@@ -178,5 +211,24 @@ mod tests {
         let text = metrics.render();
         assert!(text.contains("keepstep_cache_ops_total{op=\"set\",rule=\"product\"} 3"), "{text}");
         assert!(text.contains("keepstep_replication_lag_bytes 0"), "{text}");
+    }
+    #[test]
+    fn what_is_gone_is_counted_no_more() {
+        let text = |tables: &[&str]| -> Vec<Rule> {
+            let rule = |table: &&str| format!("[rule.{table}]\ntable = \"public.{table}\"\ndelete = [\"{table}\"]\n");
+            let rules: String = tables.iter().map(rule).collect();
+            let text = format!("[postgres]\nurl = \"postgres://h/d\"\n[redis]\nurl = \"redis://h\"\n{rules}");
+            parse(RulesFile { path: "keepstep.toml".into(), text }, &|_| None).expect("a rules file").0.rules
+        };
+        let metrics = Metrics::new();
+        for rule in ["gone", "stays"] {
+            metrics.cache_ops_total.with_label_values(&[rule, "set"]).inc();
+            metrics.rule_paused.with_label_values(&[rule]).set(1);
+            metrics.commit_to_cache_seconds.with_label_values(&[rule]).observe(1.0);
+            metrics.changes_total.with_label_values(&[&format!("public.{rule}"), "insert"]).inc();
+        }
+        metrics.forget(&text(&["gone", "stays"]), &text(&["stays"]));
+        let shown = metrics.render();
+        assert!(!shown.contains("gone\"") && shown.matches("stays\"").count() > 3, "{shown}");
     }
 }

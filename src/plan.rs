@@ -151,17 +151,9 @@ struct Images<'r> {
 }
 
 impl<'r> Images<'r> {
-    /// The images that count, the old one first.
-    fn counting(&self, when: Option<&BoundExpression>) -> (Option<&'r [Datum<'r>]>, Option<&'r [Datum<'r>]>) {
-        let old_counts = self.old_counts(when);
-        let new_counts = self.new_counts(when) != Truth::False || self.is_update && self.old.is_none() && old_counts;
-        (self.old.filter(|_| old_counts), self.new.filter(|_| new_counts))
-    }
-
-    /// The old row, if it holds every column of the key and its member.
-    fn old_for(&self, key: &BoundKey, member: Option<&BoundMember>) -> Option<&'r [Datum<'r>]> {
-        let in_identity = key.in_identity && member.is_none_or(|member| member.text.in_identity);
-        self.old.filter(|_| self.old_is_full || in_identity)
+    /// Which of them count.
+    fn counting(&self, when: Option<&BoundExpression>) -> Counting<'_, 'r> {
+        Counting { images: self, old: self.old_counts(when), new: self.new_counts(when) }
     }
 
     /// Whether the old row counts: also where that is not known, and where the log says of it only that it was there.
@@ -180,6 +172,29 @@ impl<'r> Images<'r> {
             (Some(when), Some(new)) => truth(when, Image::Full(new)),
             _ => Truth::True,
         }
+    }
+}
+
+/// Which rows of a change count for a rule.
+struct Counting<'i, 'r> {
+    images: &'i Images<'r>,
+    old: bool,
+    new: Truth,
+}
+
+impl<'r> Counting<'_, 'r> {
+    /// The old row, if it holds what is wanted of it: that is `in_identity`, or all of it is there.
+    fn old(&self, in_identity: bool) -> Option<&'r [Datum<'r>]> {
+        self.images.old.filter(|_| self.old && (self.images.old_is_full || in_identity))
+    }
+
+    /// The rows that name what a rule makes stale, the old one first.
+    fn rows(&self, in_identity: bool) -> impl DoubleEndedIterator<Item = &'r [Datum<'r>]> {
+        let old = self.old(in_identity);
+        // Where the old row may have counted and what it named is not known, it may be what the new one names.
+        let stands_in = old.is_none() && self.old && self.images.is_update;
+        let new = self.images.new.filter(|_| self.new != Truth::False || stands_in);
+        [old, new].into_iter().flatten()
     }
 }
 
@@ -205,16 +220,17 @@ pub fn change(
             if !(counts || moves) {
                 continue;
             }
+            let counting = images.counting(rule.when.as_ref());
             let noted = scratch.touched.as_mut();
             let mut target = Target { rule: rule.rule, batch: &mut *batch, notes: &mut *notes, noted, touched: false };
             if counts {
-                delete_stale(rule, images, &mut target);
+                delete_stale(rule, &counting, &mut target);
             }
             if let Some(write) = &rule.write {
-                follow(rule, write, images, &mut target, &mut scratch.random);
+                follow(write, &counting, &mut target, &mut scratch.random);
             }
             if let (true, Some(settled)) = (counts, &mut settled) {
-                later::change(rule, &change, images, table, transaction, settled);
+                later::change(rule, &change, &counting, table, transaction, settled);
             }
             if target.touched {
                 batch.touch(rule.rule, transaction.commit_lsn, transaction.commit_time);
@@ -266,7 +282,7 @@ pub fn row(table: &BoundTable, row: &[Datum<'_>], random: &mut u64, batch: &mut 
             match rule.when.as_ref().map_or(Truth::True, |when| truth(when, Image::Full(row))) {
                 Truth::True => put(write, row, &mut target, random),
                 Truth::False => {}
-                unclear => target.unclear(write, row, unclear),
+                unclear => target.unclear(write, row, &unclear),
             }
         }
     }
@@ -299,7 +315,7 @@ pub fn sweep(rule: u16, key: &BoundKey, batch: &mut Batch) {
             });
             cell.into_iter().for_each(|cell| batch.delete(cell));
         }
-        None => batch.sweep(rule, key.pattern.clone()),
+        None => batch.sweep(key.pattern.clone()),
     }
 }
 
@@ -414,7 +430,15 @@ impl Target<'_> {
             let Ok(()) = self.batch.set(cell, Form::String, Life::Forever, false, |_| Ok::<_, Infallible>(()));
         }
         if rendered == Rendered::Unknown {
-            self.note(Noted::Incomplete(name(write, row)));
+            self.incomplete(write, row);
+        }
+    }
+
+    /// The row is to be read again.
+    fn incomplete(&mut self, write: &BoundWrite, row: &[Datum<'_>]) {
+        let note = Note { rule: self.rule, what: Noted::Incomplete(name(write, row)) };
+        if self.notes.last() != Some(&note) {
+            self.notes.push(note);
         }
     }
 
@@ -431,58 +455,47 @@ impl Target<'_> {
         write.tags.iter().for_each(|tag| self.untag(tag, row));
     }
 
-    /// Whether the row has a key is not known: it goes (I9).
-    fn unclear(&mut self, write: &BoundWrite, row: &[Datum<'_>], why: Truth) {
-        self.leave(write, row);
-        self.note(match why {
-            Truth::Failed(error) => Noted::Unrendered(Unrendered::Failed(error)),
-            _ => Noted::Incomplete(name(write, row)),
-        });
-    }
-}
-
-/// Which images count: the old one, and the new one.
-fn truths(rule: &BoundRule, images: &Images<'_>) -> (bool, Truth) {
-    match rule.when.as_ref() {
-        None => (true, Truth::True),
-        when => (images.old_counts(when), images.new_counts(when)),
+    /// Whether the row has a key is not known: it goes (I9). Where no read will tell, it keeps its tags: an application may fill
+    /// it.
+    fn unclear(&mut self, write: &BoundWrite, row: &[Datum<'_>], why: &Truth) {
+        if let Truth::Failed(error) = why {
+            self.delete(&write.key, write.member.as_ref(), row);
+            write.tags.iter().for_each(|tag| self.tag(tag, write, row));
+            self.note(Noted::Unrendered(Unrendered::Failed(error.clone())));
+        } else {
+            self.leave(write, row);
+            self.incomplete(write, row);
+        }
     }
 }
 
 /// The keys that the rule deletes because of a row.
-fn delete_stale(rule: &BoundRule, images: &Images<'_>, target: &mut Target<'_>) {
-    if rule.delete.is_empty() || rule.refresh.is_some() {
-        return;
-    }
-    let (old_counts, new_counts) = truths(rule, images);
-    for key in &rule.delete {
-        let old = images.old_for(key, None).filter(|_| old_counts);
-        // Where the old row may have counted and its key is not known, it may be that of the new one.
-        let new = images.new.filter(|_| new_counts != Truth::False || old.is_none() && old_counts && images.is_update);
-        for row in [old, new].into_iter().flatten() {
-            target.delete(key, None, row);
-        }
+fn delete_stale(rule: &BoundRule, counting: &Counting<'_, '_>, target: &mut Target<'_>) {
+    for key in rule.delete.iter().filter(|_| rule.refresh.is_none()) {
+        counting.rows(key.in_identity).for_each(|row| target.delete(key, None, row));
     }
 }
 
 /// The key that the rule writes follows its row.
-fn follow(rule: &BoundRule, write: &BoundWrite, images: &Images<'_>, target: &mut Target<'_>, random: &mut u64) {
-    let (old_counts, new_counts) = truths(rule, images);
-    let member = write.member.as_ref();
+fn follow(write: &BoundWrite, counting: &Counting<'_, '_>, target: &mut Target<'_>, random: &mut u64) {
+    let old_of = |key: &BoundKey, member: Option<&BoundMember>| {
+        counting.old(key.in_identity && member.is_none_or(|member| member.text.in_identity))
+    };
+    let (images, member) = (counting.images, write.member.as_ref());
     let leaves_key = images.new.is_none() && write.keep_on_delete;
-    if let Some(old) = images.old_for(&write.key, member).filter(|_| old_counts && !leaves_key) {
+    if let Some(old) = old_of(&write.key, member).filter(|_| !leaves_key) {
         target.delete(&write.key, member, old);
     }
     for tag in &write.tags {
-        if let Some(old) = images.old_for(&tag.key, Some(&tag.member)).filter(|_| old_counts) {
+        if let Some(old) = old_of(&tag.key, Some(&tag.member)) {
             target.untag(tag, old);
         }
     }
-    match (images.new, new_counts) {
+    match (images.new, &counting.new) {
         (None, _) => {}
         (Some(new), Truth::True) => put(write, new, target, random),
         // It leaves the condition, if it was in it.
-        (Some(new), Truth::False) if images.is_update && old_counts => target.leave(write, new),
+        (Some(new), Truth::False) if images.is_update && counting.old => target.leave(write, new),
         (Some(_), Truth::False) => {}
         (Some(new), unclear) => target.unclear(write, new, unclear),
     }
@@ -511,12 +524,15 @@ fn put(write: &BoundWrite, row: &[Datum<'_>], target: &mut Target<'_>, random: &
 }
 
 impl Target<'_> {
-    /// There is no value: no key either.
+    /// There is no value: no key either. Where the row says what the key is, and not what it holds, it has its tags all the same:
+    /// an application may fill it.
     fn unrendered(&mut self, cell: Cell, write: &BoundWrite, row: &[Datum<'_>], why: Unrendered) {
         self.batch.delete(cell);
-        write.tags.iter().for_each(|tag| self.untag(tag, row));
+        for tag in &write.tags {
+            if why == Unrendered::Absent { self.untag(tag, row) } else { self.tag(tag, write, row) }
+        }
         match why {
-            Unrendered::UnchangedToast => self.note(Noted::Incomplete(name(write, row))),
+            Unrendered::UnchangedToast => self.incomplete(write, row),
             Unrendered::Absent => self.note(Noted::Keyless),
             why => self.note(Noted::Unrendered(why)),
         }
@@ -858,6 +874,47 @@ pub(crate) mod tests {
             let change = Change::Update { old: Some(OldTuple::Full(tuple)), new: tuple };
             super::change(&table, change, transaction(), &mut scratch, &mut batch, Some(&mut settled), &mut Vec::new());
             assert_eq!((batch.len(), settled.is_empty()), (written, true));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_rendered_keeps_its_tags_because_an_application_may_fill_it() {
+        let rule = "key = \"r:{id}\"\nvalue = \"json\"\ncolumns = [\"v\"]\nwrite = \"present\"\ntags = [\"t:{c}\"]\n";
+        let columns = ["id", "c", "v"];
+        let computed = bound(&(rule.to_owned() + "compute = { n = \"1 / int(row.v)\" }"), &columns);
+        check(&computed, None, Some("1 a 0"), "-p:r:1 p:tag:t:a+r:1: expression");
+        check(&computed, Some("1 a 0"), Some("1 b 0"), "-p:r:1 p:tag:t:a-r:1 p:tag:t:b+r:1: expression");
+        check(&computed, Some("1 a 0"), None, "-p:r:1 p:tag:t:a-r:1");
+        let conditional = bound(&(rule.to_owned() + "when = \"1 / int(row.v) > 0\""), &columns);
+        check(&conditional, None, Some("1 a 0"), "-p:r:1 p:tag:t:a+r:1: expression");
+        // What a read will tell.
+        let toasted = bound_with(rule, &columns, &["id", "c"]);
+        check(&toasted, None, Some("1 a ~"), r#"update -p:r:1 p:tag:t:a+r:1: read-again:[(0, Some("1"))]"#);
+        // There is no key to be filled.
+        let absent = bound(&(rule.to_owned() + "ttl = \"int(row.v)\""), &columns);
+        check(&absent, None, Some("1 a 0"), "-p:r:1 p:tag:t:a-r:1 keyless");
+    }
+
+    #[test]
+    fn what_an_unknown_old_row_may_have_named_goes_whichever_way_it_goes() {
+        let rule = "delete = [\"list:{c}\"]\ndelete_match = [\"page:{c}:*\"]\ndelete_tags = [\"c:{c}\"]\nbump = [\"gen:{c}\"]\n\
+                    when = \"row.v == 'in'\"\non = [\"insert\", \"update\"]";
+        let table = bound_with(rule, &["id", "c", "v"], &["id"]);
+        let (old, new) = (text_tuple(&[Some("1"), None, None]), text_tuple(&[Some("2"), Some("a"), Some("out")]));
+        let tuple = |bytes| Tuple { columns: 3, bytes };
+        for old in [None, Some(OldTuple::Key(tuple(&old)))] {
+            let change = Change::Update { old, new: tuple(&new) };
+            let (mut batch, mut settled) = (Batch::new(LIMITS, 1), Batch::new(LIMITS, 1));
+            let mut scratch = Scratch::default();
+            super::change(&table, change, transaction(), &mut scratch, &mut batch, Some(&mut settled), &mut Vec::new());
+            let keys = |batch: &Batch| {
+                let keys: Vec<String> =
+                    batch.ops().map(|(_, op)| String::from_utf8_lossy(op.key()).into_owned()).collect();
+                keys.join(" ")
+            };
+            assert_eq!((keys(&batch).as_str(), keys(&settled).as_str()), ("p:list:a", "p:list:a p:gen:a"));
+            let swept: Vec<String> = settled.sweeps().iter().map(ToString::to_string).collect();
+            assert_eq!(swept, ["p:page:a:*", "keys in p:tag:c:a"]);
         }
     }
 

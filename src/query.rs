@@ -3,8 +3,8 @@
 //! A `lookup` says which keys a change makes stale where the row alone does not. Questions come once their transactions are
 //! visible, so whatever is read contains the change (I10). An answer is always given: a query that
 //! fails is tried again for a while, and then, as with more rows than anybody wants to delete one by one, everything that
-//! the rule's templates can have made goes (I9). So no query, however slow or broken, holds the stream for good, and none is
-//! skipped.
+//! the rule's templates can have made goes (I9). So it does for all that is still to be asked where the answers that are
+//! given together take too long. So no query, however slow or broken, holds the stream for good, and none is skipped.
 //!
 //! The SQL runs inside of another query, which limits its rows and gives its columns in the form in which the log gives those
 //! of the row (a cast to text would not: `true::text` is `true`, and in the log it is `t`). The session is read-only.
@@ -15,7 +15,6 @@ use std::time::Duration;
 
 use bytes::BytesMut;
 use postgres_protocol::types as wire;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 use tokio_postgres::types::{Format, IsNull, ToSql, Type, to_sql_checked};
 use tokio_postgres::{Client, Row, Statement};
@@ -40,6 +39,8 @@ const STATEMENT_TIMEOUT: Duration = Duration::from_secs(5);
 const ANSWER_LIMIT: Duration = Duration::from_secs(8);
 /// For so long a query that fails is tried again. One that did not come right in time gets one try at a time from then on.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// So long after the first of the questions that are answered together, none is asked any more.
+const QUESTIONS_LIMIT: Duration = Duration::from_secs(30);
 
 /// Answers questions, one after the other.
 pub struct Lookups {
@@ -48,8 +49,6 @@ pub struct Lookups {
     rules: Vec<String>,
     metrics: Arc<Metrics>,
     limits: Limits,
-    /// `query_connections`
-    permits: Arc<Semaphore>,
     client: Option<Client>,
     /// What is prepared on that connection, by rule.
     prepared: HashMap<u16, (Arc<BoundLookup>, Statement)>,
@@ -59,27 +58,25 @@ pub struct Lookups {
 
 impl Lookups {
     /// Not connected yet. Answers of more than `limits` are shortened to sweeps.
-    pub fn new(
-        postgres: ConnInfo,
-        rules: Vec<String>,
-        metrics: Arc<Metrics>,
-        limits: Limits,
-        permits: Arc<Semaphore>,
-    ) -> Self {
+    pub fn new(postgres: ConnInfo, rules: Vec<String>, metrics: Arc<Metrics>, limits: Limits) -> Self {
         let (prepared, failing) = (HashMap::new(), HashSet::new());
-        Lookups { postgres, rules, metrics, limits, permits, client: None, prepared, failing }
+        Lookups { postgres, rules, metrics, limits, client: None, prepared, failing }
     }
 
     /// What follows from all of these.
     pub async fn answer(&mut self, questions: &[Question]) -> Batch {
+        self.answer_until(Instant::now() + QUESTIONS_LIMIT, questions).await
+    }
+
+    async fn answer_until(&mut self, limit: Instant, questions: &[Question]) -> Batch {
         let mut batch = Batch::new(self.limits, self.rules.len());
         let mut swept: HashSet<u16> = HashSet::new();
         for ask in questions.iter() {
             if swept.contains(&ask.lookup.rule) {
                 continue;
             }
-            // What does not fit is as good as not known.
-            let rows = if batch.is_full() { None } else { self.rows(ask).await };
+            // What does not fit, or comes too late, is as good as not known.
+            let rows = if batch.is_large() || Instant::now() >= limit { None } else { self.rows(ask).await };
             let outcome = match rows {
                 Some(rows) => {
                     for row in &rows {
@@ -118,9 +115,9 @@ impl Lookups {
                 Err(error) => error,
             };
             self.count(rule, "failed");
-            // The statement may be for tables that have changed, and the connection be one that is gone.
+            // The statement may be for tables that have changed, and the connection lead nowhere.
             self.prepared.remove(&rule);
-            self.client.take_if(|client| client.is_closed() || error.kind() == ErrorKind::PostgresAway);
+            self.client.take_if(|_| error.kind() == ErrorKind::PostgresAway);
             let name = self.rules[usize::from(rule)].as_str();
             let wait = backoff.next_wait();
             if self.failing.contains(&rule) || Instant::now() + wait > give_up {
@@ -135,8 +132,7 @@ impl Lookups {
 
     async fn ask(&mut self, ask: &Question) -> Result<Vec<Row>> {
         const DOING: &str = "cannot look up";
-        // Nobody closes it.
-        let _permit = self.permits.acquire().await;
+        self.client.take_if(|client| client.is_closed());
         let client = match &self.client {
             Some(client) => client,
             None => {
@@ -228,4 +224,27 @@ impl ToSql for TextForm<'_> {
     }
 
     to_sql_checked!();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::Sweep;
+    use crate::model::{Datum, Lsn};
+    use crate::plan::tests::bound;
+
+    #[tokio::test]
+    async fn what_is_still_to_be_asked_when_the_time_is_over_is_swept() {
+        let rule = "lookup = \"select code from public.codes where id = :id\"\ndelete = [\"list:{code}\"]";
+        let lookup = bound(rule, &["id"]).rules[0].lookup.clone().expect("a lookup");
+        let values = lookup.values(&[Datum::Text(b"7")]).expect("everything is known");
+        let question = Question { lookup, values, generation: (1, Lsn(1)) };
+        let nobody = ConnInfo::parse("postgresql://user@127.0.0.1:1/db", &|_| None).expect("a URL");
+        let limits = Limits { ops: 100, bytes: 1 << 20 };
+        let mut lookups = Lookups::new(nobody, vec!["row".into()], Arc::new(Metrics::new()), limits);
+        let began = Instant::now();
+        let answers = lookups.answer_until(began, &[question]).await;
+        assert!(matches!(answers.sweeps(), [Sweep::Owned(pattern)] if pattern.matches(b"p:list:x")));
+        assert!(began.elapsed() < Duration::from_secs(1), "nothing was asked");
+    }
 }

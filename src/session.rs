@@ -12,6 +12,7 @@
 //! **Architecture invariant:** what is acknowledged to Postgres comes from a checkpoint that Redis has answered for,
 //! never from what was received.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -27,11 +28,11 @@ use crate::cache::checkpoint::{Checkpoint, Debt, RuleSet};
 use crate::cache::{Applied, Cache, Differing};
 use crate::canary::{self, Canary};
 use crate::catalog::signature::Signatures;
-use crate::config::{Config, OnGap};
+use crate::config::{Config, OnGap, Rule, TableName};
 use crate::decode::pgoutput;
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
-use crate::model::{Lsn, Position};
+use crate::model::{Lsn, Position, Relation};
 use crate::query::Lookups;
 use crate::rules::bind::BoundRule;
 use crate::rules::pattern::Pattern;
@@ -40,7 +41,7 @@ use crate::snapshot::visibility::{self, Snapshot};
 use crate::source::{Frame, Source};
 
 use acks::Acks;
-use debts::Debts;
+use debts::{Debts, Reason};
 use desk::Desk;
 use intake::{Ask, Intake};
 use look::Looked;
@@ -81,8 +82,8 @@ const LATER_LIMITS: Limits = Limits { ops: 16_384, bytes: 8 << 20 };
 const VANISHED_AT_A_TIME: usize = 64;
 /// How often slot and catalog are looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(10);
-/// How often members of tags whose keys are gone are looked for: applications add some, and keys expire.
-const FORGET_EVERY: Duration = Duration::from_secs(3600);
+/// How often (in microseconds) members of tags whose keys are gone are looked for: applications add some, and keys expire.
+const FORGET_EVERY_US: u64 = 3_600_000_000;
 /// How long an orderly end may take.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 /// No query of ours may take longer: the loop waits for those that bind a table.
@@ -147,9 +148,10 @@ impl Daemon {
         if !same_cache || postgres.url != config.postgres.url || postgres.slot != config.postgres.slot {
             *seen = None;
         }
+        self.metrics.rule_paused.reset();
+        self.metrics.forget(&self.config.rules, &config.rules);
         self.rules = Arc::new(RuleSet::new(&config.rules));
         self.config = config;
-        self.metrics.rule_paused.reset();
         self.show_rules();
     }
 
@@ -294,6 +296,10 @@ pub struct Session<C> {
     desk: Arc<Desk>,
     /// Why the tables that there are now are not followed.
     tables_refused: Option<String>,
+    /// Tables of rules that owe, by names that the stream knows nothing of.
+    unbound: BTreeSet<TableName>,
+    /// The rules for the tables that there are now, once a pass has ended that would have to begin anew.
+    next_tables: Option<Config>,
     /// Rules whose tables are gone, and whose keys still stand.
     vanished: Vec<Vanished>,
     /// What the next session follows, once it was ordered.
@@ -306,8 +312,6 @@ pub struct Session<C> {
     cache: Option<C>,
     in_flight: Option<InFlight<C>>,
     flying: Flying,
-    /// Since when.
-    flying_since: Instant,
     reads: Reads,
     settling: Option<Settling>,
     /// At home, while it answers nothing.
@@ -349,8 +353,8 @@ pub struct Session<C> {
     /// The same as it was when the slot was looked at last.
     server_end: Lsn,
     looked_at: Option<Instant>,
-    /// When stale members of tags were looked for last.
-    forgot_at: Instant,
+    /// Members of tags whose keys are gone are to be looked for.
+    forget_due: bool,
     heartbeat_sent: Instant,
     /// The server has asked to hear from us.
     reply_requested: bool,
@@ -395,7 +399,9 @@ impl<C: Cache + Send + 'static> Session<C> {
                 (cache, held) = optional(&mut self.probing) => self.probed(cache, held)?,
                 snapshot = optional(&mut self.settling) => self.settled(snapshot?),
                 (lookups, answers) = optional(&mut self.looking_up) => self.looked_up(lookups, &answers),
-                read = refreshes::read(&mut self.refreshes, self.batch.is_full()) => self.refreshed(read),
+                read = refreshes::read(&mut self.refreshes, self.batch.is_full()), if drain_until.is_none() => {
+                    self.refreshed(read)?;
+                }
                 heard = reads::heard(&mut self.reads, finding) => self.heard(heard)?,
                 () = shutdown.requested(), if drain_until.is_none() => {
                     self.shared.update(|status| status.phase = Phase::Ending);
@@ -457,9 +463,8 @@ impl<C: Cache + Send + 'static> Session<C> {
                 None => {}
                 Some(Ask::Hear(content)) => self.reads.hear(&content, !self.batch.is_empty()),
                 Some(Ask::Bind(relation)) => {
-                    let bound = tokio::time::timeout(BIND_LIMIT, self.tables.bind(relation, &self.client)).await;
-                    let bound = bound.unwrap_or_else(|_| Err(catalog_silent()))?;
-                    self.intake.bind(bound);
+                    self.owe_renamed(&relation);
+                    self.bind(relation).await?;
                 }
             }
         }
@@ -467,6 +472,39 @@ impl<C: Cache + Send + 'static> Session<C> {
             true => self.send_status(false).await,
             false => Ok(()),
         }
+    }
+
+    async fn bind(&mut self, relation: Relation) -> Result<()> {
+        let bound = tokio::time::timeout(BIND_LIMIT, self.tables.bind(relation, &self.client)).await;
+        self.intake.bind(bound.unwrap_or_else(|_| Err(catalog_silent()))?);
+        Ok(())
+    }
+
+    /// Tables are bound by the names that the catalog has for them now. What the stream has described already keeps its
+    /// columns: so its rows are sent until it says something else.
+    async fn bind_unbound(&mut self) -> Result<()> {
+        for name in std::mem::take(&mut self.unbound) {
+            let Some(now) = self.tables.relation(&name, &self.client).await? else { continue };
+            let TableName { schema, name } = name;
+            let sent = self.intake.relation(now.oid).map(|sent| Relation { schema, name, ..sent.clone() });
+            self.bind(sent.unwrap_or(now)).await?;
+        }
+        Ok(())
+    }
+
+    /// The stream calls a table something else than before. What it brings of it is nothing to the rules of its old name, and it
+    /// may get that back without leaving a trace in the catalog.
+    fn owe_renamed(&mut self, relation: &Relation) {
+        let Some(known) = self.intake.relation(relation.oid).map(TableName::from) else { return };
+        if known == TableName::from(relation) {
+            return;
+        }
+        let rules: Vec<&Rule> = self.config.rules.iter().filter(|rule| rule.table.value == known).collect();
+        if !rules.is_empty() {
+            tracing::warn!(table = %known, now = %TableName::from(relation), "the table was renamed: its rules are reconciled");
+            self.metrics.reconciles_total.with_label_values(&[Reason::Catalog.label()]).inc();
+        }
+        rules.iter().for_each(|rule| self.debts.owe(&rule.name.value, Debt::Reconcile));
     }
 
     /// Sends something if nothing is in flight; whether it did. The stream and what is read take turns.
@@ -528,25 +566,47 @@ impl<C: Cache + Send + 'static> Session<C> {
         let progress = self.reads.progress.clone();
         // A restart begins at the lower of the two.
         let drains = self.source.drains(low.min(good.lsn), good.min(released).lsn);
-        Checkpoint { applied, low, good, released, written_us, owing, progress, drains, ..self.checkpoint.clone() }
+        // Without a copy of what rules owed before.
+        let Checkpoint { version, epoch, gap, ref origin, ref rules, .. } = self.checkpoint;
+        let (origin, rules) = (origin.clone(), rules.clone());
+        Checkpoint {
+            version,
+            origin,
+            epoch,
+            applied,
+            low,
+            good,
+            rules,
+            written_us,
+            released,
+            owing,
+            progress,
+            drains,
+            gap,
+        }
     }
 
     /// Rules whose `every` has come round owe their keys. A checkpoint holds all that came to owe before it was written, so
-    /// that its time is where the next session goes on from, however long it was away.
+    /// that its time is where the next session goes on from, however long it was away. Tags come round in the same way.
     fn owe_rewrites(&mut self, now_us: u64) {
+        self.forget_due |= self.rewritten_us / FORGET_EVERY_US < now_us / FORGET_EVERY_US;
         let due: Vec<(&str, Debt)> = debts::to_rewrite(&self.config.rules, self.rewritten_us, now_us).collect();
         self.rewritten_us = now_us;
         if due.is_empty() {
             return;
         }
         let owing = self.debts.next(&self.checkpoint.owing);
-        // What is owed already writes these keys.
+        // What is owed already writes these keys, all of them.
+        self.reads.rewrite(&due, &self.debts);
         due.iter().filter(|(rule, _)| !owing.contains_key(*rule)).for_each(|(rule, debt)| self.debts.owe(rule, *debt));
     }
 
     fn fly(&mut self, batch: Batch, next: Checkpoint, flying: Flying) -> bool {
         let Some(mut cache) = self.cache.take() else { return false };
-        (self.flying, self.flying_since) = (flying, Instant::now());
+        self.flying = flying;
+        if batch.searches() {
+            self.intake.rest();
+        }
         self.in_flight = Some(Box::pin(async move {
             let outcome = cache.apply(&batch, next).await.map(Outcome::Applied);
             (cache, batch, outcome)
@@ -558,7 +618,7 @@ impl<C: Cache + Send + 'static> Session<C> {
     fn answered(&mut self, cache: C, mut batch: Batch, outcome: Result<Outcome>) -> Result<()> {
         self.in_flight = None;
         self.cache = Some(cache);
-        let Applied { checkpoint, invalidated, owed } = match (outcome?, self.flying) {
+        let Applied { checkpoint, invalidated, owed, searched } = match (outcome?, self.flying) {
             (Outcome::Applied(applied), _) => applied,
             (Outcome::Compared(differing), flying) => {
                 self.compared(batch, &differing, flying == Flying::Comparison { orphans: true });
@@ -567,10 +627,8 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         };
         self.answered_at = Instant::now();
-        if !batch.sweeps().is_empty() {
-            // Redis is left to others for as long as going through all keys took.
-            self.intake.rest_until(self.answered_at + self.flying_since.elapsed());
-        }
+        // Redis is left to others for as long as going through all keys took.
+        self.intake.rest_until(self.answered_at + searched);
         if self.flying == Flying::Stream {
             self.proven = checkpoint.applied;
         }
@@ -680,19 +738,19 @@ impl<C: Cache + Send + 'static> Session<C> {
         }
         self.look_at_visibility();
         self.sweep_vanished();
+        self.bind_unbound().await?;
         self.look(now);
-        self.forget_stale(now);
+        self.forget_stale();
         self.probe_if_idle(now);
         self.show();
         Ok(())
     }
 
     /// Members of tags that rules delete by go, now and then, where their keys have gone by themselves.
-    fn forget_stale(&mut self, now: Instant) {
-        if now.duration_since(self.forgot_at) < FORGET_EVERY || !self.intake.is_past_start() {
+    fn forget_stale(&mut self) {
+        if !self.intake.is_past_start() || !std::mem::take(&mut self.forget_due) {
             return;
         }
-        self.forgot_at = now;
         let rules = self.intake.tables().flat_map(|table| &table.rules);
         let tags: Vec<Pattern> = rules.flat_map(BoundRule::delete_tags).map(|tag| tag.pattern.clone()).collect();
         if !tags.is_empty() {
@@ -708,6 +766,7 @@ impl<C: Cache + Send + 'static> Session<C> {
         if self.vanished.is_empty() || self.in_flight.is_some() || !self.intake.is_past_start() {
             return;
         }
+        self.intake.say_claims(&mut self.batch);
         let some = self.vanished.len().min(VANISHED_AT_A_TIME);
         for vanished in self.vanished.drain(..some) {
             self.batch.sweep_vanished(vanished, &self.config.redis.prefix);
@@ -767,6 +826,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             && !self.intake.has_rereads()
             && !self.intake.has_later()
             && self.vanished.is_empty()
+            && !self.forget_due
             && self.refreshes.oldest().is_none()
             && !self.can_pay();
         idle && (drain_until.is_some() || caught_up)

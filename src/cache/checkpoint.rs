@@ -28,8 +28,8 @@ pub struct Checkpoint {
     /// The end of the last batch whose replies were all seen to be good. What lies between it and `applied` is
     /// applied again at a restart.
     pub good: Position,
-    /// [`RuleSet::digest_with`] of the rules that wrote this cache. What it stands for lies in a key of its own, so that a
-    /// checkpoint stays small however many rules there are.
+    /// [`RuleSet::digest_with`] of the rules that wrote this cache. What it stands for lies in a key of its own, so that
+    /// a checkpoint grows only with what rules owe.
     pub rules: String,
     /// When it was written, in microseconds since 1970: how long the cache has held `low` at least.
     pub written_us: u64,

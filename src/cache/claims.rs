@@ -7,7 +7,9 @@
 //!
 //! **Invariant:** a form stands in the record before, or in the same MULTI as, the first key that it makes.
 
+use std::cell::LazyCell;
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use redis::Value;
 use serde::{Deserialize, Serialize};
@@ -102,27 +104,39 @@ impl Claims {
         claim.former.len() != known
     }
 
-    /// The keys under this prefix that the rule made before, as far as they may be searched for: those of a form that is
+    /// The keys under this prefix that each rule made before, as far as they may be searched for: those of a form that is
     /// not exact only if the rule `owns` whatever looks like its keys.
-    pub fn former(&self, rule: &str, owns: bool, prefix: &str) -> Former {
-        let former = self.rules.get(rule).map_or(&[][..], |claim| &claim.former);
-        let forms: Vec<KeyForm> = former.iter().filter(|form| owns || form.is_exact()).cloned().collect();
-        if forms.is_empty() {
-            return Former::default();
-        }
-        let made = forms.iter().map(|form| form.pattern(prefix)).collect();
-        let present = self.rules.values().flat_map(|claim| &claim.keys);
-        Former { forms, made, making: present.map(|form| form.pattern(prefix)).collect() }
+    pub fn former<'r>(&self, rules: impl Iterator<Item = (&'r str, bool)>, prefix: &str) -> Vec<Former> {
+        let making = LazyCell::new(|| self.making(prefix));
+        let former = rules.map(|(rule, owns)| {
+            let former = self.rules.get(rule).map_or(&[][..], |claim| &claim.former);
+            let forms: Vec<KeyForm> = former.iter().filter(|form| owns || form.is_exact()).cloned().collect();
+            if forms.is_empty() {
+                return Former::default();
+            }
+            // A tag is more than a key.
+            let made = forms.iter().filter(|form| !form.is_tag()).map(|form| form.pattern(prefix)).collect();
+            Former { forms, made, making: Arc::clone(&making) }
+        });
+        former.collect()
     }
 
-    /// The rules that were made of a pattern for tables that are gone, and what their keys look like, as far as these may be
-    /// searched for and no present rule makes them. `owns` is what the pattern's own rule says; `None` if there is none.
-    pub fn vanished(&self, owns: impl Fn(&str) -> Option<bool>) -> Vec<Vanished> {
+    /// What the present rules make: of each some kilobytes.
+    fn making(&self, prefix: &str) -> Arc<[Pattern]> {
+        self.rules.values().flat_map(|claim| &claim.keys).map(|form| form.pattern(prefix)).collect()
+    }
+
+    /// The rules that were made of a pattern for tables that are gone, and what their keys look like, as far as no present
+    /// rule can make such a key. That a table is gone is as good as TRUNCATE. `is_open` says of which patterns there still are
+    /// rules.
+    pub fn vanished(&self, is_open: impl Fn(&str) -> bool) -> Vec<Vanished> {
+        let making = LazyCell::new(|| self.making(""));
+        let is_made = |form: &KeyForm| making.iter().any(|made| made.common_key(&form.pattern("")).is_some());
         let removed = self.rules.iter().filter(|(_, claim)| claim.fingerprint.is_none());
-        let vanished = removed.filter_map(|(rule, claim)| {
-            let owns = owns(pattern_of(rule)?)?;
-            let searched = |form: &&KeyForm| (owns || form.is_exact()) && !self.is_present(form);
-            Some(Vanished { rule: rule.clone(), forms: claim.former.iter().filter(searched).cloned().collect() })
+        let removed = removed.filter(|(rule, _)| pattern_of(rule).is_some_and(&is_open));
+        let vanished = removed.map(|(rule, claim)| {
+            let forms = claim.former.iter().filter(|form| !is_made(form)).cloned().collect();
+            Vanished { rule: rule.clone(), forms }
         });
         vanished.filter(|vanished| !vanished.forms.is_empty()).collect()
     }
@@ -171,11 +185,16 @@ pub struct Former {
     /// What they look like.
     pub forms: Vec<KeyForm>,
     made: Vec<Pattern>,
-    /// What the present rules make, this one and others.
-    making: Vec<Pattern>,
+    /// What the present rules make, this one and others: the same for all of them.
+    making: Arc<[Pattern]>,
 }
 
 impl Former {
+    /// The same as patterns.
+    pub fn patterns(&self) -> &[Pattern] {
+        &self.made
+    }
+
     /// Whether the key is one of them. One that a present rule can make is that rule's.
     pub fn matches(&self, key: &[u8]) -> bool {
         let made = |patterns: &[Pattern]| patterns.iter().any(|pattern| pattern.matches(key));
@@ -231,6 +250,10 @@ mod tests {
         RuleSet { fingerprints, ..RuleSet::new(&[]) }
     }
 
+    fn former(claims: &Claims, rule: &str, owns: bool, prefix: &str) -> Former {
+        claims.former([(rule, owns)].into_iter(), prefix).remove(0)
+    }
+
     fn claims(rules: &RuleSet, also: &[String]) -> Claims {
         let mut claims = Claims::default();
         claims.adopt(rules, also);
@@ -253,7 +276,7 @@ mod tests {
     #[test]
     fn what_a_rule_made_before_is_remembered_until_it_is_gone() {
         let mut claims = claims(&rules(&[("a", "1")]), &[]);
-        let matched = |claims: &Claims, key: &str| claims.former("a", true, "shop:").matches(key.as_bytes());
+        let matched = |claims: &Claims, key: &str| former(claims, "a", true, "shop:").matches(key.as_bytes());
         assert!(claims.makes("a", &[form("a:", INT)]));
         assert!(!claims.makes("a", &[form("a:", INT)]), "no news");
         // Bound again under another fingerprint, to another template and to another type, and back again.
@@ -265,7 +288,7 @@ mod tests {
         assert!(claims.makes("a", &[form("a:", INT)]));
         assert!(!matched(&claims, "shop:a:1") && matched(&claims, "shop:c:1"));
         // What could be anybody's was not searched for.
-        let searched = claims.former("a", false, "shop:").forms;
+        let searched = former(&claims, "a", false, "shop:").forms;
         assert_eq!(searched, [form("c:", INT)]);
         assert!(claims.gone("a", &searched) && !claims.gone("a", &searched));
         assert!(!matched(&claims, "shop:c:1") && matched(&claims, "shop:b:x"));
@@ -277,7 +300,7 @@ mod tests {
         claims.makes("a", &[form("a:", TEXT)]);
         claims.makes("a", &[form("new:", INT)]);
         claims.makes("b", &[form("a:b:", INT)]);
-        let former = claims.former("a", true, "");
+        let former = former(&claims, "a", true, "");
         assert!(former.matches(b"a:1") && former.matches(b"a:b:x") && !former.matches(b"a:b:1"));
     }
 
@@ -290,7 +313,7 @@ mod tests {
         let removed: Vec<&str> =
             claims.rules().filter(|(_, claim)| claim.fingerprint.is_none()).map(|(name, _)| name).collect();
         assert_eq!(removed, ["a"]);
-        assert!(claims.former("a", false, "").matches(b"a:1"));
+        assert!(former(&claims, "a", false, "").matches(b"a:1"));
         // It is reported as removed once, and as changed when it comes back, because its old keys must be looked at.
         assert_eq!(without.difference(&claims.fingerprints(&without, &[])), Difference::default());
         let with = rules(&[("a", "1"), ("b", "1")]);
@@ -321,19 +344,40 @@ mod tests {
             claims.makes(rule, &[form(literal, INT), form("shared:", INT), form(&format!("{literal}text:"), TEXT)]);
         }
         claims.adopt(&rules(&[("t[b.x]", "1")]), &[]);
-        let owns = |owns| move |pattern: &str| (pattern == "t").then_some(owns);
         // Of rules that are in the file no more it is the user's to say, and what another tenant makes too stays.
-        let vanished = claims.vanished(owns(false));
-        assert_eq!(vanished, [Vanished { rule: "t[a.x]".to_owned(), forms: vec![form("a:", INT)] }]);
-        assert_eq!(claims.vanished(owns(true))[0].forms, [form("a:", INT), form("a:text:", TEXT)]);
+        let is_open = |pattern: &str| pattern == "t";
+        let vanished = claims.vanished(is_open);
+        let forms = vec![form("a:", INT), form("a:text:", TEXT)];
+        assert_eq!(vanished, [Vanished { rule: "t[a.x]".to_owned(), forms }]);
         assert!(claims.gone_with_table(&vanished[0]) && !claims.gone_with_table(&vanished[0]));
-        // What could be anybody's is left to `clear --removed`.
-        assert!(claims.vanished(owns(false)).is_empty());
+        assert!(claims.vanished(is_open).is_empty());
         let names = |claims: &Claims| claims.rules().map(|(name, _)| name.to_owned()).collect::<Vec<_>>();
-        assert_eq!(names(&claims), ["other[a.x]", "plain", "t[a.x]", "t[b.x]"]);
-        let rest = claims.vanished(owns(true));
-        assert!(claims.gone_with_table(&rest[0]));
         assert_eq!(names(&claims), ["other[a.x]", "plain", "t[b.x]"]);
+    }
+
+    #[test]
+    fn what_a_present_rule_can_make_does_not_go_with_a_table() {
+        let mut claims = claims(&rules(&[("t[a.x]", "1"), ("plain", "1")]), &[]);
+        claims.makes("t[a.x]", &[form("a:", INT), form("a:text:", TEXT)]);
+        claims.makes("plain", &[form("a:text:b:", INT)]);
+        claims.adopt(&rules(&[("plain", "1")]), &[]);
+        let vanished = claims.vanished(|_| true);
+        assert_eq!(vanished[0].forms, [form("a:", INT)]);
+        claims.gone_with_table(&vanished[0]);
+        // It is left to `clear --removed`.
+        assert!(claims.vanished(|_| true).is_empty() && claims.rules().any(|(name, _)| name == "t[a.x]"));
+    }
+
+    #[test]
+    fn what_the_present_rules_make_is_kept_once() {
+        let mut claims = claims(&rules(&[("a", "1"), ("b", "1"), ("c", "1")]), &[]);
+        for rule in ["a", "b", "c"] {
+            claims.makes(rule, &[form("old:", INT)]);
+            claims.makes(rule, &[form(rule, INT)]);
+        }
+        let all = claims.former(["a", "b", "c"].map(|rule| (rule, false)).into_iter(), "");
+        assert_eq!(all[0].making.len(), 3);
+        assert!(all.iter().all(|former| Arc::ptr_eq(&former.making, &all[0].making)));
     }
 
     #[test]

@@ -205,13 +205,14 @@ fn set_hash(key: &[u8], value: &[u8], life: Life, present_only: bool) -> Vec<Cmd
     iter::once(about("UNLINK", key)).chain(set).collect()
 }
 
-/// Its arguments: whether the key must exist, whether it keeps its TTL, then fields and values.
+/// Its arguments: whether the key must exist, whether it keeps its TTL, then fields and values. In its last millisecond a key
+/// has a PTTL of 0, and a PEXPIRE of 0 would delete it.
 const REPLACE_HASH: &str = "\
 if ARGV[1] == '1' and redis.call('EXISTS', KEYS[1]) == 0 then return end \
 local left = ARGV[2] == '1' and redis.call('PTTL', KEYS[1]) or -1 \
 redis.call('UNLINK', KEYS[1]) \
 for i = 3, #ARGV, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end \
-if left > 0 then redis.call('PEXPIRE', KEYS[1], left) end";
+if left >= 0 then redis.call('PEXPIRE', KEYS[1], math.max(left, 1)) end";
 
 /// Behind a command that sets no TTL by itself.
 fn expire(key: &[u8], life: Life) -> Option<Cmd> {

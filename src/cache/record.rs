@@ -1,6 +1,7 @@
 //! Commands as text instead of writes: `run --dry-run`.
 
 use std::io::Write;
+use std::time::Duration;
 
 use crate::batch::{Batch, Members};
 use crate::catalog::signature::Signatures;
@@ -40,7 +41,7 @@ impl<W: Write + Send> Recorder<W> {
 impl<W: Write + Send> Cache for Recorder<W> {
     async fn apply(&mut self, batch: &Batch, checkpoint: Checkpoint) -> Result<Applied> {
         self.write(batch).map_err(|error| Error::new(ErrorKind::Io, "cannot write to stdout").because(error))?;
-        Ok(Applied { checkpoint, invalidated: false, owed: false })
+        Ok(Applied { checkpoint, invalidated: false, owed: false, searched: Duration::ZERO })
     }
 
     /// There is no cache, so nothing is other than it should be.

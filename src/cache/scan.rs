@@ -37,14 +37,15 @@ const MEMBERS_AT_A_TIME: usize = 1000;
 type Page = Vec<Vec<u8>>;
 
 impl Scan {
-    /// Begins, on a connection of its own.
-    pub async fn open(config: &RedisConfig) -> Result<Self> {
+    /// Begins, on a connection of its own: through the keys that begin so under the main prefix, and so behind each other one.
+    pub async fn open(config: &RedisConfig, beginning: &[u8]) -> Result<Self> {
         let mut connection = Connection::open(config).await.map_err(into_error)?;
         let prefixes: Vec<String> = config.prefixes().map(str::to_owned).collect();
         let (sender, pages) = mpsc::channel(1);
         let (of_members, of_walk) = (connection.clone(), prefixes.clone());
+        let bare = beginning.strip_prefix(prefixes[0].as_bytes()).unwrap_or_default().to_vec();
         let task = tokio::spawn(async move {
-            if let Err(failure) = walk(&mut connection, &of_walk, &sender).await {
+            if let Err(failure) = walk(&mut connection, &of_walk, &bare, &sender).await {
                 // Nobody listens any more if this fails.
                 let _ = sender.send(Err(failure)).await;
             }
@@ -114,10 +115,11 @@ impl Drop for Scan {
 async fn walk(
     connection: &mut Connection,
     prefixes: &[String],
+    bare: &[u8],
     pages: &mpsc::Sender<Result<Page, Failure>>,
 ) -> Result<(), Failure> {
     for prefix in prefixes {
-        let glob = Pattern::beginning_with(prefix.as_bytes()).scan_glob();
+        let glob = Pattern::beginning_with(&[prefix.as_bytes(), bare].concat()).scan_glob();
         let mut cursor = 0;
         loop {
             let (next, keys) = scan(connection, cursor, &glob).await?;

@@ -12,14 +12,15 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use redis::{Cmd, Value};
 
 use crate::backoff::Backoff;
 use crate::batch::{Batch, CacheOp, Claim, Members, Sweep, Vanished};
 use crate::catalog::signature::Signatures;
-use crate::config::RedisConfig;
 use crate::config::open::OpenRule;
+use crate::config::{RedisConfig, Rule};
 use crate::error::{Error, ErrorKind, Result};
 use crate::metrics::Metrics;
 use crate::rules::bind::Tagging;
@@ -167,16 +168,17 @@ impl Writer {
         }
     }
 
-    /// The keys that this rule made before and that may be there still; known once the cache is claimed.
-    pub fn former(&self, rule: &str, owns: bool) -> Former {
-        let main = self.records.first();
-        main.map(|record| record.claims.former(rule, owns, &self.config.prefix)).unwrap_or_default()
+    /// The keys that each rule made before and that may be there still; known once the cache is claimed.
+    pub fn former(&self, rules: &[Rule]) -> Vec<Former> {
+        let owns = |rule: &Rule| rule.write.as_ref().is_some_and(|write| write.owns);
+        let rules = rules.iter().map(|rule| (rule.name.value.as_str(), owns(rule)));
+        self.records.first().map(|record| record.claims.former(rules, &self.config.prefix)).unwrap_or_default()
     }
 
     /// The rules of patterns whose tables are gone; known once the cache is claimed.
     pub fn vanished(&self, open: &[OpenRule]) -> Vec<Vanished> {
-        let owns = |pattern: &str| open.iter().find(|open| open.name() == pattern).map(OpenRule::owns);
-        self.records.first().map(|record| record.claims.vanished(owns)).unwrap_or_default()
+        let is_open = |pattern: &str| open.iter().any(|open| open.name() == pattern);
+        self.records.first().map(|record| record.claims.vanished(is_open)).unwrap_or_default()
     }
 
     fn catalog_key(&self) -> String {
@@ -239,19 +241,20 @@ impl Writer {
         }
     }
 
-    /// Applies the batch, or says why not. To `refused` streams nothing was added when the rest was done.
+    /// Applies the batch, and says how long that went through all keys; or why not. To `refused` streams nothing was added
+    /// when the rest was done.
     async fn try_apply(
         &mut self,
         batch: &Batch,
         checkpoint: &Checkpoint,
         refused: &BTreeSet<Vec<u8>>,
-    ) -> Result<(), Failure> {
+    ) -> Result<Duration, Failure> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.resume(Some(checkpoint)).await?,
         };
         self.note_claims(batch);
-        self.sweep_all(&mut connection, batch, checkpoint).await?;
+        let searched = self.sweep_all(&mut connection, batch, checkpoint).await?;
         // Redis holds this batch's checkpoint already: its answer was lost, or one of its commands failed. What the rules owe
         // may have become more since.
         let same =
@@ -268,7 +271,7 @@ impl Writer {
         self.records.iter_mut().for_each(|record| record.written = true);
         self.catalog = None;
         self.connection = Some(connection);
-        Ok(())
+        Ok(searched)
     }
 
     /// A new connection in the middle of a session: the checkpoint in Redis must be the last one known, or that of the
@@ -344,8 +347,13 @@ impl Writer {
 
     /// Whether fence and checkpoint are what this daemon wrote last.
     fn check_watched(&self, replies: &[Value], expected: Option<&Checkpoint>) -> Result<(), Failure> {
-        let Watched { fences, stored } = self.watched(replies)?;
+        let (fences, stored) = fences(replies)?;
         self.check_fences(&fences)?;
+        // Nearly always it is as it was written, and need not be decoded: what rules owe can be much.
+        if matches!((stored, expected), (Value::BulkString(stored), Some(expected)) if *stored == expected.encode()) {
+            return Ok(());
+        }
+        let stored = self.decode(stored)?;
         match stored.as_ref() == expected {
             true => Ok(()),
             false => Err(Failure::Final(self.went_back(stored.as_ref()))),
@@ -381,33 +389,37 @@ impl Writer {
         self.stored.as_ref().map(|stored| Checkpoint { applied: checkpoint.applied, ..stored.clone() })
     }
 
-    /// The batch's sweeps, announced before they begin.
+    /// The batch's sweeps, announced before they begin, and how long they went through all keys.
     async fn sweep_all(
         &mut self,
         connection: &mut Connection,
         batch: &Batch,
         next: &Checkpoint,
-    ) -> Result<(), Failure> {
+    ) -> Result<Duration, Failure> {
+        let mut searched = Duration::ZERO;
         if batch.sweeps().is_empty() {
-            return Ok(());
+            return Ok(searched);
         }
         let intent = self.intent(next);
         self.guarded(connection, NONE, intent.as_ref()).await?;
         self.stored = intent;
         for (prefix, sweeps) in self.config.prefixes().zip(commands::sweeps(batch, &self.config)) {
-            self.sweep(connection, prefix, &sweeps).await?;
+            searched += self.sweep(connection, prefix, &sweeps).await?;
         }
-        Ok(())
+        Ok(searched)
     }
 
-    /// Deletes every key that matches one of these, step by step, each step behind the fence.
-    async fn sweep(&self, connection: &mut Connection, prefix: &str, sweeps: &[Sweep]) -> Result<(), Failure> {
-        let (known, searched): (Vec<&Sweep>, Vec<&Sweep>) =
-            sweeps.iter().partition(|sweep| matches!(sweep, Sweep::Tag(_)));
-        for tag in known {
-            self.sweep_tag(connection, prefix, tag.literal_prefix(), &Members::All).await?;
-        }
-        let Some(common) = common_prefix(searched.iter().map(|sweep| sweep.literal_prefix())) else { return Ok(()) };
+    /// Deletes every key that matches one of these, step by step, each step behind the fence. Says how long it went through
+    /// all keys.
+    async fn sweep(&self, connection: &mut Connection, prefix: &str, sweeps: &[Sweep]) -> Result<Duration, Failure> {
+        let tag = |sweep: &Sweep| if let Sweep::Tag(tag) = sweep { Some(tag.to_vec()) } else { None };
+        let tags: Vec<Vec<u8>> = sweeps.iter().filter_map(tag).collect();
+        self.sweep_tags(connection, prefix, &tags, &Members::All).await?;
+        let searched: Vec<&Sweep> = sweeps.iter().filter(|sweep| !matches!(sweep, Sweep::Tag(_))).collect();
+        let Some(common) = common_prefix(searched.iter().map(|sweep| sweep.literal_prefix())) else {
+            return Ok(Duration::ZERO);
+        };
+        let began = Instant::now();
         let glob = Pattern::beginning_with(common).scan_glob();
         let (mut cursor, mut deleted) = (0, 0_u64);
         loop {
@@ -416,9 +428,8 @@ impl Writer {
             let owned: Vec<&[u8]> = keys.iter().filter(goes).map(Vec::as_slice).collect();
             for sweep in &searched {
                 let Some(members) = sweep.members() else { continue };
-                for tag in keys.iter().filter(|key| sweep.matches(key)) {
-                    self.sweep_tag(connection, prefix, tag, members).await?;
-                }
+                let tags: Vec<Vec<u8>> = keys.iter().filter(|key| sweep.matches(key)).cloned().collect();
+                self.sweep_tags(connection, prefix, &tags, members).await?;
             }
             if !owned.is_empty() {
                 // By the script: inside MULTI a Redis that is out of memory refuses deletes too.
@@ -427,37 +438,39 @@ impl Writer {
             }
             if next == 0 {
                 tracing::debug!(sweeps = sweeps.len(), deleted, "keys that match were deleted");
-                return Ok(());
+                return Ok(began.elapsed());
             }
             cursor = next;
         }
     }
 
-    /// The rules whose keys are deleted where they should be written, and those whose entries and messages nobody gets, which
-    /// is a gap to whoever follows them.
+    /// The rules whose keys are deleted where they should be written, or stay members of tags, and those whose entries and
+    /// messages nobody gets, which is a gap to whoever follows them.
     fn owed<'b>(&'b self, batch: &'b Batch) -> impl Iterator<Item = (&'b str, Debt)> + 'b {
         // With a member goes its whole key.
         let must_be = |rule: u16, op: &CacheOp<'_>| op.puts() && !self.rules.may_miss[usize::from(rule)];
         let lost = batch.ops().filter(move |(rule, op)| must_be(*rule, op) || op.member().is_some());
         let lost = lost.map(|(rule, _)| (rule, Debt::Warm));
-        let untold = batch.telling().map(|rule| (rule, Debt::Reconcile));
-        lost.chain(untold).map(|(rule, debt)| (self.rules.names[usize::from(rule)].as_str(), debt))
+        // No row says who is no member any more.
+        let untagged = batch.untagging();
+        let reconciled = batch.telling().chain(untagged).map(|rule| (rule, Debt::Reconcile));
+        lost.chain(reconciled).map(|(rule, debt)| (self.rules.names[usize::from(rule)].as_str(), debt))
     }
 
-    /// Redis takes no writes: what should be set is deleted instead.
-    async fn invalidate(&mut self, batch: &Batch, checkpoint: &Checkpoint) -> Result<(), Failure> {
+    /// Redis takes no writes: what should be set is deleted instead. Says the same as [`Writer::try_apply`].
+    async fn invalidate(&mut self, batch: &Batch, checkpoint: &Checkpoint) -> Result<Duration, Failure> {
         let mut connection = match self.connection.take() {
             Some(connection) => connection,
             None => self.resume(Some(checkpoint)).await?,
         };
         self.note_claims(batch);
-        self.sweep_all(&mut connection, batch, checkpoint).await?;
+        let searched = self.sweep_all(&mut connection, batch, checkpoint).await?;
         let keys = commands::keys(batch, &self.config);
         self.guarded(&mut connection, &keys, Some(checkpoint)).await?;
         self.wait_for_replicas(&mut connection).await?;
         self.metrics.out_of_memory_batches.inc();
         self.connection = Some(connection);
-        Ok(())
+        Ok(searched)
     }
 
     /// Keys of the batch that somebody else has written as another type go. Gives the rules whose other rows had a part in
@@ -554,13 +567,8 @@ impl Writer {
 
     /// Fences and checkpoint from the replies to [`Writer::watch_commands`].
     fn watched(&self, replies: &[Value]) -> Result<Watched, Failure> {
-        let [_, fences @ .., stored] = replies else { unreachable!("one reply for each of three commands or more") };
-        let fence = |reply: &Value| match reply {
-            Value::Nil => Ok(String::new()),
-            Value::BulkString(bytes) => Ok(String::from_utf8_lossy(bytes).into_owned()),
-            other => Err(unexpected("GET", other)),
-        };
-        Ok(Watched { fences: fences.iter().map(fence).collect::<Result<_, _>>()?, stored: self.decode(stored)? })
+        let (fences, stored) = fences(replies)?;
+        Ok(Watched { fences, stored: self.decode(stored)? })
     }
 
     fn decode(&self, stored: &Value) -> Result<Option<Checkpoint>, Failure> {
@@ -633,10 +641,10 @@ impl Cache for Writer {
                 };
             }
             let error = match outcome {
-                Ok(()) => {
+                Ok(searched) => {
                     self.metrics.circuit_open.set(0);
                     self.stored = Some(checkpoint.clone());
-                    return Ok(Applied { checkpoint, invalidated, owed });
+                    return Ok(Applied { checkpoint, invalidated, owed, searched });
                 }
                 // Looked at again through a new connection, which names what changed.
                 Err(Failure::Changed) => Error::new(ErrorKind::RedisAway, "fence or checkpoint changed"),
@@ -710,6 +718,17 @@ fn about(command: &str, key: &[u8]) -> Cmd {
     about
 }
 
+/// Fences, and what holds the checkpoint, from the replies to [`Writer::watch_commands`].
+fn fences(replies: &[Value]) -> Result<(Vec<String>, &Value), Failure> {
+    let [_, fences @ .., stored] = replies else { unreachable!("one reply for each of three commands or more") };
+    let fence = |reply: &Value| match reply {
+        Value::Nil => Ok(String::new()),
+        Value::BulkString(bytes) => Ok(String::from_utf8_lossy(bytes).into_owned()),
+        other => Err(unexpected("GET", other)),
+    };
+    Ok((fences.iter().map(fence).collect::<Result<_, _>>()?, stored))
+}
+
 pub(super) fn get(key: &str) -> Cmd {
     let mut get = redis::cmd("GET");
     get.arg(key);
@@ -748,5 +767,32 @@ pub(super) fn into_error(failure: Failure) -> Error {
         Failure::OutOfMemory => out_of_memory(),
         Failure::WrongType => wrong_type(),
         Failure::Changed => Error::new(ErrorKind::Fenced, "another daemon has written this cache in the meantime"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Form, Life, Limits, Of};
+    use crate::config::tests::redis_config;
+
+    #[test]
+    fn without_memory_a_member_that_should_go_is_searched_for_later() {
+        let rules = RuleSet { names: vec!["card".to_owned()], may_miss: vec![true], ..RuleSet::new(&[]) };
+        let writer = Writer::new(redis_config("", &[]), Arc::new(rules), Arc::new(Metrics::new())).expect("a writer");
+        let owed = |stays: bool| {
+            let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 1);
+            let cell = batch.cell_of(0, Of::Tag, |out| {
+                out.extend_from_slice(b"tag:acard:1");
+                Some(5)
+            });
+            if stays {
+                let Ok(()) = batch.set(cell.expect("a member"), Form::String, Life::Forever, false, |_| {
+                    Ok::<_, std::convert::Infallible>(())
+                });
+            }
+            writer.owed(&batch).map(|(_, debt)| debt).max()
+        };
+        assert_eq!((owed(true), owed(false)), (Some(Debt::Warm), Some(Debt::Reconcile)));
     }
 }

@@ -8,7 +8,7 @@ use crate::config::diagnostic::{Diagnostic, Severity};
 use crate::config::open::{OpenRule, pattern_of};
 use crate::config::{Config, Rule, TableName, Value};
 use crate::decode::types::Types;
-use crate::rules::bind::{BoundRule, bind};
+use crate::rules::bind::{BoundRule, bind, shared_result};
 use crate::rules::ownership::check_overlaps;
 use crate::suggest::nearest;
 
@@ -115,6 +115,7 @@ fn check_rule(
     match bind(rule, index, &facts.relation, Some(facts), types, &config.redis.prefix) {
         Ok(bound) => {
             found.extend(old_keys_unknown(rule, &bound));
+            found.extend(results_in_doubt(rule, &bound));
             (Some(bound), found)
         }
         Err(unbound) => {
@@ -133,13 +134,11 @@ fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
         _ => None,
     });
     let bound_members = bound.write.iter().filter_map(|write| write.member.as_ref()).map(|member| &member.text);
-    // With a lookup some of the others are with it, and its own span stands for them.
-    let of_row = |_: &_| bound.lookup.is_none();
-    let bumped = rule.settled.bump.iter().zip(&bound.settled.bump).filter(of_row);
-    let mut keys = written.chain(members.zip(bound_members)).chain(bound.delete_templates(rule)).chain(bumped);
+    let stale =
+        bound.delete_templates(rule).into_iter().chain(bound.tag_templates(rule)).chain(bound.bump_templates(rule));
+    let mut keys = written.chain(members.zip(bound_members)).chain(stale);
     let found = keys.find(|(_, key)| !key.in_identity).map(|(template, _)| template.span.clone());
-    let matching = rule.settled.delete_match.iter().zip(&bound.settled.delete_match);
-    let mut matching = matching.filter(|(_, matching)| bound.lookup.is_none() && !matching.in_identity());
+    let mut matching = bound.match_templates(rule).into_iter().filter(|(_, matching)| !matching.in_identity());
     let found = found.or_else(|| matching.next().map(|(template, _)| template.span.clone()));
     let lookup = bound.lookup.as_ref().filter(|lookup| !lookup.in_identity).map(|lookup| lookup.sql.span.clone());
     let span = found.or(lookup).filter(|_| rule.on.update)?;
@@ -149,6 +148,13 @@ fn old_keys_unknown(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
         "make Postgres log the old row:  ALTER TABLE {} REPLICA IDENTITY FULL;",
         sql_table(&rule.table.value)
     )))
+}
+
+/// What a lookup gives counts as text: whether two results can share a key is for whoever knows better to say.
+fn results_in_doubt(rule: &Rule, bound: &BoundRule) -> Option<Diagnostic> {
+    let refresh = bound.refresh.as_ref().filter(|_| rule.lookup.is_some())?;
+    let found = shared_result(&refresh.query, &refresh.key)?.diagnostic(rule);
+    Some(Diagnostic { severity: Severity::Warning, ..found })
 }
 
 fn no_publication(rule: &Rule, config: &Config, catalog: &Catalog) -> Diagnostic {

@@ -10,7 +10,7 @@ use super::{
     sql_identifier,
 };
 use crate::config::TableName;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::{Column, Relation, ReplicaIdentity};
 use crate::source::{outbox, query_error};
 
@@ -27,51 +27,108 @@ select from pg_catalog.pg_namespace n
   join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = 'outbox'
  where n.nspname = $1";
 
-/// `pg_publication_tables` lists what is published under its own name: roots where `publish_via_partition_root` is
-/// set, leaves where it is not. Its columns `attnames` and `rowfilter` exist from Postgres 15 on, so they are read
-/// through JSON. `through` is the ancestor under whose name a partition is published, `as_leaves` says whether a
-/// partitioned table's leaves are published under their own. `listed` is read first: thousands of tables of one name, a schema
-/// each, are otherwise joined with each other.
+/// `whole` are the tables, everything below them, and everything that these are partitions of. `carried` says under whose name
+/// each comes: `through` is the ancestor under whose name a partition does, `as_leaves` says whether a partitioned table's
+/// leaves come under their own.
+///
+/// `pg_publication_tables` would say the same, but it opens every table of the publication: DDL under way on any of them
+/// holds it up, and one that is dropped just then makes it fail. Here no table is locked, but to show its row filter.
 const TABLES: &str = "
-with published as ({published})
-select c.oid, n.nspname::text as schema, c.relname::text as name, c.relkind, c.relpersistence, c.relreplident,
-       c.relrowsecurity, p.oid is not null as is_published,
-       case when pg_catalog.jsonb_typeof(p.attnames) = 'array'
-            then array(select pg_catalog.jsonb_array_elements_text(p.attnames)) end as attnames,
-       p.rowfilter,
-       (select array[a.schemaname::text, a.tablename::text]
-          from published a
-         where c.relispartition and a.oid <> c.oid
-           and a.oid in (select relid from pg_catalog.pg_partition_ancestors(c.oid))
-         limit 1) as through,
-       exists (select from published l
-                where c.relkind = 'p' and l.oid <> c.oid
-                  and l.oid in (select relid from pg_catalog.pg_partition_tree(c.oid))) as as_leaves
-  from rows from (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) as wanted(schema, name)
-  join pg_catalog.pg_namespace n on n.nspname = wanted.schema
-  join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = wanted.name
-  left join published p on p.oid = c.oid
- where c.relkind in ('r', 'p', 'v', 'm', 'f')";
+with recursive {given}, wanted as materialized (
+  select c.oid, g.nspname, c.relname, c.relkind, c.relpersistence, c.relreplident, c.relrowsecurity
+    from given g
+    join pg_catalog.pg_class c on c.relnamespace = g.nspoid and c.relname = g.name
+   where c.relkind in ('r', 'p', 'v', 'm', 'f')
+), {part}, whole(part, oid, level) as (
+  select distinct oid, oid, 0 from part
+  union all
+  select w.part, i.inhparent, w.level + 1
+    from whole w
+    join pg_catalog.pg_class c on c.oid = w.oid and c.relispartition
+    join pg_catalog.pg_inherits i on i.inhrelid = w.oid
+), {carried}
+select w.oid, w.nspname::text as schema, w.relname::text as name, w.relkind, w.relpersistence, w.relreplident,
+       w.relrowsecurity, coalesce(c.name_of = w.oid, false) as is_published,
+       case when c.name_of = w.oid then c.attnames end as attnames,
+       case when c.name_of = w.oid then pg_catalog.pg_get_expr(c.qual, w.oid) end as rowfilter,
+       case when c.name_of <> w.oid then array[n.nspname::text, a.relname::text] end as through,
+       w.oid in (select p.root from part p join carried l on l.oid = p.oid where p.oid <> p.root) as as_leaves
+  from wanted w
+  left join carried c on c.oid = w.oid
+  left join pg_catalog.pg_class a on a.oid = c.name_of
+  left join pg_catalog.pg_namespace n on n.oid = a.relnamespace";
 
-const PUBLISHED: &str = "
-  with listed as materialized (
-    select p.schemaname, p.tablename,
-           pg_catalog.to_jsonb(p) -> 'attnames' as attnames,
-           pg_catalog.to_jsonb(p) ->> 'rowfilter' as rowfilter
-      from pg_catalog.pg_publication_tables p
-     where p.pubname = $3
-  )
-  select c.oid, p.*
-    from listed p
-    join pg_catalog.pg_namespace n on n.nspname = p.schemaname
-    join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = p.tablename";
+/// The names that are asked for, their schemas looked up before anything else: thousands of tables can have one name, a schema
+/// each.
+pub(super) const GIVEN: &str = "given(nspoid, nspname, name) as materialized (
+  select n.oid, n.nspname, g.name
+    from rows from (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) as g(schema, name)
+    join pg_catalog.pg_namespace n on n.nspname = g.schema
+)";
+
+/// Each of the wanted tables and everything below it.
+pub(super) const PART: &str = "part(root, oid) as (
+  select oid, oid from wanted
+  union
+  select p.root, i.inhrelid
+    from part p
+    join pg_catalog.pg_inherits i on i.inhparent = p.oid
+    join pg_catalog.pg_class c on c.oid = i.inhrelid and c.relispartition
+)";
+
+/// As `pg_get_publication_tables` (`src/backend/catalog/pg_publication.c`) has it. A publication of all tables, or of a table's
+/// schema, knows no row filter and no column list of that table. Without a list generated columns go only where the publication
+/// says so, from Postgres 18 on.
+const PUBLISHED: &str = "publication as materialized (
+  select p.oid, p.puballtables, p.pubviaroot, pg_catalog.to_jsonb(p) ->> 'pubgencols' = 's' as generated
+    from pg_catalog.pg_publication p
+   where p.pubname = $3
+), entry(oid, attributes, qual) as materialized (
+  select c.oid, r.prattrs::int2[], r.prqual
+    from (select distinct oid from whole) w
+    join pg_catalog.pg_class c on c.oid = w.oid
+   cross join publication p
+    left join {schemas} s on s.pnpubid = p.oid and s.pnnspid = c.relnamespace
+    left join {tables} r on r.prpubid = p.oid and r.prrelid = c.oid and s.pnpubid is null and not p.puballtables
+   where r.prrelid is not null
+      or (p.puballtables or s.pnpubid is not null)
+         and c.relkind in ('r', 'p') and c.relpersistence = 'p' and c.oid >= 16384
+), named(oid, name_of) as (
+  select w.part, case when p.pubviaroot then (pg_catalog.array_agg(w.oid order by w.level desc))[1] else w.part end
+    from whole w
+    join entry e on e.oid = w.oid
+    join pg_catalog.pg_class c on c.oid = w.part
+   cross join publication p
+   where p.pubviaroot or c.relkind <> 'p'
+   group by w.part, p.pubviaroot
+), carried(oid, name_of, attnames, qual) as (
+  select n.oid, n.name_of,
+         array(select a.attname::text
+                 from pg_catalog.pg_attribute a
+                where a.attrelid = n.oid and a.attnum > 0 and not a.attisdropped
+                  and case when e.attributes is null then a.attgenerated = '' or p.generated and a.attgenerated = 's'
+                           else a.attnum = any (e.attributes) end),
+         e.qual
+    from named n
+   cross join publication p
+    left join entry e on e.oid = n.oid
+)";
+
+/// Where [`PUBLISHED`] finds what publications name, from Postgres 15 on, and before: there were no schemas in them, no row
+/// filters and no column lists.
+const NAMED: [&str; 2] = ["pg_catalog.pg_publication_namespace", "pg_catalog.pg_publication_rel"];
+const NAMED_14: [&str; 2] = [
+    "(select null::oid as pnpubid, null::oid as pnnspid)",
+    "(select *, null::int2vector as prattrs, null::pg_catalog.pg_node_tree as prqual from pg_catalog.pg_publication_rel)",
+];
 
 /// The same of an outbox: what it follows, and which columns of that it stores.
-const FOLLOWED: &str = "
-  select t.relid as oid, t.schema as schemaname, t.name as tablename, pg_catalog.to_jsonb(t.columns) as attnames,
-         null::text as rowfilter
-    from {schema}.tables t
-   where t.is_present and $3::text is not null";
+const FOLLOWED: &str = "carried(oid, name_of, attnames, qual) as (
+  select distinct on (w.part) w.part, w.oid, t.columns, null::pg_catalog.pg_node_tree
+    from whole w
+    join {schema}.tables t on t.relid = w.oid and t.is_present and $3::text is not null
+   order by w.part, w.level
+)";
 
 /// Every column of the tables and of their leaves, and whether it belongs to its table's replica identity: under FULL
 /// all do, else the key columns of the index that `RelationGetIndexList` (`src/backend/utils/cache/relcache.c`) takes.
@@ -82,10 +139,6 @@ with wanted as (
   select c.oid, c.relreplident
     from pg_catalog.pg_class c
    where c.oid = any ($1::oid[])
-      or c.oid in (select t.relid
-                     from unnest($1::oid[]) root(oid)
-                    cross join lateral pg_catalog.pg_partition_tree(root.oid) t
-                    where t.isleaf)
 ), identity as (
   select w.oid, unnest((i.indkey::int2[])[0:i.indnkeyatts - 1]) as attnum
     from wanted w
@@ -121,14 +174,15 @@ select i.indrelid as oid, c.relname::text as name, k.columns, k.not_null
    and i.indpred is null and i.indexprs is null
  order by i.indrelid, not i.indisprimary, i.indnkeyatts, c.relname";
 
+/// What holds rows that are logged: no foreign table does.
 const LEAVES: &str = "
-select root.oid as root, c.oid, n.nspname::text as schema, c.relname::text as name, c.relreplident
-  from unnest($1::oid[]) root(oid)
- cross join lateral pg_catalog.pg_partition_tree(root.oid) t
-  join pg_catalog.pg_class c on c.oid = t.relid
+with recursive wanted(oid) as (select pg_catalog.unnest($1::oid[])), {part}
+select p.root, c.oid, n.nspname::text as schema, c.relname::text as name, c.relreplident
+  from part p
+  join pg_catalog.pg_class c on c.oid = p.oid
   join pg_catalog.pg_namespace n on n.oid = c.relnamespace
- where t.isleaf and c.oid <> root.oid
- order by root.oid, n.nspname, c.relname";
+ where c.relkind = 'r' and c.oid <> p.root
+ order by p.root, c.oid";
 
 const NAMES: &str = "
 select n.nspname::text as schema, c.relname::text as name
@@ -144,26 +198,33 @@ select n.nspname::text as schema, c.relname::text as name
 /// # Errors
 /// [`crate::error::ErrorKind::PostgresAway`] when the connection breaks, and what Postgres refuses.
 pub async fn load(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Result<Catalog> {
-    read(client, carrier, tables).await.map_err(|error| query_error("cannot read the catalog", error))
+    read(client, carrier, tables).await.map_err(cannot_read)
+}
+
+/// The row filter that a table is published with, as SQL in parentheses.
+///
+/// # Errors
+/// As [`load`].
+pub async fn row_filter(client: &Client, carrier: &Carrier, table: &TableName) -> Result<Option<String>> {
+    let found = find(client, carrier, std::slice::from_ref(table)).await;
+    let filter = found.and_then(|(_, rows)| rows.first().map_or(Ok(None), |row| row.try_get("rowfilter")));
+    filter.map_err(cannot_read)
+}
+
+fn cannot_read(error: tokio_postgres::Error) -> Error {
+    query_error("cannot read the catalog", error)
 }
 
 type Answer<T> = std::result::Result<T, tokio_postgres::Error>;
 
 async fn read(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Answer<Catalog> {
-    let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
-    let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
-    let publication = publication(client, carrier).await?;
-    let published = match (carrier, publication) {
-        (Carrier::Outbox(schema), Some(_)) => FOLLOWED.replace("{schema}", &sql_identifier(schema)),
-        // It lists nothing where there is none.
-        _ => PUBLISHED.to_owned(),
-    };
-    // No publication has the empty name.
-    let listed_by = if published == PUBLISHED && matches!(carrier, Carrier::Outbox(_)) { "" } else { carrier.name() };
-    let found = client.query(&TABLES.replace("{published}", &published), &[&schemas, &names, &listed_by]).await?;
+    let (publication, found) = find(client, carrier, tables).await?;
     let oids: Vec<Oid> = found.iter().map(|row| row.try_get("oid")).collect::<Answer<_>>()?;
-    let mut columns = columns(client, &oids).await?;
-    let mut leaves = leaves(client, &oids, &columns).await?;
+    let below = client.query(&LEAVES.replace("{part}", PART), &[&oids]).await?;
+    let below_oids = below.iter().map(|row| row.try_get("oid"));
+    let all: Vec<Oid> = oids.iter().copied().map(Ok).chain(below_oids).collect::<Answer<_>>()?;
+    let mut columns = columns(client, &all).await?;
+    let mut leaves = leaves(&below, &columns)?;
     let mut unique = unique_indexes(client, &oids).await?;
     let mut facts = BTreeMap::new();
     for (row, oid) in found.iter().zip(oids) {
@@ -178,6 +239,28 @@ async fn read(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Answe
         client.query(NAMES, &[&NAMES_MAX]).await?.iter().map(table_name).collect::<Answer<_>>()?
     };
     Ok(Catalog { publication, carrier: carrier.clone(), tables: facts, others })
+}
+
+/// What is carried, and these tables as [`TABLES`] has them.
+async fn find(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Answer<(Option<Publication>, Vec<Row>)> {
+    let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
+    let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
+    let publication = publication(client, carrier).await?;
+    let (carried, carrier) = match (carrier, publication) {
+        (Carrier::Outbox(schema), Some(_)) => (FOLLOWED.replace("{schema}", &sql_identifier(schema)), schema.as_str()),
+        // No publication has the empty name.
+        (Carrier::Outbox(_), None) => (listed(client).await?, ""),
+        (Carrier::Publication(name), _) => (listed(client).await?, name.as_str()),
+    };
+    let query = TABLES.replace("{given}", GIVEN).replace("{part}", PART).replace("{carried}", &carried);
+    Ok((publication, client.query(&query, &[&schemas, &names, &carrier]).await?))
+}
+
+/// [`PUBLISHED`] for this server.
+async fn listed(client: &Client) -> Answer<String> {
+    let version = client.query_one("select pg_catalog.current_setting('server_version_num')::int4", &[]).await?;
+    let [schemas, tables] = if version.try_get::<_, i32>(0)? >= 150_000 { NAMED } else { NAMED_14 };
+    Ok(PUBLISHED.replace("{schemas}", schemas).replace("{tables}", tables))
 }
 
 /// What is carried; `None` if nothing is. An outbox leaves no operation out.
@@ -239,15 +322,12 @@ async fn unique_indexes(client: &Client, oids: &[Oid]) -> Answer<HashMap<Oid, Ve
     Ok(found)
 }
 
-async fn leaves(
-    client: &Client,
-    oids: &[Oid],
-    columns: &HashMap<Oid, Vec<TableColumn>>,
-) -> Answer<HashMap<Oid, Vec<Leaf>>> {
+fn leaves(rows: &[Row], columns: &HashMap<Oid, Vec<TableColumn>>) -> Answer<HashMap<Oid, Vec<Leaf>>> {
     let mut found: HashMap<Oid, Vec<Leaf>> = HashMap::new();
-    for row in client.query(LEAVES, &[&oids]).await? {
-        let own = columns.get(&row.try_get("oid")?).map(Vec::as_slice).unwrap_or_default();
-        let leaf = Leaf { name: table_name(&row)?, identity: identity(&row)?, identity_columns: identity_columns(own) };
+    for row in rows {
+        let oid = row.try_get("oid")?;
+        let identity_columns = columns.get(&oid).map(|own| identity_columns(own)).unwrap_or_default();
+        let leaf = Leaf { oid, name: table_name(row)?, identity: identity(row)?, identity_columns };
         found.entry(row.try_get("root")?).or_default().push(leaf);
     }
     Ok(found)

@@ -35,10 +35,21 @@ select n.nspname::text as schema, c.relname::text as name,
 /// # Errors
 /// [`ErrorKind::PostgresAway`] when the connection breaks, [`ErrorKind::Config`] where there are too many tables.
 pub async fn with_tables(client: &Client, config: &Config) -> Result<Config> {
+    Ok(with_other_tables(client, config).await?.unwrap_or_else(|| config.clone()))
+}
+
+/// The same; `None` where the tables are those that it has rules for already.
+///
+/// # Errors
+/// As [`with_tables`].
+pub async fn with_other_tables(client: &Client, config: &Config) -> Result<Option<Config>> {
     if config.open.is_empty() {
-        return Ok(config.clone());
+        return Ok(None);
     }
     let tables = read(client, &config.open).await.map_err(|error| query_error("cannot look for tables", error))?;
+    if config.tables.as_ref() == Some(&tables) {
+        return Ok(None);
+    }
     let matched = config.with_tables(&tables);
     let made = matched.rules.iter().filter(|rule| pattern_of(&rule.name.value).is_some()).count();
     if tables.len() > RULES_MAX || made > RULES_MAX {
@@ -46,7 +57,7 @@ pub async fn with_tables(client: &Client, config: &Config) -> Result<Config> {
         return Err(Error::new(ErrorKind::Config, too_many)
             .hint("let several daemons share the tables, each with patterns, a slot and a prefix of its own"));
     }
-    Ok(matched)
+    Ok(Some(matched))
 }
 
 async fn read(client: &Client, open: &[OpenRule]) -> std::result::Result<Vec<Table>, tokio_postgres::Error> {

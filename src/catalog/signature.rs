@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use tokio_postgres::Client;
 
+use super::load::{GIVEN, PART};
 use super::{Carrier, sql_identifier, sql_table};
 use crate::config::{Operations, TableName};
 use crate::error::Result;
@@ -93,19 +94,11 @@ const SCHEMAS_PUBLISHED: &str = "
 
 /// `part` are the table and everything below it, `whole` the table and everything that it is a partition of.
 const QUERY: &str = "
-with recursive wanted as (
-  select n.nspname as schema, c.relname as name, c.oid, c.relpersistence = 'p' as logged
-    from rows from (pg_catalog.unnest($1::text[]), pg_catalog.unnest($2::text[])) as given(schema, name)
-    join pg_catalog.pg_namespace n on n.nspname = given.schema
-    join pg_catalog.pg_class c on c.relnamespace = n.oid and c.relname = given.name
-), part(root, oid) as (
-  select oid, oid from wanted
-  union
-  select p.root, i.inhrelid
-    from part p
-    join pg_catalog.pg_inherits i on i.inhparent = p.oid
-    join pg_catalog.pg_class c on c.oid = i.inhrelid and c.relispartition
-), whole(root, oid) as (
+with recursive {given}, wanted as (
+  select g.nspname as schema, c.relname as name, c.oid, c.relpersistence = 'p' as logged
+    from given g
+    join pg_catalog.pg_class c on c.relnamespace = g.nspoid and c.relname = g.name
+), {part}, whole(root, oid) as (
   select oid, oid from wanted
   union
   select w.root, i.inhparent
@@ -161,7 +154,11 @@ async fn read(client: &Client, carrier: &Carrier, tables: &[TableName]) -> Resul
         Carrier::Publication(_) => (PUBLICATION, format!("{PUBLISHED}{schemas_published}")),
         Carrier::Outbox(schema) => (OUTBOX, FOLLOWED.replace("{schema}", &sql_identifier(schema))),
     };
-    let query = QUERY.replace("{publication}", publication).replace("{published}", &published);
+    let query = QUERY
+        .replace("{given}", GIVEN)
+        .replace("{part}", PART)
+        .replace("{publication}", publication)
+        .replace("{published}", &published);
     let schemas: Vec<&str> = tables.iter().map(|table| table.schema.as_str()).collect();
     let names: Vec<&str> = tables.iter().map(|table| table.name.as_str()).collect();
     let mut look = Look::default();

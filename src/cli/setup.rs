@@ -10,6 +10,7 @@ use anyhow::Result;
 use tokio_postgres::Client;
 
 use crate::catalog::{self, Carrier};
+use crate::config::open::pattern_of;
 use crate::config::{Config, OnFull, Outbox, Source, TableName};
 use crate::decode::types::Types;
 use crate::error::Error;
@@ -87,6 +88,14 @@ fn tables(config: &Config) -> Vec<TableName> {
     tables
 }
 
+/// Those of them that nothing but patterns names: one that does not fit is no reason to leave the others out.
+fn optional(config: &Config) -> BTreeSet<TableName> {
+    let named = |table: &TableName| {
+        config.rules.iter().any(|rule| rule.table.value == *table && pattern_of(&rule.name.value).is_none())
+    };
+    tables(config).into_iter().filter(|table| !named(table)).collect()
+}
+
 /// What the rules need of an outbox: of each table the columns that they use; all of them where a rule does not fit its table, and
 /// so cannot say.
 pub(super) async fn wanted_outbox(
@@ -110,16 +119,21 @@ pub(super) async fn wanted_outbox(
         }
         Some(places.into_iter().filter_map(|place| Some(columns.get(place)?.name.clone())).collect())
     };
-    let followed = names.iter().map(|table| outbox::Followed { table: table.clone(), columns: used(table) }).collect();
+    let optional = optional(config);
+    let followed = |table: &TableName| {
+        let (columns, optional) = (used(table), optional.contains(table));
+        outbox::Followed { table: table.clone(), columns, optional }
+    };
+    let followed = names.iter().map(followed).collect();
     let limit = (settings.on_full == OnFull::Gap).then_some(config.postgres.max_retained);
     Ok(outbox::Wanted { schema: config.postgres.slot.clone(), tables: followed, limit })
 }
 
 /// What the rules need.
 pub(super) fn wanted(config: &Config, failover: bool) -> Wanted {
-    let tables = tables(config);
+    let (tables, optional) = (tables(config), optional(config));
     let (slot, publication) = (config.postgres.slot.clone(), config.postgres.publication.clone());
-    Wanted { slot, publication, tables, failover }
+    Wanted { slot, publication, tables, optional, failover }
 }
 
 /// Prints the plan, or executes it and says so step by step.

@@ -310,8 +310,9 @@ codes! {
 
     57 QueryKey: "a query's key does not say which result it holds",
     "The parameters of `sql` are the placeholders of `key`: what the key says of each must tell its values apart, or two \
-     results would be written to one key, one over the other. So `sql` has no parameter that is not in the key, and \
-     neither `lower`, `upper` nor a default stands with it there. The templates of `params` may have any of them.",
+     results would be written to one key, one over the other. So `sql` has no parameter that is not in the key, \
+     neither `lower`, `upper` nor a default stands with it there, and where a text could look like what follows it, it has \
+     `urlencode`. The templates of `params` may have any of them.",
     "[query.page]\nkey   = \"page:{category|lower}\"\nmode  = \"refresh\"\n\
      sql   = \"select count(*) from products where category = :category\"\nshape = \"value\"\n\
      [[query.page.on]]\ntable  = \"public.products\"\nparams = { category = \"{category}\" }\n"

@@ -97,7 +97,7 @@ impl Table {
             Self::Stream => {
                 "An entry of a Redis stream for each change, once the change is visible in Postgres: `op`, `table`, `key`, \
                  `before`, `after`, `epoch`, `lsn`, `ordinal` and `ts`. Consumers tell repeats by `epoch`, `lsn` and `ordinal`. Where \
-                 changes may have been missed, an entry has the `op` `gap` and no row."
+                 changes may have been missed, an entry has the `op` `gap`, the `ordinal` 0 and no row: that one is never a repeat."
             }
             Self::Publish => {
                 "A message for each change, once the change is visible in Postgres: JSON with `op`, `table`, `key` and \
@@ -249,7 +249,8 @@ const JITTER_MEANING: &str = "Each TTL is shortened at random by up to this shar
                               not expire together.";
 const WRITE_MEANING: &str = "`\"present\"` refreshes only keys that exist, for applications that fill their cache \
                              themselves; `\"always\"` writes every row.";
-const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL; `\"delete\"` removes it.";
+const ON_DELETE_MEANING: &str = "`\"keep\"` leaves a deleted row's key to its TTL, also where TRUNCATE deletes the row; `\"delete\"` \
+                                 removes it. The key leaves its `tags` either way.";
 
 const EVERY: Kind = Kind::Duration { min: Duration::from_secs(1), max: TEN_YEARS, off: true };
 const EVERY_MEANING: &str = "The rows are read and their keys written again that often, so that their TTL never empties \
@@ -406,8 +407,8 @@ pub const FIELDS: &[Field] = &[
         name: "query_connections",
         kind: Kind::Count { min: 1, max: 64 },
         default: Fallback::Value("2"),
-        meaning: "How many connections run the queries of `lookup` and `[query.NAME]` at a time. Warming, reconciling and verifying \
-                  have two of their own.",
+        meaning: "How many connections run the queries of `lookup` and `[query.NAME]` at a time. One of them is for `lookup`, or one \
+                  more where there is only one and both are used. Warming, reconciling and verifying have two of their own.",
         needs: &[],
         limits: "",
         example: "2",
@@ -900,7 +901,8 @@ pub const FIELDS: &[Field] = &[
         meaning: "Whoever fills a deleted key at once can still read the old row. With `\"settled\"` the keys of `delete` are \
                   deleted again once everybody sees the change; mostly it is visible the first time. With a duration, so are \
                   they, and so long after that everything that `delete`, `delete_tags` and `delete_match` name once more: for \
-                  those that take a while to fill. Until then Postgres keeps the change's log.",
+                  those that take a while to fill. Until then Postgres keeps the change's log. Where more goes stale than may \
+                  wait (16,384 keys or tags, 1 MiB of their names, 256 patterns), everything that such rules can name goes instead.",
         needs: &[],
         limits: "Needs `delete`, `delete_tags` or `delete_match`. No duration together with `lookup`.",
         example: "\"30s\"",
@@ -945,8 +947,8 @@ pub const FIELDS: &[Field] = &[
         default: Fallback::Absent,
         meaning: "A query for what keys need of other tables. `:column` stands for a column of the changed row, old and new; \
                   the templates use the columns of the result beside those of the row, and each row of it names keys. It \
-                  runs once the change is visible. With more than 1000 rows, or if it fails for ten seconds, everything that \
-                  those templates can have made goes.",
+                  runs once the change is visible. With more than 1000 rows, if it fails for ten seconds, or where all that is to \
+                  be looked up at a time takes half a minute, everything that those templates can have made goes.",
         needs: &[],
         limits: "Needs `delete`, `delete_tags`, `delete_match` or `bump`; not together with `key`. What changes in the \
                  tables that it reads is a matter of other rules.",
@@ -1093,8 +1095,8 @@ pub const FIELDS: &[Field] = &[
         name: "min_interval",
         kind: Kind::Duration { min: Duration::from_millis(1), max: Duration::from_secs(600), off: false },
         default: Fallback::Absent,
-        meaning: "One and the same key is not read again sooner than this after the last time; what changes meanwhile is one \
-                  read.",
+        meaning: "One and the same key is not read again sooner than this after the last time, unless that failed; what changes \
+                  meanwhile is one read.",
         needs: &["sql"],
         limits: "",
         example: "\"100ms\"",
@@ -1104,7 +1106,8 @@ pub const FIELDS: &[Field] = &[
         name: "max_keys",
         kind: Kind::Count { min: 1, max: 10_000 },
         default: Fallback::Value("1000"),
-        meaning: "How many keys one change may make stale by `lookup`. With more, all that the template can have made are deleted.",
+        meaning: "How many keys a `lookup` may find for one change. With more, all that the template can have made are deleted. What \
+                  rows name by `params` alone is not counted.",
         needs: &[],
         limits: "",
         example: "1000",

@@ -50,7 +50,7 @@ impl Config {
         };
         let mut rules: Vec<Rule> = self.rules.iter().filter(|rule| !is_open(rule)).cloned().collect();
         rules.extend(self.open.iter().flat_map(|open| open.rules(tables)));
-        Config { rules, matched: true, ..self.clone() }
+        Config { rules, tables: Some(tables.to_vec()), ..self.clone() }
     }
 
     /// Those whose pattern no table matches.
@@ -85,11 +85,6 @@ impl OpenRule {
     /// Whether it writes keys.
     pub fn writes(&self) -> bool {
         self.rule.write.is_some()
-    }
-
-    /// Whether every key that its templates can make is its own, whatever a text in it looks like.
-    pub fn owns(&self) -> bool {
-        self.rule.write.as_ref().is_some_and(|write| write.owns)
     }
 
     /// What is wrong with it, whatever tables there are.
@@ -142,12 +137,14 @@ impl OpenRule {
             rule.name.value = format!("{}[{}]", self.name(), table.name.written());
         }
         rule.table.value = table.name.clone();
+        // In a var too: the text of a template, which is what a rule is known again by, does not say what stands for it.
+        let uses_key = |template: &&mut Spanned<Template>| template.value.placeholders().any(is_primary_key);
+        let uses_key = templates(&mut rule).iter().any(uses_key);
         for (_, var) in &mut rule.vars {
             // A var is made of columns only.
             var.value = var.value.with(|part| named(part, &table.name).or_else(|| key_columns(part, table)));
         }
-        let uses_key = |template: &&mut Spanned<Template>| template.value.placeholders().any(is_primary_key);
-        if !table.primary_key.is_empty() && templates(&mut rule).iter().any(uses_key) {
+        if !table.primary_key.is_empty() && uses_key {
             let name = Spanned { value: template::PRIMARY_KEY.to_owned(), span: rule.table.span.clone() };
             let columns = Template::of_columns(&table.primary_key);
             rule.vars.push((name, Spanned { value: columns, span: rule.table.span.clone() }));
@@ -350,6 +347,9 @@ mod tests {
         assert_eq!(shown(&matched.with_tables(&[])), ["feed public.news: feed"]);
         let other_key = matched.with_tables(&[table("tenant_a", "products", &["sku"])]);
         assert_ne!(fingerprints(&other_key)[1], fingerprints(&matched)[1], "its keys are others");
+        let in_var = PRODUCT.replace("{_pk}", "{u}") + "vars = { u = \"{_pk|md5}\" }\n";
+        let of_key = |column| self::config(&in_var).with_tables(&[table("tenant_a", "products", &[column])]);
+        assert_ne!(fingerprints(&of_key("id")), fingerprints(&of_key("sku")), "in a var, too");
     }
 
     #[test]
@@ -373,7 +373,7 @@ mod tests {
     #[test]
     fn a_rule_of_one_table_keeps_its_name() {
         let config = config("[rule.a]\ntable = \"public.a\"\ndelete = [\"a:{_table}:{_pk}\"]\n");
-        assert!(config.rules.is_empty() && !config.matched);
+        assert!(config.rules.is_empty() && config.tables.is_none());
         assert_eq!(shown(&config.with_tables(&[])), ["a public.a: a:a:{_pk}"], "there is no such table, which is said");
         let there = config.with_tables(&[table("public", "a", &["x", "y"])]);
         assert_eq!(shown(&there), ["a public.a: {x}:{y} a:a:{_pk}"]);

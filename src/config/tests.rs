@@ -564,7 +564,7 @@ fn the_defaults_of_the_table_are_those_that_hold() {
         _ => needed(field),
     };
     let described = |text: &str| {
-        let Config { file: _, postgres, redis, admin, rules, open: _, matched: _ } = read(text);
+        let Config { file: _, postgres, redis, admin, rules, open: _, tables: _ } = read(text);
         let unprinted = |rule: &Rule| rule.write.as_ref().map(|write| (write.warm, write.audit));
         let rules: Vec<_> = rules.iter().map(|rule| (&rule.fingerprint, unprinted(rule))).collect();
         format!("{postgres:?} {redis:?} {admin:?} {rules:?}")

@@ -11,7 +11,7 @@ use crate::model::{Change, Datum, Lsn};
 use crate::rules::bind::{BoundKey, BoundRule, BoundSettled, BoundStream, FieldSource, Rendered};
 use crate::rules::lookup::{BoundLookup, Question};
 
-use super::{BoundTable, Images, Transaction, VALUE_BYTES_MAX, sweep};
+use super::{BoundTable, Counting, Images, Transaction, VALUE_BYTES_MAX, sweep};
 
 /// What is told where changes were missed.
 pub const GAP: &str = "gap";
@@ -20,29 +20,24 @@ pub const GAP: &str = "gap";
 pub(super) fn change(
     rule: &BoundRule,
     change: &Change<'_>,
-    images: &Images<'_>,
+    counting: &Counting<'_, '_>,
     table: &BoundTable,
     transaction: Transaction,
     settled: &mut Batch,
 ) {
-    let (old, new) = images.counting(rule.when.as_ref());
-    if old.is_none() && new.is_none() {
-        return;
-    }
     if transaction.released && rule.refresh.is_none() {
         return;
     }
     let point = (transaction.epoch, transaction.commit_lsn);
-    let rows_of = |key: &BoundKey| [old.filter(|_| images.old_is_full || key.in_identity), new].into_iter().flatten();
+    let (images, rows_of) = (counting.images, |key: &BoundKey| counting.rows(key.in_identity));
     if rule.redelete != Redelete::Off && !transaction.visible {
         for key in &rule.delete {
             rows_of(key).for_each(|row| delete(rule.rule, key, row, settled));
         }
     }
-    stale_sets(rule, images, (old, new), settled);
+    stale_sets(rule, counting, settled);
     if let Some(lookup) = &rule.lookup {
-        let old = old.filter(|_| images.old_is_full || lookup.in_identity);
-        for row in [old, new].into_iter().flatten() {
+        for row in counting.rows(lookup.in_identity) {
             match lookup.values(row) {
                 Some(values) => settled.ask(Question { lookup: Arc::clone(lookup), values, generation: point }),
                 // Which keys it would be is not known: all of them (I9).
@@ -105,12 +100,11 @@ pub(super) fn change(
 
 /// Adds what one rule deletes once more, a while after the change is visible.
 pub(super) fn again(rule: &BoundRule, images: &Images<'_>, batch: &mut Batch) {
-    let (old, new) = images.counting(rule.when.as_ref());
+    let counting = images.counting(rule.when.as_ref());
     for key in &rule.delete {
-        let old = old.filter(|_| images.old_is_full || key.in_identity);
-        [old, new].into_iter().flatten().for_each(|row| delete(rule.rule, key, row, batch));
+        counting.rows(key.in_identity).for_each(|row| delete(rule.rule, key, row, batch));
     }
-    stale_sets(rule, images, (old, new), batch);
+    stale_sets(rule, &counting, batch);
 }
 
 /// The same where it may be anything that the rule can name.
@@ -120,34 +114,26 @@ pub fn everything_again(rule: &BoundRule, batch: &mut Batch) {
 }
 
 /// Keys that match, and tags, of the old row and the new one.
-fn stale_sets(
-    rule: &BoundRule,
-    images: &Images<'_>,
-    (old, new): (Option<&[Datum<'_>]>, Option<&[Datum<'_>]>),
-    settled: &mut Batch,
-) {
+fn stale_sets(rule: &BoundRule, counting: &Counting<'_, '_>, settled: &mut Batch) {
     for matching in &rule.settled.delete_match {
-        let old = old.filter(|_| images.old_is_full || matching.in_identity());
-        let globs = [old, new].into_iter().flatten().map(|row| matching.render(row));
-        for glob in globs {
+        for glob in counting.rows(matching.in_identity()).map(|row| matching.render(row)) {
             match glob {
                 Ok(glob) => settled.sweep_matching(glob),
                 // No such keys.
                 Err(Rendered::Null | Rendered::TooLarge) => {}
                 // Which ones it would be is not known: all of them (I9).
-                Err(_) => settled.sweep(rule.rule, matching.pattern.clone()),
+                Err(_) => settled.sweep(matching.pattern.clone()),
             }
         }
     }
     for tag in &rule.settled.delete_tags {
-        let old = old.filter(|_| images.old_is_full || tag.in_identity);
-        [old, new].into_iter().flatten().for_each(|row| delete_tag(tag, row, settled));
+        counting.rows(tag.in_identity).for_each(|row| delete_tag(tag, row, settled));
     }
 }
 
 fn every_stale_set(rule: &BoundRule, settled: &mut Batch) {
     for matching in &rule.settled.delete_match {
-        settled.sweep(rule.rule, matching.pattern.clone());
+        settled.sweep(matching.pattern.clone());
     }
     rule.settled.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
 }
@@ -223,7 +209,7 @@ pub fn looked_up(ask: &Question, found: &[Option<&str>], settled: &mut Batch) {
 /// Adds that everything goes that the lookup can have named: what it would say is not known. A generation that is missing
 /// is no earlier one.
 pub fn everything_looked_up(lookup: &BoundLookup, settled: &mut Batch) {
-    lookup.patterns().for_each(|pattern| settled.sweep(lookup.rule, pattern.clone()));
+    lookup.patterns().for_each(|pattern| settled.sweep(pattern.clone()));
     lookup.delete_tags.iter().for_each(|tag| settled.sweep_tags(tag.pattern.clone()));
 }
 

@@ -69,14 +69,15 @@ impl Refresher {
         let answered = tokio::time::timeout(ANSWER_LIMIT, self.ask(stale)).await;
         let answered = answered.unwrap_or_else(|_| Err(silent()));
         if let Err(error) = &answered {
-            // The statement may be for tables that have changed, and the connection be one that is gone.
+            // The statement may be for tables that have changed, and the connection lead nowhere.
             self.prepared.retain(|(query, _)| !Arc::ptr_eq(query, &stale.query));
-            self.client.take_if(|client| client.is_closed() || error.kind() == ErrorKind::PostgresAway);
+            self.client.take_if(|_| error.kind() == ErrorKind::PostgresAway);
         }
         answered
     }
 
     async fn ask(&mut self, stale: &Stale) -> Result<Answer> {
+        self.client.take_if(|client| client.is_closed());
         let client = match &self.client {
             Some(client) => client,
             None => {
@@ -118,9 +119,9 @@ impl Refresher {
 pub(super) fn statement(query: &Query) -> String {
     let (value, some) = match query.shape {
         Shape::Rows => {
-            ("coalesce('[' || pg_catalog.string_agg(pg_catalog.row_to_json(result)::text, ',') || ']', '[]')", "")
+            ("coalesce('[' || pg_catalog.string_agg(pg_catalog.row_to_json(result.*)::text, ',') || ']', '[]')", "")
         }
-        Shape::Row => ("pg_catalog.row_to_json(result)::text", " limit 1"),
+        Shape::Row => ("pg_catalog.row_to_json(result.*)::text", " limit 1"),
         Shape::Value => {
             ("case when result.value is null then null else pg_catalog.format('%s', result.value) end", " limit 1")
         }

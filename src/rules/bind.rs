@@ -30,7 +30,7 @@ use super::template::{OF_TABLE, PRIMARY_KEY, Part, Placeholder, RESERVED, TAG, T
 use crate::batch::{Form, Of};
 use crate::catalog::{Published, TableFacts, TableKind, UniqueIndex};
 use crate::config::{
-    ColumnSelection, Life, Lifetime, Operations, Redelete, RowForm, RowValue, Rule, Settled, Spanned, Value,
+    ColumnSelection, Life, Lifetime, Operations, Query, Redelete, RowForm, RowValue, Rule, Settled, Spanned, Value,
 };
 use crate::decode::types::{JsonType, Types};
 use crate::model::Relation;
@@ -100,6 +100,7 @@ impl BoundRule {
     pub fn tagging(&self) -> Tagging {
         let of_write = |write: &&BoundWrite| !write.present_only;
         let written = self.write.iter().filter(of_write).map(|write| &write.key).chain(self.settled.keys());
+        let written = written.chain(self.deletes().filter(|_| self.refresh.is_some()));
         let tagged = self.write.iter().flat_map(|write| write.tags.iter().map(move |tag| (tag, write)));
         Tagging {
             kept: written.map(|key| key.pattern.clone()).collect(),
@@ -122,15 +123,41 @@ impl BoundRule {
 
     /// The templates of the keys that a change makes stale, each with its key; `rule` is the one that was bound.
     pub fn delete_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundKey)> {
+        self.paired(rule, &rule.delete, &self.delete, |lookup| &lookup.delete)
+    }
+
+    /// The same for generations.
+    pub fn bump_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundKey)> {
+        self.paired(rule, &rule.settled.bump, &self.settled.bump, |lookup| &lookup.bump)
+    }
+
+    /// The same for tags that go.
+    pub fn tag_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundKey)> {
+        self.paired(rule, &rule.settled.delete_tags, &self.settled.delete_tags, |lookup| &lookup.delete_tags)
+    }
+
+    /// The same for patterns.
+    pub fn match_templates<'b>(&'b self, rule: &'b Rule) -> Vec<(&'b Spanned<Template>, &'b BoundMatch)> {
+        self.paired(rule, &rule.settled.delete_match, &self.settled.delete_match, |lookup| &lookup.delete_match)
+    }
+
+    /// Each template with what it was bound to: the rule's `own`, or what is `behind` its lookup.
+    fn paired<'b, B>(
+        &'b self,
+        rule: &'b Rule,
+        templates: &'b [Spanned<Template>],
+        own: &'b [B],
+        behind: impl Fn(&'b BoundLookup) -> &'b [B],
+    ) -> Vec<(&'b Spanned<Template>, &'b B)> {
         let names = self.lookup.as_ref().map_or(&[][..], |lookup| &lookup.names);
-        let (mut own, mut behind) = (self.delete.iter(), self.lookup.iter().flat_map(|lookup| &lookup.delete));
+        let (mut own, mut behind) = (own.iter(), self.lookup.iter().flat_map(|lookup| behind(lookup)));
         let is_looked_up = |name: &str| names.iter().any(|known| known.value == name);
         let needs = |template: &Spanned<Template>| {
             placeholders(rule, template).any(|(_, placeholder)| is_looked_up(&placeholder.name))
         };
-        let paired = rule.delete.iter().filter_map(|template| {
-            let key = if needs(template) { behind.next() } else { own.next() };
-            Some((template, key?))
+        let paired = templates.iter().filter_map(|template| {
+            let bound = if needs(template) { behind.next() } else { own.next() };
+            Some((template, bound?))
         });
         paired.collect()
     }
@@ -612,6 +639,10 @@ impl Scope<'_> {
     /// The parameters of the query that refreshes the key.
     fn refresh(&self, rule: u16, keys: &[BoundKey], problems: &mut Vec<BindProblem>) -> Option<BoundRefresh> {
         let (query, key) = (self.rule.refresh.as_ref()?, keys.first()?.clone());
+        // What is looked up has no type here: see [`shared_result`].
+        if self.rule.lookup.is_none() {
+            problems.extend(shared_result(query, &key));
+        }
         // What the placeholders of the key stand for, without their filters.
         let alone = |name: &str| Template::parse_free(&format!("{{{name}}}")).ok();
         let text = |value: Template| self.text(&Spanned { value, span: query.key.span.clone() }, problems);
@@ -953,7 +984,7 @@ impl Scope<'_> {
             let how = match value.lost.filter(|_| needed)? {
                 Lost::Filter(filter) => Sharing::Filter { filter },
                 Lost::Default => Sharing::Default,
-                Lost::Boundary { key, encoding_helps } => Sharing::Boundary { key, encoding_helps },
+                Lost::Boundary(boundary) => Sharing::Boundary(boundary),
             };
             Some((value.placeholder, how))
         });
@@ -1006,6 +1037,13 @@ impl Scope<'_> {
         }
         (problems.len() == known).then_some(fields)
     }
+}
+
+/// Why two results of the query could have this key of it, if they can.
+pub fn shared_result(query: &Query, key: &BoundKey) -> Option<BindProblem> {
+    let (placeholder, boundary) = key.boundary()?;
+    let found = query.key.value.placeholders().nth(placeholder).map(|found| placeholder_span(&query.key, found));
+    Some(BindProblem::SharedResult { span: found.unwrap_or(query.key.span.clone()), boundary })
 }
 
 fn json_fields(fields: Vec<(String, FieldSource)>) -> Vec<JsonField> {

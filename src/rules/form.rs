@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::filter::Filter;
 use super::pattern::{Language, Pattern};
+use super::template::TAG;
 
 /// What a template consists of, in order; `C` is what is known of a column.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -84,6 +85,11 @@ impl KeyForm {
             _ => (&b""[..], &*self.0),
         };
         (literal, languages(rest))
+    }
+
+    /// Whether such a key is a tag: a set of other keys.
+    pub fn is_tag(&self) -> bool {
+        self.split().0.starts_with(TAG.as_bytes())
     }
 
     /// Whether such a key can hardly be anybody else's: see [`Pattern::is_exact`].

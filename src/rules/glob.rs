@@ -81,6 +81,11 @@ impl Glob {
         self.0.first().map(|first| &**first).unwrap_or_default()
     }
 
+    /// How long its texts are.
+    pub fn byte_len(&self) -> usize {
+        self.0.iter().map(|part| part.len()).sum()
+    }
+
     /// The same under another prefix of `[redis]`; they are under one of `len` bytes.
     pub fn under(&self, prefix: &[u8], len: usize) -> Self {
         let mut parts = self.0.clone();

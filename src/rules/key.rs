@@ -91,6 +91,15 @@ impl BoundKey {
     pub(super) fn values(&self) -> Vec<KeyValue> {
         values(&self.prefix, &self.pieces)
     }
+
+    /// The first placeholder whose text cannot be told from what stands next to it, counted from 0.
+    pub(super) fn boundary(&self) -> Option<(usize, Boundary)> {
+        let languages = form(&self.pieces).languages();
+        let pattern = Pattern::new(&self.prefix, &languages);
+        let values = (0..).zip(&self.pieces).filter(|(_, piece)| matches!(piece, Piece::Value { .. }));
+        let mut boundaries = (0..).zip(values.map(|(at, _)| boundary(&self.prefix, &pattern, &languages, at)));
+        boundaries.find_map(|(placeholder, found)| Some((placeholder, found?)))
+    }
 }
 
 /// What a key says of one of the values it was made from.
@@ -112,24 +121,30 @@ pub(super) enum Lost {
     /// The default looks like a value.
     Default,
     /// Where the value ends depends on the reading.
-    Boundary {
-        /// A key (the text of a var, if it is there) with two readings.
-        key: Vec<u8>,
-        /// Whether `urlencode` at this placeholder would end that.
-        encoding_helps: bool,
-    },
+    Boundary(Boundary),
+}
+
+/// Where a value ends depends on the reading.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Boundary {
+    /// A key (the text of a var, if it is there) with two readings.
+    pub key: Vec<u8>,
+    /// Whether the filter `urlencode` at this placeholder is enough to end that.
+    pub encoding_helps: bool,
+}
+
+fn boundary(prefix: &[u8], pattern: &Pattern, languages: &[Language], at: usize) -> Option<Boundary> {
+    let key = pattern.ambiguous_key(at)?;
+    let mut encoded = languages.to_vec();
+    encoded[at] = encoded[at].clone().filtered(Filter::UrlEncode);
+    let encoding_helps = Pattern::new(prefix, &encoded).ambiguous_key(at).is_none();
+    Some(Boundary { key, encoding_helps })
 }
 
 fn values(prefix: &[u8], pieces: &[Piece<Column>]) -> Vec<KeyValue> {
     let languages: Vec<Language> = form(pieces).languages();
     let pattern = Pattern::new(prefix, &languages);
-    let boundary = |at: usize| {
-        let key = pattern.ambiguous_key(at)?;
-        let mut encoded = languages.clone();
-        encoded[at] = encoded[at].clone().filtered(Filter::UrlEncode);
-        let encoding_helps = Pattern::new(prefix, &encoded).ambiguous_key(at).is_none();
-        Some(Lost::Boundary { key, encoding_helps })
-    };
+    let boundary = |at: usize| boundary(prefix, &pattern, &languages, at).map(Lost::Boundary);
     let mut found = Vec::new();
     let mut placeholder = 0;
     for (at, piece) in pieces.iter().enumerate() {

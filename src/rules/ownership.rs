@@ -71,8 +71,7 @@ pub fn check_overlaps(bound: &[(&Rule, &BoundRule)]) -> Vec<Diagnostic> {
 
 fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Written, Owned<'a>)> {
     let value = rule.write.iter().map(|write| &write.key).zip(bound.write.iter().map(|write| &write.key));
-    let looked_up = bound.lookup.iter().flat_map(|lookup| &lookup.bump);
-    let generations = rule.settled.bump.iter().zip(bound.settled.bump.iter().chain(looked_up));
+    let generations = bound.bump_templates(rule);
     let streams = rule.settled.stream.iter().map(|stream| &stream.key);
     let entries = streams.zip(bound.settled.stream.iter().map(|stream| &stream.key));
     let tags = rule.write.iter().flat_map(|write| &write.tags);
@@ -80,7 +79,7 @@ fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Wr
     let refreshed = bound.delete_templates(rule).into_iter().filter(|_| rule.refresh.is_some());
     let all = value.chain(refreshed).map(|pair| (Written::Value, pair));
     let all = all.chain(tags.map(|pair| (Written::Members, pair)));
-    let all = all.chain(generations.map(|pair| (Written::Generation, pair)));
+    let all = all.chain(generations.into_iter().map(|pair| (Written::Generation, pair)));
     let all = all.chain(entries.map(|pair| (Written::Entries, pair)));
     all.map(move |(what, (template, key))| (what, Owned { rule, template, pattern: &key.pattern }))
 }
@@ -89,11 +88,9 @@ fn written<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (Wr
 fn deleted<'a>(rule: &'a Rule, bound: &'a BoundRule) -> impl Iterator<Item = (bool, Owned<'a>)> {
     let keys = bound.delete_templates(rule).into_iter().filter(|_| rule.refresh.is_none());
     let keys = keys.map(|(template, key)| (template, &key.pattern));
-    let looked_up = bound.lookup.iter().flat_map(|lookup| &lookup.delete_match);
-    let matching = bound.settled.delete_match.iter().chain(looked_up).map(|matching| &matching.pattern);
-    let all = keys.chain(rule.settled.delete_match.iter().zip(matching));
-    let tags = rule.settled.delete_tags.iter().zip(bound.delete_tags().map(|tag| &tag.pattern));
-    let all = all.map(|pair| (false, pair)).chain(tags.map(|pair| (true, pair)));
+    let matching = bound.match_templates(rule).into_iter().map(|(template, matching)| (template, &matching.pattern));
+    let tags = bound.tag_templates(rule).into_iter().map(|(template, tag)| (template, &tag.pattern));
+    let all = keys.chain(matching).map(|pair| (false, pair)).chain(tags.map(|pair| (true, pair)));
     all.map(move |(is_tag, (template, pattern))| (is_tag, Owned { rule, template, pattern }))
 }
 

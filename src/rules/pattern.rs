@@ -17,7 +17,7 @@ use tokio_postgres::types::Type;
 use super::filter::{Filter, UPPER_HEX, is_unreserved};
 
 /// A set of bytes.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct ByteSet([u64; 4]);
 
 impl FromIterator<u8> for ByteSet {
@@ -237,7 +237,7 @@ fn url_encoded(set: ByteSet) -> Language {
 }
 
 /// The keys that a template can have made.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Pattern {
     /// The literal that all of them begin with.
     prefix: Box<[u8]>,
@@ -252,7 +252,7 @@ pub struct Pattern {
 }
 
 /// The byte that matched last.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct State {
     bytes: ByteSet,
     /// The piece of the template that it belongs to.

@@ -4,10 +4,12 @@ use std::ops::Range;
 
 use super::expression::ExpressionError;
 use super::filter::Filter;
+use super::key::Boundary;
+use super::template::Template;
 use crate::catalog::{Carrier, HiddenColumn, sql_identifier, sql_table};
 use crate::config::code::Code;
 use crate::config::diagnostic::Diagnostic;
-use crate::config::{Operations, Rule, TableName};
+use crate::config::{Operations, Rule, Spanned, TableName};
 use crate::model::ReplicaIdentity;
 
 /// At most so many names are listed in a message.
@@ -97,6 +99,13 @@ pub enum BindProblem {
         /// How.
         how: Sharing,
     },
+    /// Two results of a query can have the same key.
+    SharedResult {
+        /// Where the key loses what tells them apart.
+        span: Range<usize>,
+        /// How.
+        boundary: Boundary,
+    },
     /// A key can be one of keepstep's own.
     ReservedKey {
         /// The template.
@@ -152,12 +161,7 @@ pub enum Sharing {
     /// It holds them, but a default looks like a value.
     Default,
     /// It holds them, but where one ends and the next begins depends on the reading.
-    Boundary {
-        /// A key with two readings.
-        key: Vec<u8>,
-        /// Whether the filter `urlencode` at this place is enough to end that.
-        encoding_helps: bool,
-    },
+    Boundary(Boundary),
 }
 
 impl BindProblem {
@@ -198,6 +202,7 @@ impl BindProblem {
             }
             Self::WeakLeaves { identity, leaves } => weak_leaves(rule, *identity, leaves),
             Self::SharedKey { span, how } => shared_key(rule, span, how),
+            Self::SharedResult { span, boundary } => shared_result(rule, span, boundary),
             Self::ReservedKey { span, key } => {
                 let title = format!("rule `{name}` can make keys that are keepstep's own");
                 let label = format!("can make `{}`", String::from_utf8_lossy(key));
@@ -347,7 +352,7 @@ fn shared_key(rule: &Rule, span: &Range<usize>, how: &Sharing) -> Diagnostic {
     let (name, table) = (&rule.name.value, &rule.table.value);
     let title = format!("rule `{name}` can give two rows of {table} the same key, so one would overwrite the other");
     let key = rule.write.as_ref().map(|write| write.key.value.text()).unwrap_or_default();
-    let placeholder = key_placeholder(rule, span);
+    let placeholder = key_placeholder(rule.write.as_ref().map(|write| &write.key), span);
     let invalidate = format!("or let the rows make the key stale instead of writing it:  delete = [\"{key}\"]");
     let found = match how {
         Sharing::NotUnique { used, unique } => not_unique(rule, span, title, used, unique),
@@ -361,21 +366,28 @@ fn shared_key(rule: &Rule, span: &Range<usize>, how: &Sharing) -> Diagnostic {
             Diagnostic::error(Code::SharedKey, title, span.clone(), "a NULL and a value can look the same")
                 .help("leave the default out: a row with a NULL here then has no key")
         }
-        Sharing::Boundary { key, encoding_helps } => {
-            let label = format!(
-                "where this value ends is not clear: `{}` can be read in two ways",
-                String::from_utf8_lossy(key)
-            );
-            let help = if *encoding_helps {
-                let encoded = placeholder.replace('}', "|urlencode}");
-                format!("keep the value from looking like what stands next to it: {encoded}")
-            } else {
-                "put a literal between the values that neither of them can hold".to_owned()
-            };
-            Diagnostic::error(Code::SharedKey, title, span.clone(), label).help(help)
-        }
+        Sharing::Boundary(boundary) => unclear(Code::SharedKey, title, span, &placeholder, boundary),
     };
     found.help(invalidate)
+}
+
+fn shared_result(rule: &Rule, span: &Range<usize>, boundary: &Boundary) -> Diagnostic {
+    let query = rule.refresh.as_ref();
+    let name = query.map_or(&rule.name.value, |query| &query.name.value);
+    let title = format!("query `{name}` can give two results the same key, so one would overwrite the other");
+    unclear(Code::QueryKey, title, span, &key_placeholder(query.map(|query| &query.key), span), boundary)
+}
+
+fn unclear(code: Code, title: String, span: &Range<usize>, placeholder: &str, boundary: &Boundary) -> Diagnostic {
+    let key = String::from_utf8_lossy(&boundary.key);
+    let label = format!("where this value ends is not clear: `{key}` can be read in two ways");
+    Diagnostic::error(code, title, span.clone(), label).help(match boundary.encoding_helps {
+        true => {
+            let encoded = placeholder.replace('}', "|urlencode}");
+            format!("keep the value from looking like what stands next to it: {encoded}")
+        }
+        false => "put a literal between the values that neither of them can hold".to_owned(),
+    })
 }
 
 fn not_unique(rule: &Rule, span: &Range<usize>, title: String, used: &[String], unique: &[Vec<String>]) -> Diagnostic {
@@ -405,10 +417,10 @@ fn not_unique(rule: &Rule, span: &Range<usize>, title: String, used: &[String], 
 }
 
 /// The text of the key's placeholder at `span`, `{…}` where it cannot be told (escapes in the string).
-fn key_placeholder(rule: &Rule, span: &Range<usize>) -> String {
-    let found = rule.write.as_ref().and_then(|write| {
-        let text = write.key.value.text();
-        let start = span.start.checked_sub(write.key.span.start + 1)?;
+fn key_placeholder(key: Option<&Spanned<Template>>, span: &Range<usize>) -> String {
+    let found = key.and_then(|key| {
+        let text = key.value.text();
+        let start = span.start.checked_sub(key.span.start + 1)?;
         text.get(start..start + span.len()).filter(|part| part.starts_with('{'))
     });
     found.unwrap_or("{…}").to_owned()

@@ -380,6 +380,7 @@ fn tags_of_rows_that_are_not_logged() {
 #[test]
 fn partitions_that_log_less() {
     let leaf = |name: &str, identity, columns: &[&str]| Leaf {
+        oid: 0,
         name: TableName { schema: "public".to_owned(), name: name.to_owned() },
         identity,
         identity_columns: columns.iter().map(|column| (*column).to_owned()).collect(),
@@ -428,6 +429,33 @@ fn keys_that_rows_share() {
 }
 
 #[test]
+fn keys_that_results_share() {
+    let report = |key: &str, params: &str| {
+        let config = config(&format!(
+            "[query.page]\nkey = \"{key}\"\nmode = \"refresh\"\nsql = \"select :a || :b\"\nshape = \"value\"\n\
+             [[query.page.on]]\ntable = \"public.products\"\n{params}\n"
+        ));
+        let problems =
+            bound(&config.rules[0], &full_products()).err().map_or_else(Vec::new, |unbound| unbound.problems);
+        let shown: Vec<Diagnostic> = problems.iter().map(|problem| problem.diagnostic(&config.rules[0])).collect();
+        render(&shown, &config.file, false)
+    };
+    const TEXTS: &str = "params = { a = \"{sku}\", b = \"{name}\" }";
+    for (key, params) in [
+        ("page:{a|urlencode}:{b}", TEXTS),
+        ("page:{a|md5}:{b}", TEXTS),
+        ("page:{a}:{b}", "params = { a = \"{id}\", b = \"{sku}:{name}\" }"),
+        ("page:{a}:{b}", "params = { a = \"{sku}\" }\nlookup = \"select 'b' as b\""),
+    ] {
+        assert_eq!(report(key, params), "", "{key} {params}");
+    }
+    insta::assert_snapshot!(
+        [report("page:{a}:{b}", TEXTS), report("page:{a|sha256}{b}{a}", "params = { a = \"{id}\", b = \"{sku}\" }")]
+            .join("\n")
+    );
+}
+
+#[test]
 fn keys_of_keepstep_and_fields_named_twice() {
     insta::assert_snapshot!(shown(
         &full_products(),
@@ -467,6 +495,16 @@ fn keys_that_rules_fight_for() {
         report(&[write("set", "tag:cat:{id}"), of("stale", "delete_tags = [\"cat:{id}\"]")]),
     ];
     insta::assert_snapshot!("tags_that_rules_fight_for", reports.join("\n"));
+    // The one that has to be looked up is bound behind the other.
+    let lookup = "lookup = \"select code as dept from departments where id = :category_id\"\n";
+    let templates = "bump = [\"gen:{dept}\", \"product:{id}\"]\ndelete_match = [\"page:{dept}:*\", \"product:{id}*\"]\n\
+                     delete_tags = [\"dept:{dept}\", \"cat:{id}\"]";
+    let mixed = report(&[
+        write("product", "product:{id}"),
+        of("told", &(lookup.to_owned() + templates)),
+        write("set", "tag:cat:{id}"),
+    ]);
+    insta::assert_snapshot!("templates_with_and_without_a_lookup", mixed);
     let apart = [
         write("by-id", "product:{id}"),
         write("cart", "product:{id}:cart"),
@@ -481,6 +519,20 @@ fn keys_that_rules_fight_for() {
         of("told-too", "bump = [\"gen:{id}\"]\nstream = { key = \"events\" }"),
     ];
     assert_eq!(report(&apart), "");
+}
+
+#[test]
+fn no_tag_takes_a_key_that_a_query_fills() {
+    let query = "[query.page]\nkey = \"page:{category}\"\nmode = \"refresh\"\nshape = \"value\"\nsql = \"select 1 where 1 = :category\"\n\
+                 [[query.page.on]]\ntable = \"public.products\"\nparams = { category = \"{category_id}\" }\n";
+    let kept = |rules: &str, key: &str| {
+        let tagging = bound_rule(rules, &full_products()).tagging();
+        tagging.kept.iter().any(|kept| kept.matches(key.as_bytes()))
+    };
+    assert!(kept(query, "shop:page:7"));
+    let deleted =
+        query.replace("refresh", "delete").replace("shape = \"value\"\nsql = \"select 1 where 1 = :category\"\n", "");
+    assert!(!kept(&deleted, "shop:page:7"));
 }
 
 /// A column's value in text form, for each column of `products`.

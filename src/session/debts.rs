@@ -94,8 +94,9 @@ impl Opening {
         for rule in rules {
             let name = rule.name.value.as_str();
             match (is_new(name), changed(name)) {
-                // Its table is there for some seconds, and nobody has heard what changed in it.
-                (true, _) if pattern_of(name).is_some() && does_more_than_write(rule) => {
+                // Its table is there for some seconds, and nobody has heard what changed in it: keys that somebody has filled
+                // can be outdated.
+                (true, _) if pattern_of(name).is_some() && (does_more_than_write(rule) || rule.may_miss()) => {
                     self.add(name, Debt::Reconcile, Reason::RulesChanged);
                 }
                 (true, _) if is_warmed(rule) => self.add(name, Debt::Warm, Reason::RulesChanged),
@@ -282,6 +283,14 @@ mod tests {
         let mut opening = Opening::default();
         opening.compare_rules(Some(&BTreeMap::new()), &RuleSet::new(&rules), &rules);
         assert_eq!(opening.owing, owing(&[("written[public.t]", Warm), ("stale[public.t]", Reconcile)]));
+        // So goes what the application has filled before.
+        for (present_only, warm) in [(true, true), (false, false)] {
+            let mut rules = rules.clone();
+            rules[0].write.iter_mut().for_each(|write| (write.present_only, write.warm) = (present_only, warm));
+            let mut opening = Opening::default();
+            opening.compare_rules(Some(&BTreeMap::new()), &RuleSet::new(&rules), &rules);
+            assert_eq!(opening.owing["written[public.t]"], Reconcile);
+        }
     }
 
     #[test]

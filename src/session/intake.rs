@@ -93,6 +93,8 @@ pub struct Intake {
     later: Later,
     /// What waits for longer.
     again: Again,
+    /// Going through all keys for any of that is left until then; `None` while a batch in flight does so.
+    rest_until: Option<Instant>,
     /// Up to here that has gone out.
     released: Position,
     /// The last look at what is visible.
@@ -122,6 +124,7 @@ impl Intake {
             released: checkpoint.released,
             later: Later::new(settled_limits, rules.names.len()),
             again: Again::new(rules.names.len()),
+            rest_until: Some(Instant::now()),
             seen: None,
             tables: HashMap::new(),
             open: None,
@@ -205,7 +208,9 @@ impl Intake {
                 }
             }
             Event::Change { relation, change } => self.change(relation, change, batch)?,
-            Event::Truncate { relations } => self.truncate(&relations, batch)?,
+            Event::Truncate { relations } => {
+                relations.iter().try_for_each(|relation| self.truncate(*relation, batch))?;
+            }
             Event::Commit { end_lsn, .. } => {
                 let open = self.open.take().ok_or_else(|| protocol("a commit without a transaction"))?;
                 if !open.transaction.visible {
@@ -296,19 +301,30 @@ impl Intake {
 
     /// What waits for nothing any more goes into the batch; gives what has to be read again.
     pub(super) fn release(&mut self, batch: &mut Batch) -> Option<Released> {
-        let (until, released) = self.later.release(batch, Instant::now())?;
+        let now = Instant::now();
+        let (until, released) = self.later.release(batch, now, self.may_search(now))?;
         batch.released = Some(until);
         Some(released)
     }
 
     /// What is to be deleted once more by now goes into the batch; whether that was anything.
     pub fn release_again(&mut self, batch: &mut Batch) -> bool {
-        self.again.release(batch, Instant::now())
+        let now = Instant::now();
+        self.again.release(batch, now, self.may_search(now))
     }
 
-    /// All keys were just gone through: that is not done again before then.
+    /// All keys are gone through: nothing is released that asks for that too.
+    pub fn rest(&mut self) {
+        self.rest_until = None;
+    }
+
+    /// That is over; nor is anything like it released before then.
     pub fn rest_until(&mut self, instant: Instant) {
-        self.later.rest_until(instant);
+        self.rest_until = self.rest_until.max(Some(instant));
+    }
+
+    fn may_search(&self, now: Instant) -> bool {
+        self.rest_until.is_some_and(|until| now >= until)
     }
 
     /// From now on what the stream touches is noted, as it may be already.
@@ -430,53 +446,44 @@ impl Intake {
         Ok(())
     }
 
-    fn truncate(&mut self, relations: &[u32], batch: &mut Batch) -> Result<()> {
+    /// Each of the tables has a place of its own: what is told of them can be told apart.
+    fn truncate(&mut self, relation: u32, batch: &mut Batch) -> Result<()> {
         let (position, transaction, xid) = self.next_position()?;
-        let settles = !transaction.released || relations.iter().any(|relation| self.refreshes(*relation));
-        let tables = relations.iter().filter_map(|relation| self.tables.get(relation));
-        for table in tables.filter(|table| !table.repeats.is_empty()) {
+        let table =
+            self.tables.get(&relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
+        if !table.repeats.is_empty() {
             self.again.everything(&table.repeats, table.bound.rules.iter().filter(|rule| rule.on.delete));
             self.again.collected(xid, transaction.visible, transaction.commit_lsn, position);
         }
-        if position <= self.good && !settles {
-            return Ok(());
-        }
-        for relation in relations {
-            let table =
-                self.tables.get(relation).ok_or_else(|| protocol("a TRUNCATE of a relation that was not described"))?;
-            let settled = Some(self.later.collect()).filter(|_| settles);
-            if position <= self.good {
-                plan::truncate(&table.bound, transaction, &mut self.redo, settled);
-                self.redo.clear();
-                continue;
-            }
+        let settles = !transaction.released || table.refreshes;
+        let settled = Some(self.later.collect()).filter(|_| settles);
+        let is_new = position > self.good;
+        if is_new {
             table.truncates.inc();
             plan::truncate(&table.bound, transaction, batch, settled);
             if let Some(touches) = &mut self.touches {
                 table.bound.rules.iter().for_each(|rule| touches.rule(xid, rule.rule));
             }
+        } else if settles {
+            plan::truncate(&table.bound, transaction, &mut self.redo, settled);
+            self.redo.clear();
         }
         if settles {
             self.later.collected(xid, transaction.visible, transaction.commit_lsn, position);
         }
-        if position <= self.good {
-            return Ok(());
+        if is_new {
+            self.reached(position, transaction.commit_lsn, batch);
         }
-        self.reached(position, transaction.commit_lsn, batch);
         Ok(())
     }
 
-    /// Counts a row change.
+    /// Counts a row change, or a table that is truncated.
     fn next_position(&mut self) -> Result<(Position, Transaction, Xid)> {
         let open = self.open.as_mut().ok_or_else(|| protocol("a change outside of a transaction"))?;
         open.transaction.ordinal += 1;
         let position = Position { lsn: open.transaction.commit_lsn, ordinal: open.transaction.ordinal };
         open.transaction.released = position <= self.released;
         Ok((position, open.transaction, open.xid))
-    }
-
-    fn refreshes(&self, relation: u32) -> bool {
-        self.tables.get(&relation).is_some_and(|table| table.refreshes)
     }
 
     fn reached(&mut self, position: Position, low: Lsn, batch: &mut Batch) {
@@ -547,7 +554,7 @@ fn protocol(what: &str) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::batch::{CacheOp, Limits};
+    use crate::batch::{self, CacheOp, Effect, Limits};
     use crate::cache::checkpoint::tests::checkpoint;
     use crate::model::{Timestamp, Tuple, Xid};
     use crate::plan::tests::{bound, text_tuple};
@@ -695,6 +702,36 @@ mod tests {
         assert_eq!((stream.batch.applied, stream.batch.low), (Some(at(300, 1)), Lsn(300)));
         stream.insert("2", "1");
         assert!(!stream.intake.is_whole(&stream.batch), "the second one is not");
+    }
+
+    #[test]
+    fn what_is_told_of_tables_that_are_truncated_together_has_places_of_its_own() {
+        let mut stream = Stream::from(at(100, 0), at(100, 0));
+        let told = bound("stream = { key = \"events\" }", &["id"]);
+        let other = Relation { oid: 2, name: "other".into(), ..told.relation.clone() };
+        stream.intake.bind(BoundTable { relation: other, ..told.clone() });
+        stream.intake.bind(told);
+        stream.begin(200);
+        stream.take(Event::Truncate { relations: vec![1, 2] }).expect("a TRUNCATE");
+        let ordinals = stream.intake.later.collect().effects().map(|effect| {
+            let Effect::Append { entry, .. } = effect else { panic!("not told: {effect:?}") };
+            batch::fields(entry).find(|(name, _)| *name == b"ordinal").expect("an ordinal").1.to_vec()
+        });
+        assert_eq!(ordinals.collect::<Vec<_>>(), [b"1", b"2"]);
+        assert_eq!(stream.batch.applied, Some(at(200, 2)));
+    }
+
+    #[test]
+    fn all_keys_are_not_gone_through_again_before_the_rest_is_over() {
+        let (mut stream, now) = (Stream::from(at(100, 0), at(100, 0)), Instant::now());
+        let hour = Duration::from_secs(3600);
+        assert!(stream.intake.may_search(now + hour));
+        stream.intake.rest();
+        assert!(!stream.intake.may_search(now + hour), "a batch in flight does it");
+        stream.intake.rest_until(now + hour);
+        // The next batch does not, and is answered at once.
+        stream.intake.rest_until(now);
+        assert!(!stream.intake.may_search(now) && stream.intake.may_search(now + hour));
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::rules::refresh::Stale;
 /// How many keys may wait, and how many bytes they may take. What comes then is deleted instead (I9).
 const KEYS_MAX: usize = 16_384;
 const BYTES_MAX: usize = 8 << 20;
-/// How many keys may wait for another try. What fails then stays deleted until it goes stale again.
+/// How many keys may wait for another try. What fails then is given up.
 const RETRIES_MAX: usize = 1000;
 
 /// A key that waits, is read, or rests after that.
@@ -57,6 +57,16 @@ pub(super) enum Asked {
     NoRoom,
 }
 
+/// What becomes of a key whose read has ended.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use]
+pub(super) enum Done {
+    /// It is seen to: it was read, or is tried again.
+    SeenTo,
+    /// It could not be read, and there is no room to try it again.
+    GivenUp,
+}
+
 /// See the module.
 #[derive(Default)]
 pub(super) struct Lane {
@@ -68,6 +78,8 @@ pub(super) struct Lane {
     holds: BTreeMap<Lsn, usize>,
     bytes: usize,
     retries: usize,
+    /// Some key may be known that nothing has happened to since it was read.
+    may_rest: bool,
 }
 
 impl Lane {
@@ -82,7 +94,7 @@ impl Lane {
             }
             return Asked::Waits;
         }
-        if self.is_full() {
+        if self.is_full() && std::mem::take(&mut self.may_rest) {
             self.forget_resting();
         }
         if self.is_full() {
@@ -145,32 +157,38 @@ impl Lane {
     }
 
     /// What was read goes into the batch that fills, or the key is deleted there because it could not be read.
-    pub(super) fn done(&mut self, key: &[u8], went_well: bool, now: Instant) {
-        let Some(entry) = self.entries.get_mut(key) else { return };
-        let Some(Reading { asked, began, compares }) = entry.reading.take() else { return };
+    pub(super) fn done(&mut self, key: &[u8], went_well: bool, now: Instant) -> Done {
+        let Some(entry) = self.entries.get_mut(key) else { return Done::SeenTo };
+        let Some(Reading { asked, began, compares }) = entry.reading.take() else { return Done::SeenTo };
         asked.into_iter().for_each(|lsn| release(&mut self.holds, lsn));
         if compares && entry.asked.is_none() {
-            return self.forget(key);
+            self.forget(key);
+            return Done::SeenTo;
         }
-        let rested = began + entry.stale.query.min_interval;
         if went_well {
             self.retries -= usize::from(entry.failed.take().is_some());
+            let rested = began + entry.stale.query.min_interval;
             match entry.asked.is_some() || rested > now {
-                true => self.queue_up(rested.max(now), key.into()),
+                true => {
+                    self.may_rest |= entry.asked.is_none();
+                    self.queue_up(rested.max(now), key.into());
+                }
                 false => self.forget(key),
             }
-            return;
+            return Done::SeenTo;
         }
         // The key is gone, whatever changed meanwhile.
         entry.asked.take().into_iter().for_each(|lsn| release(&mut self.holds, lsn));
         if entry.failed.is_none() {
             if self.retries == RETRIES_MAX {
-                return self.forget(key);
+                self.forget(key);
+                return Done::GivenUp;
             }
             self.retries += 1;
         }
         let wait = entry.failed.get_or_insert_default().next_wait();
-        self.queue_up(rested.max(now + wait), key.into());
+        self.queue_up(now + wait, key.into());
+        Done::SeenTo
     }
 
     /// The oldest change that some key is to be read for.
@@ -282,7 +300,11 @@ mod tests {
         }
 
         fn done(&mut self, key: &str, went_well: bool) {
-            self.lane.done(key.as_bytes(), went_well, self.now);
+            assert_eq!(self.end(key, went_well), Done::SeenTo);
+        }
+
+        fn end(&mut self, key: &str, went_well: bool) -> Done {
+            self.lane.done(key.as_bytes(), went_well, self.now)
         }
 
         fn oldest(&self) -> Option<u64> {
@@ -344,6 +366,36 @@ mod tests {
     }
 
     #[test]
+    fn what_fails_does_not_wait_for_the_interval() {
+        let mut stand = Stand::new(Duration::from_secs(600));
+        let _ = stand.ask("a", 1);
+        assert_eq!(stand.next().as_deref(), Some("a"));
+        stand.done("a", false);
+        stand.now += Duration::from_secs(1);
+        assert_eq!(stand.next().as_deref(), Some("a"));
+    }
+
+    #[test]
+    fn what_fails_beyond_what_is_tried_again_is_given_up() {
+        let mut stand = Stand::new(Duration::ZERO);
+        for key in 0..RETRIES_MAX + 2 {
+            let key = format!("k{key}");
+            let _ = stand.ask(&key, 1);
+            assert_eq!(stand.next().as_deref(), Some(key.as_str()));
+        }
+        let ended: Vec<Done> = (0..RETRIES_MAX + 2).map(|key| stand.end(&format!("k{key}"), false)).collect();
+        assert_eq!(ended.iter().position(|done| *done == Done::GivenUp), Some(RETRIES_MAX));
+        assert_eq!((stand.lane.entries.len(), stand.oldest()), (RETRIES_MAX, None));
+        stand.now += Duration::from_secs(5);
+        let again = stand.next().expect("another try");
+        stand.done(&again, true);
+        let _ = stand.ask("last", 2);
+        let read: Vec<_> = std::iter::from_fn(|| stand.next()).collect();
+        assert!(read.contains(&"last".to_owned()));
+        assert_eq!(stand.end("last", false), Done::SeenTo, "there is room again");
+    }
+
+    #[test]
     fn what_is_compared_is_read_once_and_written_only_if_it_goes_stale() {
         let mut stand = Stand::new(Duration::ZERO);
         let compare = |stand: &mut Stand, key: &str| {
@@ -395,5 +447,9 @@ mod tests {
             (Asked::Waits, Asked::Waits, Asked::NoRoom)
         );
         assert_eq!(stand.lane.stale(), KEYS_MAX);
+        // Whoever asks in vain does not look for room each time.
+        let began = Instant::now();
+        let refused = (0..KEYS_MAX).filter(|key| stand.ask(&format!("over{key}"), 1) == Asked::NoRoom).count();
+        assert_eq!((refused, began.elapsed() < Duration::from_secs(1)), (KEYS_MAX, true));
     }
 }

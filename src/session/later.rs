@@ -59,8 +59,6 @@ pub(super) struct Released {
 pub(super) struct Later {
     collecting: Generation,
     waiting: Generation,
-    /// Going through all keys is left until then.
-    rest_until: Option<Instant>,
     /// So long after it is visible it goes out.
     delay: Duration,
 }
@@ -74,7 +72,7 @@ impl Later {
     /// The same; what is collected waits so much longer.
     fn after(delay: Duration, limits: Limits, rules: usize) -> Self {
         let generation = || Generation::new(limits, rules);
-        Later { collecting: generation(), waiting: generation(), rest_until: None, delay }
+        Later { collecting: generation(), waiting: generation(), delay }
     }
 
     /// Where a change's own goes.
@@ -102,7 +100,7 @@ impl Later {
 
     /// Whether nothing more may be collected for now.
     pub(super) fn is_full(&self) -> bool {
-        self.collecting.batch.is_full()
+        self.collecting.batch.is_large()
     }
 
     /// Whether a look at what is visible would help.
@@ -125,11 +123,6 @@ impl Later {
                 generation.visible_at = Instant::now();
             }
         }
-    }
-
-    /// All keys were just gone through, and no sweep follows before then.
-    pub(super) fn rest_until(&mut self, instant: Instant) {
-        self.rest_until = Some(instant);
     }
 
     /// Questions about what everybody sees now; nothing of the same generation goes out before they are answered.
@@ -159,12 +152,24 @@ impl Later {
         }
     }
 
+    /// Everything that these rules can name.
+    fn everything<'t>(&mut self, rules: impl Iterator<Item = &'t BoundRule>) {
+        let own = rules.filter(|rule| rule.again_after() == Some(self.delay));
+        own.for_each(|rule| plan::later::everything_again(rule, &mut self.collecting.batch));
+    }
+
     /// What waits for nothing any more goes into the batch; gives up to where that was all, and what has to be read again.
-    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) -> Option<(Position, Released)> {
+    /// What all keys have to be gone through for waits until that may be done.
+    pub(super) fn release(
+        &mut self,
+        batch: &mut Batch,
+        now: Instant,
+        may_search: bool,
+    ) -> Option<(Position, Released)> {
         self.advance();
         let waiting = &mut self.waiting;
         let unanswered = waiting.asked || !waiting.batch.questions().is_empty();
-        let rests = !waiting.batch.sweeps().is_empty() && self.rest_until.is_some_and(|until| now < until);
+        let rests = waiting.batch.searches() && !may_search;
         let early = !self.delay.is_zero() && now < waiting.visible_at + self.delay;
         if waiting.is_empty() || !waiting.unsettled.is_empty() || unanswered || rests || early {
             return None;
@@ -183,14 +188,16 @@ const AGAIN_LIMITS: Limits = Limits { ops: 16_384, bytes: 1 << 20 };
 /// What is deleted once more so long after it is visible. Nothing says how far that has come but `low`: it stays at the
 /// oldest, so that after a crash all of it comes again.
 pub(super) struct Again {
-    after: BTreeMap<Duration, Later>,
+    stages: BTreeMap<Duration, Later>,
     rules: usize,
+    /// Whether it was said that more waited than may.
+    warned: bool,
 }
 
 impl Again {
     /// Nothing waits.
     pub(super) fn new(rules: usize) -> Self {
-        Again { after: BTreeMap::new(), rules }
+        Again { stages: BTreeMap::new(), rules, warned: false }
     }
 
     /// Where a row change's own goes. The stream does not wait for minutes: what is too much becomes everything that the
@@ -204,50 +211,47 @@ impl Again {
         all: impl Iterator<Item = &'t BoundRule> + Clone,
     ) {
         for delay in delays.iter().copied() {
-            let stage = self.after(delay);
+            let stage = self.stage(delay);
             plan::again(table, change, delay, scratch, &mut stage.collecting.batch);
             if stage.collecting.batch.is_large() {
                 stage.collecting.batch.clear();
                 stage.everything(all.clone());
+                if !mem::replace(&mut self.warned, true) {
+                    tracing::warn!(redelete = ?delay, "more keys are stale than may wait for their second delete; \
+                                                       everything that such rules can name goes instead");
+                }
             }
         }
     }
 
     /// Everything that these rules can name.
     pub(super) fn everything<'t>(&mut self, delays: &[Duration], rules: impl Iterator<Item = &'t BoundRule> + Clone) {
-        delays.iter().for_each(|delay| self.after(*delay).everything(rules.clone()));
+        delays.iter().for_each(|delay| self.stage(*delay).everything(rules.clone()));
     }
 
-    fn after(&mut self, delay: Duration) -> &mut Later {
+    fn stage(&mut self, delay: Duration) -> &mut Later {
         let rules = self.rules;
-        self.after.entry(delay).or_insert_with(|| Later::after(delay, AGAIN_LIMITS, rules))
+        self.stages.entry(delay).or_insert_with(|| Later::after(delay, AGAIN_LIMITS, rules))
     }
 
     /// As [`Later::collected`].
     pub(super) fn collected(&mut self, xid: Xid, visible: bool, commit_lsn: Lsn, position: Position) {
-        self.after.values_mut().for_each(|stage| stage.collected(xid, visible, commit_lsn, position));
+        self.stages.values_mut().for_each(|stage| stage.collected(xid, visible, commit_lsn, position));
     }
 
     /// As [`Later::oldest`].
     pub(super) fn oldest(&self) -> Option<Lsn> {
-        self.after.values().filter_map(Later::oldest).min()
+        self.stages.values().filter_map(Later::oldest).min()
     }
 
     /// As [`Later::settle`].
     pub(super) fn settle(&mut self, snapshot: &Snapshot) {
-        self.after.values_mut().for_each(|stage| stage.settle(snapshot));
+        self.stages.values_mut().for_each(|stage| stage.settle(snapshot));
     }
 
     /// As [`Later::release`]; whether anything was.
-    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant) -> bool {
-        self.after.values_mut().filter_map(|stage| stage.release(batch, now)).count() > 0
-    }
-}
-
-impl Later {
-    fn everything<'t>(&mut self, rules: impl Iterator<Item = &'t BoundRule>) {
-        let own = rules.filter(|rule| rule.again_after() == Some(self.delay));
-        own.for_each(|rule| plan::later::everything_again(rule, &mut self.collecting.batch));
+    pub(super) fn release(&mut self, batch: &mut Batch, now: Instant, may_search: bool) -> bool {
+        self.stages.values_mut().filter_map(|stage| stage.release(batch, now, may_search)).count() > 0
     }
 }
 
@@ -255,6 +259,8 @@ impl Later {
 mod tests {
     use super::*;
     use crate::batch::CacheOp;
+    use crate::model::Tuple;
+    use crate::plan::tests::{bound, text_tuple};
     use crate::rules::lookup::tests::question;
 
     const LIMITS: Limits = Limits { ops: 3, bytes: 1000 };
@@ -282,7 +288,7 @@ mod tests {
 
         fn released(&mut self) -> Vec<String> {
             self.batch.clear();
-            self.batch.released = self.later.release(&mut self.batch, Instant::now()).map(|(until, _)| until);
+            self.batch.released = self.later.release(&mut self.batch, Instant::now(), true).map(|(until, _)| until);
             let key = |op: CacheOp<'_>| String::from_utf8_lossy(op.key()).into_owned();
             self.batch.ops().map(|(_, op)| key(op)).collect()
         }
@@ -360,13 +366,59 @@ mod tests {
         stand.delete("a", 5, false);
         let mut released = |later: &mut Later, after: Duration| {
             stand.batch.clear();
-            later.release(&mut stand.batch, Instant::now() + after).map(|(until, _)| until.lsn.0)
+            later.release(&mut stand.batch, Instant::now() + after, true).map(|(until, _)| until.lsn.0)
         };
         let later = &mut stand.later;
         assert_eq!(released(later, 10 * second), None, "5 is not visible");
         later.settle(&"6:6:".parse().expect("a snapshot"));
         assert_eq!((released(later, Duration::ZERO), later.oldest()), (None, Some(Lsn(5))));
         assert_eq!((released(later, second), later.oldest()), (Some(5), None));
+    }
+
+    #[test]
+    fn only_what_all_keys_are_gone_through_for_rests() {
+        let glob = |rule: &str| {
+            let table = bound(rule, &["id"]);
+            let tuple = text_tuple(&[Some("1")]);
+            let new = Tuple { columns: 1, bytes: &tuple };
+            let mut again = Again::new(1);
+            let (delays, rules) = ([Duration::from_secs(1)], table.rules.iter());
+            again.change(&table, &delays, Change::Insert { new }, &mut Scratch::default(), rules);
+            again.collected(Xid(5), true, Lsn(5), Position { lsn: Lsn(5), ordinal: 1 });
+            again
+        };
+        let mut batch = Batch::new(LIMITS, 1);
+        let mut released = |again: &mut Again, may_search: bool| {
+            again.release(&mut batch, Instant::now() + Duration::from_secs(1), may_search)
+        };
+        let mut matching = glob("delete_match = [\"page:{id}:*\"]\nredelete = \"1s\"");
+        assert!(!released(&mut matching, false) && matching.oldest().is_some());
+        assert!(released(&mut matching, true) && matching.oldest().is_none());
+        let mut tagged = glob("delete = [\"list:{id}\"]\ndelete_tags = [\"row:{id}\"]\nredelete = \"1s\"");
+        assert!(released(&mut tagged, false));
+    }
+
+    #[test]
+    fn a_thousand_tags_are_no_others() {
+        let table = bound("delete_tags = [\"row:{id}\"]\nredelete = \"1s\"", &["id"]);
+        let mut again = Again::new(1);
+        let delays = [Duration::from_secs(1)];
+        let insert = |again: &mut Again, rows: std::ops::Range<u32>| {
+            for id in rows {
+                let tuple = text_tuple(&[Some(&id.to_string())]);
+                let change = Change::Insert { new: Tuple { columns: 1, bytes: &tuple } };
+                again.change(&table, &delays, change, &mut Scratch::default(), table.rules.iter());
+            }
+            again.collected(Xid(5), true, Lsn(5), Position { lsn: Lsn(5), ordinal: 1 });
+            let mut batch = Batch::new(LIMITS, 1);
+            again.release(&mut batch, Instant::now() + Duration::from_secs(1), true);
+            batch
+        };
+        let swept = insert(&mut again, 0..1000);
+        assert!(swept.sweeps().len() == 1000 && swept.sweeps().iter().all(|sweep| matches!(sweep, Sweep::Tag(_))));
+        // There is an end to it.
+        let swept = insert(&mut again, 0..AGAIN_LIMITS.ops as u32);
+        assert!(matches!(swept.sweeps(), [Sweep::Tags(..)]) && again.warned);
     }
 
     #[test]

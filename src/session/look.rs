@@ -1,6 +1,6 @@
 //! What is looked at every few seconds beside the stream: the slot, and what the catalog says of the tables.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,7 +9,7 @@ use crate::cache::checkpoint::Debt;
 use crate::canary::{self, Canary};
 use crate::catalog::Carrier;
 use crate::catalog::signature::{self, Look, Signatures};
-use crate::config::{self, Config, OnGap, Rule, TableName};
+use crate::config::{self, Config, OnGap, Operations, Rule, TableName};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Lsn;
 use crate::source::Standing;
@@ -99,30 +99,49 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.signatures_unsaid |= self.signatures != catalog.signatures;
         self.signatures = catalog.signatures;
         self.follow_tables(now);
+        self.look_for_unbound(&catalog.carried);
         Ok(())
     }
 
-    /// Tables that patterns match have come or gone. A pass that somebody waits for is not cut short for that.
+    /// A rule owes, and the stream has called its table something else last, or has not named it yet: nothing can be read for
+    /// the rule before that is bound.
+    fn look_for_unbound(&mut self, carried: &BTreeMap<TableName, Operations>) {
+        let owing = self.debts.next(&self.checkpoint.owing);
+        let bound: BTreeSet<TableName> = self.intake.tables().map(|table| TableName::from(&table.relation)).collect();
+        let unbound = |rule: &&Rule| {
+            let table = &rule.table.value;
+            owing.contains_key(&rule.name.value) && carried.contains_key(table) && !bound.contains(table)
+        };
+        self.unbound = self.config.rules.iter().filter(unbound).map(|rule| rule.table.value.clone()).collect();
+    }
+
+    /// Tables that patterns match have come or gone. A pass that somebody waits for is not cut short for that, nor one that
+    /// would have to begin anew.
     fn follow_tables(&mut self, now: Result<Option<Config>, String>) {
         let refused = now.as_ref().err().cloned();
+        self.next_tables = None;
         match now {
             Ok(Some(_)) if self.reads.is_asked() => {}
-            Ok(Some(now)) => {
-                let name = |rule: &Rule| rule.name.value.clone();
-                let before: BTreeSet<String> = self.config.rules.iter().map(name).collect();
-                let after: BTreeSet<String> = now.rules.iter().map(name).collect();
-                if self.desk.tables_changed(&self.config, now) {
-                    let come: Vec<&String> = after.difference(&before).take(NAMES_SHOWN).collect();
-                    let gone: Vec<&String> = before.difference(&after).take(NAMES_SHOWN).collect();
-                    tracing::info!(rules = after.len(), ?come, ?gone, "other tables match: going on with their rules");
-                }
-            }
+            Ok(Some(now)) if self.reads.would_begin_anew() => self.next_tables = Some(now),
+            Ok(Some(now)) => self.go_on_with(now),
             Err(why) if self.tables_refused.as_ref() != Some(&why) => {
                 tracing::error!("other tables match, but everything stays as it was\n\n{why}");
             }
             Ok(None) | Err(_) => {}
         }
         self.tables_refused = refused;
+    }
+
+    /// The next session follows these tables.
+    pub(super) fn go_on_with(&mut self, now: Config) {
+        let name = |rule: &Rule| rule.name.value.clone();
+        let before: BTreeSet<String> = self.config.rules.iter().map(name).collect();
+        let after: BTreeSet<String> = now.rules.iter().map(name).collect();
+        if self.desk.tables_changed(&self.config, now) {
+            let come: Vec<&String> = after.difference(&before).take(NAMES_SHOWN).collect();
+            let gone: Vec<&String> = before.difference(&after).take(NAMES_SHOWN).collect();
+            tracing::info!(rules = after.len(), ?come, ?gone, "other tables match: going on with their rules");
+        }
     }
 }
 

@@ -9,8 +9,6 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::sync::Semaphore;
-
 use crate::admin::Phase;
 use crate::batch::Batch;
 use crate::cache::Cache;
@@ -23,7 +21,7 @@ use crate::catalog::signature::{self, Signatures};
 use crate::catalog::{self, Carrier, Catalog};
 use crate::config::code::Code;
 use crate::config::open::pattern_of;
-use crate::config::{self, Config, OnGap, PostgresConfig, Rule, diagnostic};
+use crate::config::{self, Config, OnGap, PostgresConfig, diagnostic};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Lsn, Position};
@@ -116,8 +114,7 @@ pub(super) async fn open(daemon: &mut Daemon, options: Options, seen: Option<&Ch
         }
     };
     let vanished = writer.vanished(&config.open);
-    let owns = |rule: &Rule| rule.write.as_ref().is_some_and(|write| write.owns);
-    let former = config.rules.iter().map(|rule| writer.former(&rule.name.value, owns(rule))).collect();
+    let former = writer.former(&config.rules);
     begun(daemon, &checkpoint, &reasons);
     let (flushed, signatures) = (identity.flush_lsn, catalog.signatures);
     let streamed =
@@ -159,7 +156,7 @@ pub(super) async fn open_dry<W: Write + Send + 'static>(daemon: &mut Daemon, out
 /// Asks for the tables of rules with patterns, once: from then on they are looked at while it streams, and what has changed
 /// comes as an order, so that the rules of an order that waits keep their numbers.
 async fn match_tables(daemon: &mut Daemon, client: &tokio_postgres::Client) -> Result<()> {
-    if !daemon.config.matched {
+    if daemon.config.tables.is_none() {
         let config = catalog::with_tables(client, &daemon.config).await?;
         for rule in config.idle() {
             let (rule, pattern) = (rule.name(), rule.table().value.written());
@@ -172,7 +169,7 @@ async fn match_tables(daemon: &mut Daemon, client: &tokio_postgres::Client) -> R
 
 /// The configuration with the tables that there are, through a connection of its own.
 pub async fn with_tables(config: Config) -> Result<Config> {
-    if config.matched {
+    if config.tables.is_some() {
         return Ok(config);
     }
     let client = client::connect(&ConnInfo::from_config(&config.postgres)?, STATEMENT_TIMEOUT).await?;
@@ -317,13 +314,12 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
     let now = Instant::now();
     let names = daemon.rules.names.clone();
     let connections = config.postgres.query_connections;
-    let permits = Arc::new(Semaphore::new(connections));
     let (info, metrics) = (streamed.info.clone(), Arc::clone(&daemon.metrics));
-    let lookups = Lookups::new(info.clone(), names, metrics, LATER_LIMITS, Arc::clone(&permits));
+    let lookups = Lookups::new(info.clone(), names, metrics, LATER_LIMITS);
     // One is left to lookups, which more waits for.
     let reserved = usize::from(config.rules.iter().any(|rule| rule.lookup.is_some()));
     let refreshers = connections.saturating_sub(reserved).max(1);
-    let refreshes = Refreshes::new(&info, &streamed.checkpoint.origin, refreshers, permits);
+    let refreshes = Refreshes::new(&info, &streamed.checkpoint.origin, refreshers);
     Session {
         config: Arc::clone(config),
         metrics: Arc::clone(&daemon.metrics),
@@ -336,6 +332,8 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         messages: Messages::new(streamed.proven),
         desk: Arc::clone(&daemon.desk),
         tables_refused: None,
+        unbound: BTreeSet::new(),
+        next_tables: None,
         vanished: Vec::new(),
         successor: None,
         batch: batch(),
@@ -343,7 +341,6 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         cache: Some(cache),
         in_flight: None,
         flying: Flying::Stream,
-        flying_since: now,
         reads: Reads::new(Arc::clone(config), streamed.info, streamed.checkpoint.progress.clone(), streamed.former),
         settling: None,
         lookups: Some(Box::new(lookups)),
@@ -369,7 +366,7 @@ fn session<C>(daemon: &Daemon, streamed: Streamed, cache: C) -> Session<C> {
         flushed_at_start: streamed.flushed,
         server_end: streamed.flushed,
         looked_at: None,
-        forgot_at: Instant::now(),
+        forget_due: false,
         heartbeat_sent: now,
         reply_requested: false,
         checkpoint_due: false,
@@ -487,10 +484,7 @@ pub(super) async fn rehearse(config: &Config) -> Result<Config> {
 /// [`ErrorKind::Config`] if it cannot be followed: too many tables, or keys that two rules would fight for. What else does
 /// not fit pauses its own rule.
 pub(super) async fn for_tables_now(config: &Config, client: &tokio_postgres::Client) -> Result<Option<Config>> {
-    if config.open.is_empty() {
-        return Ok(None);
-    }
-    let now = catalog::with_tables(client, config).await?;
+    let Some(now) = catalog::with_other_tables(client, config).await? else { return Ok(None) };
     if RuleSet::new(&now.rules) == RuleSet::new(&config.rules) {
         return Ok(None);
     }
@@ -511,7 +505,7 @@ fn warn_of_removed_rules(daemon: &Daemon, before: Option<&BTreeMap<String, Strin
     };
     let (vanished, removed): (Vec<String>, Vec<String>) = removed.into_iter().partition(of_pattern);
     if !vanished.is_empty() {
-        tracing::info!(rules = ?vanished, "their tables are gone, and their keys go too");
+        tracing::info!(rules = ?vanished, "their tables are gone: their keys go next");
     }
     if !removed.is_empty() {
         tracing::warn!(rules = ?removed, "removed rules: the keys that they wrote stay, and are no longer kept right");

@@ -9,12 +9,13 @@
 //! then the audit (`choose`); `outgoing` sends or compares what was read. One table is read at a time; single rows (values
 //! that the log did not carry) are read in between.
 
-use std::collections::{BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use super::debts::Debts;
 use super::intake::Reread;
 use super::later::Released;
 use super::orders::{PassOrder, Purpose, REPORTS_MAX, Report, Totals};
@@ -36,7 +37,7 @@ use crate::snapshot::reader::{self, Chunk, Closed, Found, Handle, Of, RowsJob, S
 use crate::snapshot::search::{self, SharedSearch};
 use crate::source::conninfo::ConnInfo;
 
-use choose::is_readable;
+use choose::{is_listed, is_readable};
 
 mod choose;
 mod outgoing;
@@ -64,8 +65,8 @@ pub(super) struct Reads {
     pub(super) progress: Option<Progress>,
     /// What each rule made before.
     former: Vec<Former>,
-    /// Tables that could not be read when it was tried last.
-    failed: BTreeSet<u32>,
+    /// When reading for a rule last went wrong, wholly or for some of its keys.
+    failed: BTreeMap<u16, Instant>,
     backoff: Backoff,
     not_before: Instant,
     audited: Instant,
@@ -125,6 +126,8 @@ struct Pass {
     swept: bool,
     /// Which of the keys that Redis holds nobody has rendered or touched since the pass began.
     search: Option<SharedSearch>,
+    /// Where it has come to is stored.
+    resumes: bool,
     began: Instant,
     rows: u64,
     share: f64,
@@ -167,7 +170,7 @@ impl Reads {
             barrier_passed: false,
             progress,
             former,
-            failed: BTreeSet::new(),
+            failed: BTreeMap::new(),
             backoff: Backoff::default(),
             not_before: now,
             audited: now,
@@ -187,6 +190,12 @@ impl Reads {
     /// The oldest transaction that left rows which are being read again.
     pub(super) fn oldest_pending(&self) -> Option<Lsn> {
         self.reading.as_ref()?.rereads.iter().map(|reread| reread.commit_lsn).min()
+    }
+
+    /// These rules' keys are to be written again: what an earlier session has written of them was too early.
+    pub(super) fn rewrite(&mut self, due: &[(&str, Debt)], debts: &Debts) {
+        let of_before = |rule: &String| due.iter().any(|(due, _)| due == rule) && !debts.is_paying(rule);
+        self.progress.take_if(|progress| progress.rules.iter().any(of_before));
     }
 
     /// Somebody wants tables read.
@@ -211,6 +220,12 @@ impl Reads {
     /// Whether somebody waits for a pass.
     pub(super) fn is_asked(&self) -> bool {
         self.asked.iter().any(|asked| !asked.is_audit)
+    }
+
+    /// Whether what is being read for a debt would have to begin anew in another session.
+    pub(super) fn would_begin_anew(&self) -> bool {
+        let pass = self.reading.as_ref().and_then(|reading| reading.pass.as_ref());
+        pass.is_some_and(|pass| matches!(pass.purpose, Why::Debt(_)) && !pass.resumes)
     }
 
     /// Whether nothing is being read, and nobody has asked for it.
@@ -569,10 +584,15 @@ impl<C: Cache + Send + 'static> Session<C> {
         };
         let mut swept = Vec::new();
         // Where it is known which keys a query has, they are read, and the others searched for.
-        let is_listed =
-            |rule: &&BoundRule| rule.refresh.as_ref().is_some_and(|refresh| refresh.query.listing().is_some());
-        let rules = pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule) && !is_listed(rule));
+        let rules = pass.table.rules.iter().filter(|rule| pass.rules.contains(&rule.rule));
         for rule in rules.filter(owes) {
+            // Nobody says any more when these are stale.
+            let former = self.reads.former.get(usize::from(rule.rule)).into_iter().flat_map(|former| &former.forms);
+            let tags = former.filter(|form| form.is_tag()).map(|form| form.pattern(&self.config.redis.prefix));
+            tags.for_each(|tags| self.batch.sweep_tags(tags));
+            if is_listed(&rule) {
+                continue;
+            }
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);
             let deleted = rule.delete.iter().filter(|_| rule.refresh.is_none());
             unreadable.chain(deleted).for_each(|key| plan::sweep(rule.rule, key, &mut self.batch));
@@ -628,11 +648,13 @@ impl<C: Cache + Send + 'static> Session<C> {
             "{} done",
             pass.purpose.name()
         );
+        if let Some(now) = self.next_tables.take() {
+            self.go_on_with(now);
+        }
         if !matches!(pass.purpose, Why::Debt(_)) {
             return;
         }
         self.reads.progress = None;
-        self.reads.failed.remove(&pass.table.relation.oid);
         let mut paid = true;
         for rule in &pass.rules {
             let settled = self.debts.settle(&self.config.rules[usize::from(*rule)].name.value);
@@ -642,9 +664,15 @@ impl<C: Cache + Send + 'static> Session<C> {
             }
         }
         match paid {
-            true => self.reads.backoff.reset(),
+            true => {
+                self.reads.failed.retain(|rule, _| !pass.rules.contains(rule));
+                self.reads.backoff.reset();
+            }
             // Something went wrong for these rules meanwhile, or they owe anew.
-            false => self.wait_before_reading(),
+            false => {
+                self.reads.failed.extend(pass.rules.iter().map(|rule| (*rule, Instant::now())));
+                self.wait_before_reading();
+            }
         }
         self.note_progress();
     }
@@ -656,10 +684,8 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// The reader could not go on.
     fn reading_failed(&mut self, error: Error) -> Result<()> {
         let asked = self.reads.pass_mut().is_some_and(|pass| matches!(pass.purpose, Why::Asked(_)));
-        if let Some(pass) = self.reads.pass_mut() {
-            let table = pass.table.relation.oid;
-            self.reads.failed.insert(table);
-        }
+        let rules = self.reads.pass_mut().map(|pass| pass.rules.clone()).unwrap_or_default();
+        self.reads.failed.extend(rules.into_iter().map(|rule| (rule, Instant::now())));
         let rereads =
             self.reads.reading.as_mut().map(|reading| std::mem::take(&mut reading.rereads)).unwrap_or_default();
         match error.kind().is_transient() {
@@ -727,17 +753,37 @@ fn literal(text: &[u8]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cache::checkpoint::Page;
     use crate::config::{self, RulesFile};
     use crate::plan::tests::bound;
 
-    #[tokio::test]
-    async fn whoever_takes_no_report_for_long_has_hung_up() {
+    fn reads(progress: Option<Progress>) -> Reads {
         let text = "[postgres]\nurl = \"postgresql://db\"\n[redis]\nurl = \"redis://cache\"\n\
                     [rule.row]\ntable = \"public.rows\"\nkey = \"row:{id}\"\nvalue = \"json\"\ncolumns = [\"id\"]\n";
         let file = RulesFile { path: "test.toml".into(), text: text.into() };
         let (config, _) = config::parse(file, &|_| None).expect("a rules file");
         let postgres = ConnInfo::parse("postgresql://user@db", &|_| None).expect("a URL");
-        let mut reads = Reads::new(Arc::new(config), postgres, None, Vec::new());
+        Reads::new(Arc::new(config), postgres, progress, Vec::new())
+    }
+
+    #[test]
+    fn what_comes_round_again_is_read_from_the_beginning_unless_it_is_being_read() {
+        let from = Page { table: 1, leaf: 1, filenode: 1, page: 7 };
+        let mut reads = reads(Some(Progress { rules: vec!["row".into(), "other".into()], from }));
+        let mut debts = Debts::default();
+        reads.rewrite(&[("third", Debt::Warm)], &debts);
+        assert!(reads.progress.is_some());
+        debts.begin("row");
+        reads.rewrite(&[("row", Debt::Warm)], &debts);
+        assert!(reads.progress.is_some());
+        debts.owe("row", Debt::Warm);
+        reads.rewrite(&[("row", Debt::Warm)], &debts);
+        assert!(reads.progress.is_none());
+    }
+
+    #[tokio::test]
+    async fn whoever_takes_no_report_for_long_has_hung_up() {
+        let mut reads = reads(None);
         let (reports, listener) = mpsc::channel(1);
         reads.ask(PassOrder { rules: Vec::new(), purpose: Purpose::Warm, filter: None, reports });
         let report = || Report::Progress { rule: "row".into(), rows: 1, rows_total: 2 };

@@ -3,16 +3,16 @@
 //! A result goes into the batch that fills. Nothing but these results is ever written to such a key, and they come one after
 //! the other, so there is nothing to be merged with: not with the stream, and not with what is in flight.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use super::Session;
 use super::debts::Debts;
-use super::lane::{Asked, Lane};
+use super::lane::{Asked, Done, Lane};
 use super::later::Released;
 use crate::batch::{Batch, Form, Life, Sweep};
 use crate::cache::Cache;
@@ -34,23 +34,26 @@ pub(super) struct Refreshes {
     /// Those that read nothing.
     idle: Vec<Refresher>,
     under_way: JoinSet<Read>,
-    permits: Arc<Semaphore>,
-    /// Keys that somebody waits for, and who.
+    /// What somebody waits for, and who.
     awaited: Option<Awaited>,
     /// What the tables say of keys that are compared, until somebody writes them.
     collected: HashMap<Box<[u8]>, (Stale, Option<String>)>,
     collected_bytes: usize,
-    /// They wait to be compared: for changes that the stream has brought before this, and nobody is known to see.
-    compares_at: Option<Lsn>,
     /// The state of the generator behind TTL jitter.
     random: u64,
 }
 
-/// Keys that were listed, and are yet to be read.
+/// Somebody who goes on once it is done.
 struct Awaited {
-    keys: HashSet<Box<[u8]>>,
-    /// Who goes on once none is left.
+    what: Until,
     answer: oneshot::Sender<()>,
+}
+
+enum Until {
+    /// Each of these keys is read, by a read that has begun since (or is yet to), however soon it goes stale again.
+    Read(HashMap<Box<[u8]>, bool>),
+    /// What was collected is compared: behind changes that the stream has brought before this, and nobody is known to see.
+    Compared(Lsn),
 }
 
 /// A read that has ended.
@@ -62,7 +65,7 @@ pub(super) struct Read {
 
 impl Refreshes {
     /// So many keys are read at a time.
-    pub(super) fn new(postgres: &ConnInfo, origin: &Origin, connections: usize, permits: Arc<Semaphore>) -> Self {
+    pub(super) fn new(postgres: &ConnInfo, origin: &Origin, connections: usize) -> Self {
         let refresher = || Refresher::new(postgres.clone(), origin.clone());
         let idle = std::iter::repeat_with(refresher).take(connections).collect();
         // Without a source of randomness TTLs are merely shortened alike.
@@ -71,11 +74,9 @@ impl Refreshes {
             lane: Lane::default(),
             idle,
             under_way: JoinSet::new(),
-            permits,
             awaited: None,
             collected: HashMap::new(),
             collected_bytes: 0,
-            compares_at: None,
             random,
         }
     }
@@ -85,22 +86,29 @@ impl Refreshes {
         self.lane.oldest()
     }
 
-    /// This key was read. Whoever waits for it, and for no other any more, hears so.
-    fn settle(&mut self, key: &[u8]) {
-        let Refreshes { lane, awaited, .. } = self;
-        let Some(Awaited { keys, .. }) = awaited else { return };
-        if !lane.is_stale(key) {
-            keys.remove(key);
+    /// The next key to read, if it is the turn of one.
+    fn next(&mut self, now: Instant) -> Option<Stale> {
+        let stale = self.lane.next(now)?;
+        if let Some(Awaited { what: Until::Read(keys), .. }) = &mut self.awaited {
+            keys.get_mut(&stale.key).into_iter().for_each(|begun| *begun = true);
         }
-        if self.compares_at.is_none() {
+        Some(stale)
+    }
+
+    /// A read of this key has ended. Whoever waits for it, and for no other any more, hears so.
+    fn settle(&mut self, key: &[u8]) {
+        let Some(Awaited { what: Until::Read(keys), .. }) = &mut self.awaited else { return };
+        // What is not stale any more has failed, and is tried again by itself.
+        if keys.get(key) == Some(&true) || !self.lane.is_stale(key) {
+            keys.remove(key);
             self.answer();
         }
     }
 
-    /// Whoever waits for keys, and for none any more, hears so.
+    /// Whoever waits hears so, unless some key is yet to be read.
     pub(super) fn answer(&mut self) {
-        self.compares_at = None;
-        if let Some(Awaited { answer, .. }) = self.awaited.take_if(|awaited| awaited.keys.is_empty()) {
+        let unread = |what: &Until| matches!(what, Until::Read(keys) if !keys.is_empty());
+        if let Some(Awaited { answer, .. }) = self.awaited.take_if(|awaited| !unread(&awaited.what)) {
             // A reader that does not listen any more has failed, and says so.
             let _ = answer.send(());
         }
@@ -108,7 +116,10 @@ impl Refreshes {
 
     /// Whether what was collected may be compared; `oldest` is the oldest change that nobody is known to see.
     pub(super) fn may_compare(&self, oldest: Option<Lsn>) -> bool {
-        self.compares_at.is_none_or(|at| oldest.is_none_or(|oldest| oldest >= at))
+        match self.awaited {
+            Some(Awaited { what: Until::Compared(at), .. }) => oldest.is_none_or(|oldest| oldest >= at),
+            _ => true,
+        }
     }
 
     /// Whether nobody has written the key since it was read to be compared.
@@ -161,32 +172,32 @@ impl<C: Cache + Send + 'static> Session<C> {
         self.intake.say_claims(&mut self.batch);
         let keys: Vec<Box<[u8]>> = stale.iter().map(|stale| stale.key.clone()).collect();
         self.ask_lane(stale, self.reached_low);
-        let keys = keys.into_iter().filter(|key| self.refreshes.lane.is_stale(key)).collect();
-        (self.refreshes.awaited, self.refreshes.compares_at) = (Some(Awaited { keys, answer }), None);
+        let keys = keys.into_iter().filter(|key| self.refreshes.lane.is_stale(key)).map(|key| (key, false)).collect();
+        self.refreshes.awaited = Some(Awaited { what: Until::Read(keys), answer });
         self.refreshes.forget_collected();
-        self.refreshes.settle(&[]);
+        self.refreshes.answer();
     }
 
     /// All these keys are read and compared with what the cache holds; whoever lists them waits for it.
     pub(super) fn compare_all(&mut self, stale: Vec<Stale>, answer: oneshot::Sender<()>) {
         let now = Instant::now();
-        let mut keys = HashSet::new();
+        let mut keys = HashMap::new();
         let mut skipped = 0;
         for stale in stale {
             let key = stale.key.clone();
             // What time changes differs whenever it is looked at.
             let compared = stale.query.every.is_none() && self.refreshes.lane.compare(stale, now);
-            if compared { _ = keys.insert(key) } else { skipped += 1 }
+            if compared { _ = keys.insert(key, false) } else { skipped += 1 }
         }
         self.reads.skipped(skipped);
         self.refreshes.forget_collected();
-        (self.refreshes.awaited, self.refreshes.compares_at) = (Some(Awaited { keys, answer }), None);
-        self.refreshes.settle(&[]);
+        self.refreshes.awaited = Some(Awaited { what: Until::Read(keys), answer });
+        self.refreshes.answer();
     }
 
     /// What was collected is compared, once what it saw and the stream has just brought has come to the lane.
     pub(super) fn compare_collected(&mut self, answer: oneshot::Sender<()>) {
-        self.refreshes.awaited = Some(Awaited { keys: HashSet::new(), answer });
+        self.refreshes.awaited = Some(Awaited { what: Until::Compared(self.received), answer });
         let collected = std::mem::take(&mut self.refreshes.collected);
         if collected.is_empty() {
             return self.refreshes.answer();
@@ -209,7 +220,6 @@ impl<C: Cache + Send + 'static> Session<C> {
             let Ok(()) = set;
         }
         self.refreshes.collected = collected;
-        self.refreshes.compares_at = Some(self.received);
         // What was written before it was read may still stand in the batch that fills.
         let filling = !self.batch.is_empty();
         self.reads.compare(batch, filling);
@@ -249,17 +259,13 @@ impl<C: Cache + Send + 'static> Session<C> {
 
     /// Reads what may be read by now.
     pub(super) fn start_refreshes(&mut self) {
-        let Refreshes { lane, idle, under_way, permits, .. } = &mut *self.refreshes;
         let now = Instant::now();
-        while let Some(mut refresher) = idle.pop() {
-            let Some(stale) = lane.next(now) else {
-                idle.push(refresher);
+        while let Some(mut refresher) = self.refreshes.idle.pop() {
+            let Some(stale) = self.refreshes.next(now) else {
+                self.refreshes.idle.push(refresher);
                 return;
             };
-            let permits = Arc::clone(permits);
-            under_way.spawn(async move {
-                // Nobody closes it.
-                let _permit = permits.acquire().await;
+            self.refreshes.under_way.spawn(async move {
                 let answer = refresher.read(&stale).await;
                 Read { refresher, stale, answer }
             });
@@ -267,8 +273,8 @@ impl<C: Cache + Send + 'static> Session<C> {
     }
 
     /// Writes what was read; nothing if it is merely the turn of the next key.
-    pub(super) fn refreshed(&mut self, read: Option<Read>) {
-        let Some(Read { refresher, stale, answer }) = read else { return };
+    pub(super) fn refreshed(&mut self, read: Option<Read>) -> Result<()> {
+        let Some(Read { refresher, stale, answer }) = read else { return Ok(()) };
         self.refreshes.idle.push(refresher);
         let query = Arc::clone(&stale.query);
         let name = query.name.value.as_str();
@@ -280,7 +286,8 @@ impl<C: Cache + Send + 'static> Session<C> {
                 Err(_) => None,
             };
             let key = stale.key.clone();
-            self.refreshes.lane.done(&key, value.is_some(), Instant::now());
+            // What is merely compared is never given up.
+            let _ = self.refreshes.lane.done(&key, value.is_some(), Instant::now());
             let len = value.as_ref().and_then(Option::as_ref).map_or(0, String::len);
             match value.filter(|_| self.refreshes.collected_bytes + len <= COLLECTED_BYTES_MAX) {
                 Some(value) => {
@@ -289,35 +296,42 @@ impl<C: Cache + Send + 'static> Session<C> {
                 }
                 None => self.reads.skipped(1),
             }
-            return self.refreshes.settle(&key);
+            self.refreshes.settle(&key);
+            return Ok(());
         }
-        let went_well = match answer {
+        let failed = match answer {
             Ok(Answer::Value(value)) => {
                 self.count_refresh(name, "written");
                 self.write_stale(&stale, value.as_bytes());
-                true
+                None
             }
             Ok(Answer::Nothing) => {
                 self.count_refresh(name, "deleted");
                 self.delete_stale(stale.rule, &stale.key);
-                true
+                None
             }
             Ok(Answer::TooLarge) => {
                 self.count_refresh(name, "too_large");
                 tracing::warn!(query = name, "a result is larger than 8 MiB: its key is deleted");
                 self.delete_stale(stale.rule, &stale.key);
-                true
+                None
             }
             Err(error) => {
                 self.count_refresh(name, "failed");
                 tracing::warn!(query = name, %error, "the query fails: the key is deleted, and it is tried again");
                 self.delete_stale(stale.rule, &stale.key);
-                false
+                Some(error)
             }
         };
-        self.refreshes.lane.done(&stale.key, went_well, Instant::now());
+        let done = self.refreshes.lane.done(&stale.key, failed.is_none(), Instant::now());
         self.refreshes.settle(&stale.key);
         self.stand_here();
+        if done == Done::GivenUp {
+            owe(&self.config, &mut self.debts, &query);
+            // It would be read again and again, and never be caught up.
+            return failed.filter(|_| self.ends_when_caught_up).map_or(Ok(()), Err);
+        }
+        Ok(())
     }
 
     fn write_stale(&mut self, stale: &Stale, value: &[u8]) {

@@ -3,6 +3,7 @@
 //! An outbox that misses something is emptied, and waits for nothing: whoever was at work then is waited for before a table
 //! is read.
 
+use std::collections::BTreeSet;
 use std::pin::pin;
 use std::time::Duration;
 
@@ -51,7 +52,7 @@ pub(super) async fn renew(
 
 async fn renew_replication(daemon: &Daemon, info: &ConnInfo, client: &Client, failover: bool) -> Result<Lsn> {
     let (slot, publication) = (daemon.config.postgres.slot.clone(), daemon.config.postgres.publication.clone());
-    let wanted = Wanted { slot, publication, tables: Vec::new(), failover };
+    let wanted = Wanted { slot, publication, tables: Vec::new(), optional: BTreeSet::new(), failover };
     let waiting = client::connect(info, RENEWAL_LIMIT).await?;
     let mut renewal = pin!(renew_slot(&waiting, &wanted));
     let mut say = tokio::time::interval_at(tokio::time::Instant::now() + SAID_EVERY, SAID_EVERY);

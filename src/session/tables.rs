@@ -60,10 +60,10 @@ impl Tables {
             let carrier = Carrier::of(&config.postgres);
             let uncarried = match (carried.get(&rule.table.value), &carrier) {
                 (None, Carrier::Publication(_)) => {
-                    Some(format!("{carrier} does not carry its table; `keepstep setup` sees to it"))
+                    Some(format!("{carrier} does not carry its table; `keepstep setup` sees to it, or says why not"))
                 }
                 (None, Carrier::Outbox(_)) => Some(format!(
-                    "{carrier} does not follow its table with all triggers; `keepstep setup` sees to that"
+                    "{carrier} does not follow its table with all triggers; `keepstep setup` sees to that, or says why not"
                 )),
                 (Some(carried), _) if !rule.on.is_within(*carried) => {
                     Some(format!("{carrier} leaves out operations that it follows"))
@@ -109,6 +109,11 @@ impl Tables {
         // Read anew each time: altering a composite type or an enum sends no message of its own.
         let types = Types::load(client, &oids).await?;
         Ok(self.bind_with(relation, &catalog, &types))
+    }
+
+    /// The table of this name as the catalog has it.
+    pub async fn relation(&self, name: &TableName, client: &Client) -> Result<Option<Relation>> {
+        Ok(self.look(client, name).await?.tables.remove(name).map(|facts| facts.relation))
     }
 
     async fn look(&self, client: &Client, name: &TableName) -> Result<Catalog> {

@@ -21,11 +21,11 @@ use crate::batch::{Batch, CellHasher, Limits};
 use crate::cache::checkpoint::{Origin, Page};
 use crate::cache::scan::Scan;
 use crate::canary::{self, Canary};
-use crate::catalog::{self, Carrier, sql_identifier, sql_table};
+use crate::catalog::{self, Carrier, TableFacts, sql_identifier, sql_table};
 use crate::config::{Config, Listing, RedisConfig, TableName};
 use crate::decode::types::Types;
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::{Datum, Relation, Xid};
+use crate::model::{Datum, Xid};
 use crate::plan::{self, BoundTable, Noted};
 use crate::query::refresh;
 use crate::rules::bind::bind;
@@ -402,8 +402,9 @@ impl Reader {
             let (answer, read) = oneshot::channel();
             self.say(Found::Listed(stale, answer)).await?;
             read.await.map_err(|_| Stop::Abandoned)?;
+            // What the stream has touched and this sees need not be kept.
+            self.nothing().await?;
             if job.verifies {
-                self.nothing().await?;
                 let (answer, compared) = oneshot::channel();
                 self.say(Found::Answers(answer)).await?;
                 compared.await.map_err(|_| Stop::Abandoned)?;
@@ -432,8 +433,8 @@ impl Reader {
 
     async fn rows_of(&mut self, job: &TableJob, rows_wanted: bool) -> Outcome<()> {
         self.settle(Of::Table).await?;
-        if let Some(table) = self.bound(job).await? {
-            self.leaves(job, &table, rows_wanted).await?;
+        if let Some((table, facts)) = self.bound(job).await? {
+            self.leaves(job, &table, &facts, rows_wanted).await?;
         }
         for listing in &job.listings {
             self.list(job, listing).await?;
@@ -456,19 +457,19 @@ impl Reader {
 
     /// The table and its rules as the catalog has them: the stream says nothing of DDL before a row changes. `None` if
     /// there is no such table, or nothing is to be read of it.
-    async fn bound(&self, job: &TableJob) -> Result<Option<BoundTable>> {
+    async fn bound(&self, job: &TableJob) -> Result<Option<(BoundTable, TableFacts)>> {
         if job.table.rules.is_empty() {
             return Ok(None);
         }
         let Setting { config, carrier, redis, .. } = &*self.setting;
         let name = TableName::from(&job.table.relation);
-        let catalog = catalog::load(&self.client, carrier, std::slice::from_ref(&name)).await?;
+        let mut catalog = catalog::load(&self.client, carrier, std::slice::from_ref(&name)).await?;
         let types = Types::load(&self.client, &catalog.type_oids()).await?;
-        let Some(facts) = catalog.tables.get(&name) else { return Ok(None) };
+        let Some(facts) = catalog.tables.remove(&name) else { return Ok(None) };
         let mut rules = Vec::new();
         for number in job.table.rules.iter().map(|rule| rule.rule) {
             let rule = &config.rules[usize::from(number)];
-            let bound = bind(rule, number, &facts.relation, Some(facts), &types, &redis.prefix);
+            let bound = bind(rule, number, &facts.relation, Some(&facts), &types, &redis.prefix);
             let mut bound = bound.map_err(|_| {
                 let misfit = format!("rule `{}` does not fit table {name} as it is now", rule.name.value);
                 Error::new(ErrorKind::PostgresAway, misfit)
@@ -481,7 +482,7 @@ impl Reader {
             }
             rules.push(bound);
         }
-        Ok(Some(BoundTable { relation: facts.relation.clone(), rules }))
+        Ok(Some((BoundTable { relation: facts.relation.clone(), rules }, facts)))
     }
 
     /// A chunk without rows: behind its marker everything that was committed before is in Redis.
@@ -492,17 +493,28 @@ impl Reader {
         self.say(Found::Piece(empty)).await
     }
 
-    /// How many cells there are in Redis, about: each key is one, and, where rows are members, each row.
+    /// How many cells there are to be known of, about: each key is one, and, where rows are members, each row.
     async fn cells_in_redis(&self, job: &TableJob, wanted: &Wanted) -> Result<u64> {
-        let mut cells = Scan::key_count(&self.setting.redis).await?;
+        let keys = Scan::key_count(&self.setting.redis).await?;
+        let mut cells = keys;
+        if keys > PART_CELLS_MAX {
+            // Most can be those of others, and the table is read once for each part. Its rows are known of too.
+            let of_rows = self.row_count(job).await?.saturating_mul(job.table.rules.len() as u64);
+            cells = wanted.count(&self.setting.redis).await?.max(keys.min(of_rows));
+        }
         let of_a_row = wanted.members_of_a_row();
         if of_a_row > 0 {
-            let sql = "select coalesce(sum(greatest(c.reltuples, 0)), 0)::int8::text from pg_catalog.pg_class c
-                where c.oid = $1 or c.oid in (select relid from pg_catalog.pg_partition_tree($1))";
-            let row = query_one(&self.client, sql, &[(&job.table.relation.oid, Type::OID)]).await?;
-            cells += of_a_row * parse::<u64>(&row, 0)?;
+            cells += of_a_row * self.row_count(job).await?;
         }
         Ok(cells)
+    }
+
+    /// About how many rows the table has.
+    async fn row_count(&self, job: &TableJob) -> Result<u64> {
+        let sql = "select coalesce(sum(greatest(c.reltuples, 0)), 0)::int8::text from pg_catalog.pg_class c
+                where c.oid in (select $1 union select relid from pg_catalog.pg_partition_tree($1))";
+        let row = query_one(&self.client, sql, &[(&job.table.relation.oid, Type::OID)]).await?;
+        parse(&row, 0)
     }
 
     /// What the orphans are called.
@@ -519,10 +531,19 @@ impl Reader {
         self.say(Found::Candidates(found)).await
     }
 
-    async fn leaves(&mut self, job: &TableJob, table: &BoundTable, rows_wanted: bool) -> Outcome<()> {
-        let relation = &table.relation;
-        let condition = self.condition(relation, job.filter.as_deref()).await?;
-        let leaves = leaves(&self.client, relation.oid).await?;
+    async fn leaves(
+        &mut self,
+        job: &TableJob,
+        table: &BoundTable,
+        facts: &TableFacts,
+        rows_wanted: bool,
+    ) -> Outcome<()> {
+        let condition = condition([facts.row_filter.as_deref(), job.filter.as_deref()]);
+        let mut leaves: Vec<(u32, &TableName)> = facts.leaves.iter().map(|leaf| (leaf.oid, &leaf.name)).collect();
+        if leaves.is_empty() {
+            // The table itself; so it is where it is a root that has no partitions yet.
+            leaves.push((facts.relation.oid, &facts.name));
+        }
         // Those before it were read to their end, by the same order.
         let done = |page: Page| leaves.iter().position(|(oid, _)| *oid == page.leaf);
         let skipped = job.from.and_then(done).unwrap_or(0);
@@ -532,24 +553,6 @@ impl Reader {
             self.leaf(job, &place, &condition, from, rows_wanted).await?;
         }
         Ok(())
-    }
-
-    /// What rows must meet, besides where they are.
-    async fn condition(&self, relation: &Relation, filter: Option<&str>) -> Result<String> {
-        let published = self.row_filter(relation).await?;
-        let conditions = [published.as_deref(), filter].into_iter().flatten().map(|sql| format!(" AND ({sql})"));
-        Ok(conditions.collect())
-    }
-
-    /// What the publication leaves out. An outbox leaves out no row.
-    async fn row_filter(&self, relation: &Relation) -> Result<Option<String>> {
-        let Carrier::Publication(publication) = &self.setting.carrier else { return Ok(None) };
-        let sql = "select to_jsonb(p) ->> 'rowfilter' from pg_catalog.pg_publication_tables p
-            where p.pubname = $1 and p.schemaname = $2 and p.tablename = $3";
-        let parameters = [publication, &relation.schema, &relation.name];
-        let parameters = parameters.map(|text| (text as &(dyn tokio_postgres::types::ToSql + Sync), Type::TEXT));
-        let row = self.client.query_typed_opt(sql, &parameters).await.map_err(failed)?;
-        Ok(row.map(|row| row.try_get(0).map_err(failed)).transpose()?.flatten())
     }
 
     /// Reads a leaf from page to page. If it is rewritten meanwhile, every row may be elsewhere: it begins again.
@@ -635,8 +638,9 @@ impl Reader {
     async fn rows(&mut self, job: &RowsJob) -> Outcome<()> {
         self.settle(Of::Rows).await?;
         let relation = &job.table.relation;
-        let table = sql_table(&TableName::from(relation));
-        let condition = self.condition(relation, Some(&job.condition)).await?;
+        let name = TableName::from(relation);
+        let published = catalog::row_filter(&self.client, &self.setting.carrier, &name).await?;
+        let (table, condition) = (sql_table(&name), condition([published.as_deref(), Some(&job.condition)]));
         let selection = Selection {
             table: &job.table,
             of: Of::Rows,
@@ -766,18 +770,6 @@ pub fn marked_chunk(content: &[u8], token: &str) -> Option<u64> {
     rest.strip_prefix(token)?.strip_prefix(' ')?.parse().ok()
 }
 
-/// The leaves of a table, in an order that does not change, or the table itself; so it is where it is a root that has no
-/// partitions yet.
-async fn leaves(client: &Client, oid: u32) -> Result<Vec<(u32, TableName)>> {
-    let sql = "with leaf as (select relid from pg_catalog.pg_partition_tree($1) where isleaf)
-        select c.oid::text, n.nspname::text, c.relname::text
-        from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-        where c.relkind = 'r' and c.oid in (select relid from leaf) or c.oid = $1 and not exists (select from leaf)
-        order by c.oid";
-    let rows = client.query_typed(sql, &[(&oid, Type::OID)]).await.map_err(failed)?;
-    rows.iter().map(|row| Ok((parse(row, 0)?, TableName { schema: parse(row, 1)?, name: parse(row, 2)? }))).collect()
-}
-
 /// As many pages as should take as long as a chunk may. What of that it waited for its marker and for Redis counts only once
 /// it comes near the limit: smaller chunks wait as often, and only those that fit the channel hold no snapshot meanwhile.
 fn adapted(pages: u64, took: Duration, waited: Duration) -> u64 {
@@ -790,6 +782,11 @@ fn adapted(pages: u64, took: Duration, waited: Duration) -> u64 {
         pages
     };
     next.clamp(1, CHUNK_PAGES_MAX)
+}
+
+/// What rows must meet, besides where they are.
+fn condition(conditions: [Option<&str>; 2]) -> String {
+    conditions.into_iter().flatten().map(|sql| format!(" AND ({sql})")).collect()
 }
 
 fn random_share() -> f64 {

@@ -178,6 +178,27 @@ struct Set {
 }
 
 impl Wanted {
+    /// What all of their keys begin with.
+    fn beginning(&self) -> &[u8] {
+        let owned = self.owned.iter().map(|owned| &owned.pattern);
+        let tags = self.tags.iter().map(|tagged| &tagged.tags);
+        let former = self.former.iter().flat_map(|(_, former)| former.patterns());
+        let beginnings = owned.chain(tags).chain(former).map(Pattern::literal_prefix);
+        let common =
+            |one: &'_ [u8], other: &[u8]| one.iter().zip(other).take_while(|(one, other)| one == other).count();
+        beginnings.reduce(|one, other| &one[..common(one, other)]).unwrap_or_default()
+    }
+
+    /// How many of their keys Redis holds, sets counted as one.
+    pub async fn count(&self, config: &RedisConfig) -> Result<u64> {
+        let mut scan = Scan::open(config, self.beginning()).await?;
+        let mut count = 0;
+        while let Some(keys) = scan.next().await? {
+            count += keys.iter().filter(|key| self.set(key).is_some() || self.owner(key).is_some()).count() as u64;
+        }
+        Ok(count)
+    }
+
     /// How many cells a row is besides its key, about.
     pub fn members_of_a_row(&self) -> u64 {
         let sets = self.owned.iter().filter(|owned| owned.of != batch::Of::Key).count();
@@ -234,7 +255,7 @@ pub enum Page {
 impl<'w> Cells<'w> {
     /// Begins, on a connection of its own.
     pub async fn open(config: &RedisConfig, wanted: &'w Wanted) -> Result<Self> {
-        Ok(Cells { wanted, scan: Scan::open(config).await?, keys: VecDeque::new(), members: None })
+        Ok(Cells { wanted, scan: Scan::open(config, wanted.beginning()).await?, keys: VecDeque::new(), members: None })
     }
 
     /// Some cells, some of them twice; `None` at the end.
@@ -334,6 +355,22 @@ mod tests {
         assert!(search.has_orphans());
         cells.iter().step_by(4).for_each(|cell| search.alive(*cell));
         assert!(!search.has_orphans() && !cells.iter().any(|cell| search.is_orphan(*cell)));
+    }
+
+    #[test]
+    fn keys_are_looked_for_by_what_all_of_them_begin_with() {
+        let owned = |literal: &str| {
+            let (pattern, of) = (Pattern::beginning_with(literal.as_bytes()), batch::Of::Key);
+            Owned { rule: 0, pattern, of }
+        };
+        let beginning = |literals: &[&str]| {
+            let owned = literals.iter().map(|literal| owned(literal)).collect();
+            let wanted = Wanted { owned, tags: Vec::new(), former: Vec::new() };
+            String::from_utf8(wanted.beginning().to_vec()).expect("text")
+        };
+        assert_eq!(beginning(&["shop:tenant_a:item:"]), "shop:tenant_a:item:");
+        assert_eq!(beginning(&["shop:tenant_a:item:", "shop:tenant_a:list:"]), "shop:tenant_a:");
+        assert_eq!(beginning(&["shop:a", "shop:b", "shop:"]), "shop:");
     }
 
     #[test]

@@ -14,6 +14,8 @@
 //! The publication comes before the slot: pgoutput looks it up as it was at each change, and a slot that is older
 //! than its publication can never be decoded.
 
+use std::collections::BTreeSet;
+
 use tokio_postgres::Client;
 
 use super::query_error;
@@ -42,6 +44,8 @@ pub struct Wanted {
     pub publication: String,
     /// The tables that the rules follow, each once.
     pub tables: Vec<TableName>,
+    /// Those of them that may be left out.
+    pub optional: BTreeSet<TableName>,
     /// Whether the slot is made for failover to a standby (Postgres 17 and later).
     pub failover: bool,
 }
@@ -78,12 +82,32 @@ pub enum Executor {
 /// # Errors
 /// Everything that does, at least one error.
 pub async fn plan_setup(client: &Client, wanted: &Wanted, executor: Executor) -> Result<Plan, Vec<Error>> {
-    let facts = facts::read(client, wanted).await.map_err(|error| vec![error])?;
-    let mut obstacles = obstacles::of_setup(wanted, &facts);
+    let mut facts = facts::read(client, wanted).await.map_err(|error| vec![error])?;
+    let Facts { tables, role, .. } = &mut facts;
+    let is_optional = |place: usize| wanted.optional.contains(&wanted.tables[place]);
+    let left_out =
+        leave_out(tables, is_optional, |table| obstacles::of_table(table, role, executor).into_iter().next());
+    let mut obstacles = obstacles::of_setup(wanted, &facts, executor);
     if executor == Executor::Role {
         obstacles.extend(obstacles::missing_privileges(wanted, &facts));
     }
-    if obstacles.is_empty() { Ok(setup_plan(wanted, &facts)) } else { Err(obstacles) }
+    if obstacles.is_empty() { Ok(setup_plan(wanted, &facts).with_remarks(left_out)) } else { Err(obstacles) }
+}
+
+/// Takes out what may be left out and something stands in the way of. What is to be said of each.
+fn leave_out<T>(
+    tables: &mut Vec<T>,
+    is_optional: impl Fn(usize) -> bool,
+    obstacle: impl Fn(&T) -> Option<Error>,
+) -> Vec<String> {
+    let mut remarks = Vec::new();
+    let mut place = 0..;
+    tables.retain(|table| {
+        let obstacle = place.next().filter(|place| is_optional(*place)).and_then(|_| obstacle(table));
+        remarks.extend(obstacle.iter().map(|error| format!("left out: {error}; {}", error.hints().join(" or "))));
+        obstacle.is_none()
+    });
+    remarks
 }
 
 /// What teardown has to do: drop what the notes name, and nothing else.
@@ -95,9 +119,14 @@ pub async fn plan_teardown(client: &Client, wanted: &Wanted) -> Result<Plan> {
 }
 
 impl Plan {
-    /// The whole plan as a script for psql.
+    fn with_remarks(mut self, remarks: Vec<String>) -> Self {
+        self.remarks.extend(remarks);
+        self
+    }
+
+    /// The whole plan as a script for psql. No name in a remark ends its line.
     pub fn script(&self) -> String {
-        let remarks = self.remarks.iter().map(|remark| format!("-- {remark}\n"));
+        let remarks = self.remarks.iter().map(|remark| format!("-- {}\n", remark.replace(['\n', '\r'], " ")));
         let steps = self.statements.iter().map(|Statement { purpose, sql }| format!("\n-- {purpose}\n{sql}\n"));
         let stop = if self.statements.is_empty() { "" } else { "\\set ON_ERROR_STOP on\n" };
         remarks.chain([stop.to_owned()]).chain(steps).collect()

@@ -2,12 +2,16 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
+use std::time::Duration;
 
+use keepstep::batch::{self, Batch, Form, Life, Limits};
+use keepstep::cache::commands;
+use keepstep::config;
 use redis::AsyncCommands;
 use redis::aio::MultiplexedConnection;
 use serde_json::{Value, json};
 
-use crate::support::{Daemon, Stage, wait_for};
+use crate::support::{Daemon, Stage, lasts, wait_for};
 
 const TABLE: &str =
     "create table players (id int primary key, team int, name text, rank numeric, active bool, ends timestamptz);
@@ -379,4 +383,36 @@ async fn many_members_go_and_come_in_one_transaction() {
     stage.execute("truncate players").await;
     assert_as_sql_says(&stage, "empty").await;
     assert_verified(&stage).await;
+}
+
+/// Written again and again until its TTL is over, also in the last millisecond of it.
+#[tokio::test]
+async fn a_hash_that_keeps_its_ttl_ends_with_it() {
+    let stage = Stage::set();
+    let (config, _) = config::load(&stage.rules(RULES), &|_| None).unwrap();
+    let mut batch = Batch::new(Limits { ops: 1, bytes: 1000 }, 1);
+    let cell = batch.cell(0, |out| {
+        out.extend_from_slice(b"test:h:1");
+        true
+    });
+    let one = |out: &mut Vec<u8>| {
+        batch::field(out, b"id", |out| {
+            out.push(b'1');
+            Ok::<_, ()>(())
+        })
+    };
+    batch.set(cell.unwrap(), Form::Hash, Life::Keep, true, one).unwrap();
+    let commands = commands::encode(&batch, &config.redis, |_| true);
+    let mut cache = stage.cache().await;
+    for _ in 0..20 {
+        let mut written = redis::pipe();
+        written.hset("test:h:1", "id", "0").ignore().pexpire("test:h:1", 5).ignore();
+        for _ in 0..500 {
+            commands.iter().for_each(|command| _ = written.add_command(command.clone()).ignore());
+        }
+        let () = written.query_async(&mut cache).await.unwrap();
+        lasts(Duration::from_millis(20)).await;
+        let left: bool = cache.exists("test:h:1").await.unwrap();
+        assert!(!left, "it lives on");
+    }
 }

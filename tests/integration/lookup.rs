@@ -186,6 +186,23 @@ async fn truncate_and_too_many_rows_delete_whatever_there_can_be() {
 }
 
 #[tokio::test]
+async fn too_many_rows_for_one_rule_are_no_matter_of_another() {
+    let many = RULES.replace("where id = :department_id", "where id = :department_id or :org_id = 999");
+    let other = "[rule.other]\ntable = \"public.faculty\"\ndelete = [\"other:{org_id}:{dept}\"]\n\
+                 lookup = \"select code as dept from public.departments where id = :department_id\"\n";
+    let (stage, rules) = set(&(many + other)).await;
+    let _daemon = Daemon::start(&stage, &rules).await;
+    stage.execute("insert into departments select i, 'many' || i from generate_series(1001, 2100) i").await;
+    for key in ["list:7:x", "other:7:x", "other:999:d1"] {
+        stage.put(key, "x").await;
+    }
+    stage.execute("insert into faculty values (200, 999, 1)").await;
+    gone(&stage, "list:7:x").await;
+    gone(&stage, "other:999:d1").await;
+    assert!(is_there(&stage, "other:7:x").await);
+}
+
+#[tokio::test]
 async fn a_lookup_that_fails_is_tried_again_and_then_deletes_whatever_there_can_be() {
     // A view, because a table that is renamed is a gap for the rules about it.
     let of_view = RULES.replace("open from public.departments", "open from public.codes");

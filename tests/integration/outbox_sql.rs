@@ -109,6 +109,7 @@ fn wanted(tables: &[&str]) -> Wanted {
     let followed = |name: &&str| Followed {
         table: TableName { schema: "public".to_owned(), name: (*name).to_owned() },
         columns: None,
+        optional: false,
     };
     Wanted { schema: "keepstep".to_owned(), tables: tables.iter().map(followed).collect(), limit: None }
 }

@@ -191,7 +191,7 @@ async fn what_a_batch_says_of_keys_is_stored_with_it() {
         claims.into_iter().for_each(|claim| batch.claim(0, claim));
         end += 1;
         writer.apply(&batch, checkpoint(end, &rule_set)).await.unwrap();
-        let made_before = |key: &[u8]| writer.former("row", false).matches(key);
+        let made_before = |key: &[u8]| writer.former(&config.rules)[0].matches(key);
         (made_before(b"test:row:1"), record(&stage, "test:").await["rules"]["row"].clone())
     };
     let (_, row) = apply(vec![Claim::Makes(vec![form("row:")])]).await;

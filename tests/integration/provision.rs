@@ -1,5 +1,6 @@
 //! Setup and teardown, executed and printed, and the files in `sql/` as their headers say.
 
+use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::Stdio;
 use std::time::Duration;
@@ -24,6 +25,7 @@ fn wanted(tables: &[&str]) -> Wanted {
         slot: "keepstep".to_owned(),
         publication: "keep step".to_owned(),
         tables: tables.iter().map(table).collect(),
+        optional: BTreeSet::new(),
         failover: false,
     }
 }

@@ -24,7 +24,7 @@ const RULES: &str = r#"
 key   = "page:{category}"
 mode  = "refresh"
 shape = "rows"
-sql   = """select p.id, p.name, s.name as seller from public.products p left join public.sellers s on s.id = p.seller_id
+sql   = """select p.id as result, p.name, s.name as seller from public.products p left join public.sellers s on s.id = p.seller_id
            where p.category_id = :category order by p.rank, p.id limit 9 -- the best"""
 [[query.page.on]]
 table  = "public.products"
@@ -69,7 +69,7 @@ columns = ["id"]
 
 /// What each key must hold; of the keys that need not be there only those that can be.
 const EXPECTED: &str = "
-    select 'page:' || c, coalesce((select json_agg(t) from (select p.id, p.name, s.name as seller from products p
+    select 'page:' || c, coalesce((select json_agg(t) from (select p.id as result, p.name, s.name as seller from products p
         left join sellers s on s.id = p.seller_id where p.category_id = c order by p.rank, p.id limit 9) t), '[]')::text
       from generate_series(1, 7) c
     union all
@@ -406,6 +406,48 @@ async fn many_changes_within_min_interval_are_one_read() {
     assert!(count(&daemon, "count", "written").await < 10);
 }
 
+#[tokio::test]
+async fn a_connection_that_ended_while_nothing_was_read_costs_no_key() {
+    let (stage, rules) = set(RULES).await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    touch(&stage).await;
+    let of_queries = "from pg_stat_activity where pid <> pg_backend_pid() and (query like '%octet_length(found.value)%'
+        or query like '%pg_current_wal_flush_lsn() >=%' or query like '%as looked_up limit%')";
+    let sql = stage.sql().await;
+    let ended = sql.query(&format!("select pg_terminate_backend(pid) {of_queries}"), &[]).await.unwrap();
+    assert!(ended.len() >= 2, "one of each kind");
+    wait_for("no query connection", async || {
+        let left = sql.query_one(&format!("select count(*) {of_queries}"), &[]).await.unwrap();
+        (left.get::<_, i64>(0) == 0).then_some(())
+    })
+    .await;
+    seen(&stage, 1).await;
+    stage.execute("insert into products values (100, 1, 1)").await;
+    in_step(&stage).await;
+    assert!(!daemon.get("/metrics").await.unwrap().1.contains("outcome=\"failed\""));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_goes_stale_faster_than_it_is_read_holds_up_nothing() {
+    let slow =
+        RULES.replace("select count(*) from public.products", "select count(*) from public.products, pg_sleep(0.3)");
+    let (stage, rules) = set(&slow).await;
+    stage.execute("insert into marks select generate_series(1, 500)").await;
+    let sql = stage.sql().await;
+    let writer = tokio::spawn(async move {
+        for id in 1000.. {
+            sql.batch_execute(&format!("insert into products values ({id}, 1, 1)")).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let daemon = Daemon::start(&stage, &rules).await;
+    let warm = async || daemon.get("/ready?warm=1").await.is_some_and(|(status, _)| status == 200);
+    assert!(crate::support::comes_within(Duration::from_secs(15), warm).await);
+    assert!(is_there(&stage, "mark:500").await && is_there(&stage, "count:products").await);
+    assert!(!writer.is_finished());
+    writer.abort();
+}
+
 /// A page for each of the categories there are, and what time changes.
 const KEYED: &str = r#"
 [query.page]
@@ -497,6 +539,74 @@ async fn all_keys_that_there_should_be_are_there_and_no_others() {
     stage.put("page:999", "\"an orphan\"").await;
     let _daemon = Daemon::start(&stage, &rules).await;
     all_there(&stage).await;
+}
+
+#[tokio::test]
+async fn more_keys_than_are_tried_again_are_written_in_the_end() {
+    let stage = Stage::set();
+    stage.execute(CATEGORIES).await;
+    let (keyed, _) = KEYED.split_once("[query.clock]").unwrap();
+    let rules = prepare(&stage, &keyed.replace("from public.products where", "from public.shown where")).await;
+    stage.execute("create view shown as select * from products").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    all_there(&stage).await;
+    stage.execute("alter view shown rename to hidden").await;
+    stage.execute("insert into categories select generate_series(8, 1300)").await;
+    wait_for("each to fail", async || (count(&daemon, "page", "failed").await > 1300).then_some(())).await;
+    stage.execute("alter view hidden rename to shown").await;
+    all_there(&stage).await;
+}
+
+#[tokio::test]
+async fn whoever_ends_when_caught_up_does_not_wait_for_keys_that_fail_for_good() {
+    let (keyed, _) = KEYED.split_once("[query.clock]").unwrap();
+    let failing = keyed.replace("id, name from public.products", "1 / (id * 0) from public.products");
+    let stage = Stage::set();
+    stage.execute(CATEGORIES).await;
+    let rules = prepare(&stage, &failing).await;
+    stage.execute("insert into categories select generate_series(8, 1300)").await;
+    stage.execute("insert into products select i, i from generate_series(100, 1300) i").await;
+    assert_eq!(Daemon::spawn(&stage, &rules, &["--until-caught-up"]).end().await.code(), Some(1));
+}
+
+#[tokio::test]
+async fn keys_that_cannot_be_listed_keep_no_other_rule_owing() {
+    let page = r#"
+[query.page]
+key   = "page:{category}"
+mode  = "refresh"
+shape = "value"
+sql   = "select count(*) from public.products where category_id = :category"
+keys  = "select id as category from public.shown"
+every = "2s"
+[[query.page.on]]
+table  = "public.categories"
+params = { category = "{id}" }
+"#;
+    let best = page.replace("page", "best").replace("public.shown", "public.categories");
+    let row = r#"
+[rule.category]
+table   = "public.categories"
+key     = "category:{id}"
+value   = "json"
+columns = ["id"]
+ttl     = "1h"
+every   = "2s"
+"#;
+    let stage = Stage::set();
+    stage.execute(CATEGORIES).await;
+    stage.execute("create view shown as select * from categories").await;
+    let rules = prepare(&stage, &[page, &best, row].concat()).await;
+    let _daemon = Daemon::start(&stage, &rules).await;
+    wait_for("a page", async || is_there(&stage, "page:7").await.then_some(())).await;
+    stage.execute("alter view shown rename to hidden").await;
+    let only_pages = async || {
+        let owing = stage.checkpoint().await?.owing;
+        owing.into_keys().eq(["page.1"]).then_some(())
+    };
+    wait_for("everything else to be written", only_pages).await;
+    stage.execute("alter view hidden rename to shown").await;
+    wait_for("the pages", async || (!stage.checkpoint().await?.owing.contains_key("page.1")).then_some(())).await;
 }
 
 #[tokio::test]
@@ -620,4 +730,14 @@ async fn queries_that_cannot_be_refreshed_are_refused_at_their_place() {
         shown.push_str(&refused(sql, "rows", &format!("keys = \"{keys}\"")));
     }
     insta::assert_snapshot!(shown);
+    // What is looked up may be no text.
+    stage.rules(
+        "[query.page]\nkey = \"page:{category}:{seller}\"\nmode = \"refresh\"\nsql = \"select :category || :seller\"\n\
+         shape = \"value\"\n[[query.page.on]]\ntable = \"public.products\"\n\
+         lookup = \"select name as category, name as seller from public.sellers where id = :seller_id\"\n",
+    );
+    let output = stage.run(&["check", "--connect"]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(said.contains("warning[KS057]: query `page` can give two results the same key"), "{said}");
+    assert_ne!(output.status.code(), Some(78), "{said}");
 }

@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use keepstep::batch::{Batch, Claim, Limits};
 use keepstep::cache::Cache;
@@ -153,6 +154,18 @@ async fn a_gap_makes_every_tag_stale() {
     assert_eq!(members(&stage, "category:1").await, left);
 }
 
+#[tokio::test]
+async fn a_tag_that_nobody_deletes_by_any_more_takes_its_keys_with_it() {
+    let (stage, _rules, daemon) = set().await;
+    fill(&stage, "page:/1", "category:1").await;
+    assert!(daemon.terminate().await.success());
+    let rules = stage.rules(&RULES.replace("category:{", "cat:{"));
+    let _daemon = Daemon::start(&stage, &rules).await;
+    wait_for("the end of reconciling", async || stage.checkpoint().await?.owing.is_empty().then_some(())).await;
+    assert_eq!(stage.get::<Option<String>>("page:/1").await, None);
+    assert_eq!((members(&stage, "category:1").await, members(&stage, "cat:1").await), (BTreeSet::new(), cards(1)));
+}
+
 /// Pages with a tag, so many that they do not go in one step.
 async fn many(stage: &Stage, count: u32) {
     let mut cache = stage.cache().await;
@@ -199,6 +212,45 @@ async fn a_kill_in_the_middle_leaves_no_key_with_the_tag() {
     }
 }
 
+#[tokio::test]
+async fn short_runs_forget_members_without_a_key_too() {
+    let (stage, rules, daemon) = set().await;
+    fill(&stage, "page:/1", "category:1").await;
+    let () = stage.cache().await.del("test:page:/1").await.unwrap();
+    assert!(daemon.terminate().await.success());
+    let mut checkpoint = stage.checkpoint().await.unwrap();
+    checkpoint.written_us -= 2 * 3_600_000_000;
+    let () = stage.cache().await.set("test:keepstep:checkpoint", checkpoint.encode()).await.unwrap();
+    assert!(Daemon::spawn(&stage, &rules, &["--until-caught-up"]).end().await.success());
+    assert_eq!(members(&stage, "category:1").await, cards(1));
+}
+
+/// The writer alone.
+#[tokio::test]
+async fn only_going_through_all_keys_takes_time_that_is_rested() {
+    let stage = Stage::set();
+    let (config, _) = config::load(&stage.rules(RULES), &|_| None).unwrap();
+    let rules = Arc::new(RuleSet::new(&config.rules));
+    let mut writer = Writer::new(config.redis, Arc::clone(&rules), Arc::new(Metrics::new())).unwrap();
+    writer.claim(None).await.unwrap();
+    fill(&stage, "page:/1", "category:1").await;
+    let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 3);
+    batch.sweep_tag(b"test:tag:category:1".to_vec());
+    assert_eq!(writer.apply(&batch, checkpoint(&rules)).await.unwrap().searched, Duration::ZERO);
+    assert_eq!(stage.get::<Option<String>>("page:/1").await, None);
+    // Redis does not answer for a while.
+    batch.sweep(numbered("page:/"));
+    stage.put("page:/2", "filled").await;
+    let pause = Duration::from_secs(2);
+    let mut stall = redis::cmd("CLIENT");
+    stall.arg("PAUSE").arg(pause.as_millis() as u64);
+    let () = stall.query_async(&mut stage.cache().await).await.unwrap();
+    let began = Instant::now();
+    let searched = writer.apply(&batch, Checkpoint { written_us: 1, ..checkpoint(&rules) }).await.unwrap().searched;
+    assert!(!searched.is_zero() && searched + pause / 2 < began.elapsed(), "{searched:?} of {:?}", began.elapsed());
+    assert_eq!(stage.get::<Option<String>>("page:/2").await, None);
+}
+
 /// The writer alone: of members whose keys are gone, only those that no row keeps there go.
 #[tokio::test]
 async fn members_without_a_key_are_forgotten() {
@@ -211,8 +263,7 @@ async fn members_without_a_key_are_forgotten() {
         fill(&stage, key, "category:1").await;
     }
     let () = stage.cache().await.del(&["test:page:/1", "test:card:1"]).await.unwrap();
-    let form = r#"[{"literal":"tag:category:"},{"value":{"source":{"column":23}}}]"#;
-    let tags = serde_json::from_str::<KeyForm>(form).unwrap().pattern("test:");
+    let tags = numbered("tag:category:");
     let mut batch = Batch::new(Limits { ops: 10, bytes: 1000 }, 3);
     let registered = vec![(tags.clone(), Pattern::beginning_with(b"test:card:"))];
     batch.claim(0, Claim::Tags(Tagging { kept: Vec::new(), registered }));
@@ -220,6 +271,12 @@ async fn members_without_a_key_are_forgotten() {
     writer.apply(&batch, checkpoint(&rules)).await.unwrap();
     let left = ["card:1", "card:2", "page:/2"].map(str::to_owned);
     assert_eq!(members(&stage, "category:1").await, BTreeSet::from(left));
+}
+
+/// The keys that are this and a number.
+fn numbered(literal: &str) -> Pattern {
+    let form = format!(r#"[{{"literal":"{literal}"}},{{"value":{{"source":{{"column":23}}}}}}]"#);
+    serde_json::from_str::<KeyForm>(&form).unwrap().pattern("test:")
 }
 
 fn checkpoint(rules: &RuleSet) -> Checkpoint {

@@ -245,6 +245,33 @@ async fn between_two_runs() {
     assert_eq!(third.metric("keepstep_reconciles_total").await, Some(0.0));
 }
 
+/// While a table has another name nobody follows it, and with its old name the catalog says what it said before.
+#[tokio::test]
+async fn a_table_renamed_away_and_back() {
+    let stage = Stage::set();
+    let (rules, daemon) = running(&stage).await;
+    let meanwhile = async |name: &str| {
+        let statements = format!(
+            "begin; alter table plain rename to plain_x; update plain_x set name = '{name}';
+             insert into plain_x values (length('{name}'), 'new', length('{name}'));
+             alter table plain_x rename to plain; commit"
+        );
+        stage.execute(&statements).await;
+    };
+    meanwhile("while it runs").await;
+    assert_in_step(&stage, &MIRRORS).await;
+    wait_for("the debt to be paid", async || (daemon.metric("keepstep_rules_owing").await? == 0.0).then_some(())).await;
+    assert!(daemon.log().contains("renamed"), "{}", daemon.log());
+    stage.execute("update plain set name = 'and on'").await;
+    assert_in_step(&stage, &MIRRORS).await;
+    assert!(daemon.terminate().await.success());
+    meanwhile("while it does not").await;
+    let daemon = Daemon::start(&stage, &rules).await;
+    assert_in_step(&stage, &MIRRORS).await;
+    wait_for("the debt to be paid", async || (daemon.metric("keepstep_rules_owing").await? == 0.0).then_some(())).await;
+    assert!(daemon.terminate().await.success());
+}
+
 #[tokio::test]
 async fn a_table_taken_out_of_the_publication_pauses_its_rule_until_it_is_back() {
     let stage = Stage::set();

@@ -31,20 +31,35 @@ end
 return 1";
 
 impl Writer {
-    /// Deletes these members of a tag, which is under `prefix`.
-    pub(super) async fn sweep_tag(
+    /// Deletes these members of tags, which are under `prefix`.
+    pub(super) async fn sweep_tags(
+        &self,
+        connection: &mut Connection,
+        prefix: &str,
+        tags: &[Vec<u8>],
+        going: &Members,
+    ) -> Result<(), Failure> {
+        for tags in tags.chunks(SWEEP_STEP_KEYS as usize) {
+            for (tag, kind) in tags.iter().zip(types(connection, tags).await?) {
+                match kind.as_str() {
+                    "set" => self.sweep_tag(connection, prefix, tag, going).await?,
+                    "none" => {}
+                    // What is no set has no members; where the tag is to go, it goes.
+                    _ if *going == Members::All => self.guarded(connection, &[tag], self.stored.as_ref()).await?,
+                    _ => {}
+                }
+            }
+        }
+        Ok(())
+    }
+
+    async fn sweep_tag(
         &self,
         connection: &mut Connection,
         prefix: &str,
         tag: &[u8],
         going: &Members,
     ) -> Result<(), Failure> {
-        let kind = types(connection, &[tag.to_vec()]).await?;
-        if kind != ["set"] {
-            // What is no set has no members; where the tag is to go, it goes.
-            let gone = matches!(going, Members::All) && kind != ["none"];
-            return if gone { self.guarded(connection, &[tag], self.stored.as_ref()).await } else { Ok(()) };
-        }
         let mut cursor = b"0".to_vec();
         loop {
             let (next, members) = page(connection, tag, &cursor).await?;

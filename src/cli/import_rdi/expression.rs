@@ -28,6 +28,8 @@ impl Language {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Expression {
     Field(String),
+    /// A field of the row as it was; no rule can say it.
+    Before(String),
     Text(String),
     Number(String),
     Flag(bool),
@@ -69,6 +71,7 @@ impl Expression {
         };
         Ok(match self {
             Self::Field(name) => field(name)?,
+            Self::Before(name) => return Err(format!("`before.{name}`: a rule looks at one row at a time")),
             Self::Concat(parts) => Self::Concat(all(parts)?),
             Self::Case(case, inner) => Self::Case(case, one(inner)?),
             Self::Compare(operator, left, right) => Self::Compare(operator, one(left)?, one(right)?),
@@ -107,6 +110,7 @@ impl Expression {
         match self {
             Self::Field(name) if is_plain(name) => format!("row.{name}"),
             Self::Field(name) => format!("row[{}]", cel_text(name)),
+            Self::Before(name) => format!("before.{name}"),
             Self::Text(text) => cel_text(text),
             Self::Number(number) => number.clone(),
             Self::Flag(flag) => flag.to_string(),
@@ -306,7 +310,9 @@ impl Parser {
         }
         self.depth -= 1;
         // `after.id || before.id` is the field of whichever row there is.
-        parts.dedup();
+        let fields = parts.clone();
+        let of_either = |name: &String| fields.contains(&Expression::Field(name.clone()));
+        parts.retain(|part| !matches!(part, Expression::Before(name) if of_either(name)));
         Ok(one_or(parts, Expression::Any))
     }
 
@@ -402,7 +408,7 @@ impl Parser {
         if !of_row || self.take_symbol(".") {
             return Err(format!("`{first}.{name}` lies inside of a field"));
         }
-        Ok(Expression::Field(name))
+        Ok(if first == "before" { Expression::Before(name) } else { Expression::Field(name) })
     }
 
     /// A call, whose name and parenthesis were read.

@@ -265,12 +265,7 @@ impl Job<'_> {
                 rule.with("template", template(&value, with, said)?)
             }
             "stream" => {
-                if let Some(mapping) = with.get("mapping") {
-                    said.add(
-                        mapping.line,
-                        "`mapping`: entries of a stream hold `op`, `table`, `key`, `before`, `after`",
-                    );
-                }
+                self.whole_row(with, said);
                 rule.with("stream", inline_table([("key", key.as_str())]))
             }
             other => {
@@ -282,6 +277,21 @@ impl Job<'_> {
             }
         };
         Some(self.with_lifetime(rule, kind_name, with, said))
+    }
+
+    /// An entry of a stream holds the whole row, whatever the job left out of it.
+    fn whole_row(&self, with: &Node, said: &mut Said<'_>) {
+        let known = said.remarks.len();
+        if let Some(mapping) = with.get("mapping") {
+            said.add(mapping.line, "`mapping`: entries of a stream hold `op`, `table`, `key`, `before`, `after`");
+        }
+        if !self.listed.columns.is_empty() {
+            said.add(with.line, "entries of a stream hold all columns, not only those that config.yaml lists");
+        }
+        for (column, line) in &self.row.removed {
+            said.add(*line, format!("`{column}` is removed: entries of a stream hold it"));
+        }
+        said.writes_more |= said.remarks.len() > known;
     }
 
     /// The key's template. Without an expression the key is made of the primary key, which only the catalog knows.

@@ -220,3 +220,37 @@ output:
     ];
     insta::assert_snapshot!(shown(Some(config), &jobs));
 }
+
+#[test]
+fn a_stream_that_would_hold_more_than_the_job_wrote_is_no_rule_yet() {
+    let job = |table: &str, transform: &str, rest: &str| {
+        format!(
+            "source: {{ schema: public, table: {table} }}\n{transform}output:\n  - uses: redis.write\n    with:\n      data_type: stream\n      \
+             key: {{ language: jmespath, expression: '`events`' }}\n{rest}"
+        )
+    };
+    let removed = "transform:\n  - uses: remove_field\n    with: { field: ssn }\n";
+    let jobs = [
+        job("person", removed, ""),
+        job("customer", "", ""),
+        job("item", "", "      mapping: [id]\n"),
+        job("open", "", ""),
+    ];
+    insta::assert_snapshot!(shown(Some(CONFIG), &jobs.each_ref().map(String::as_str)));
+}
+
+#[test]
+fn what_a_row_was_before_is_no_condition() {
+    let job = "
+source: { schema: public, table: orders, row_format: full }
+transform:
+  - uses: filter
+    with: { language: jmespath, expression: after.status != before.status }
+output:
+  - uses: redis.write
+    with:
+      data_type: json
+      key: { language: jmespath, expression: \"concat(['order:', before.id || after.id])\" }
+";
+    insta::assert_snapshot!(shown(None, &[job]));
+}

@@ -192,15 +192,11 @@ impl Term {
                 _ => false,
             }),
             Term::IsNull(of) => Value::Bool(of.is_null(images)?),
-            Term::Not(of) => truth_value(of.truth(images)?.map(|truth| !truth)),
-            Term::Negate(of) => negated(of.evaluate(images)?)?,
-            Term::And(left, right) => left.joined(right, false, images)?,
-            Term::Or(left, right) => left.joined(right, true, images)?,
-            Term::Choice(_) => self.chosen(images)?.evaluate(images)?,
-            Term::Compare(comparison, left, right) => {
-                let (left, right) = (left.evaluate(images)?, right.evaluate(images)?);
-                truth_value(compared(*comparison, &left, &right)?)
+            Term::Not(_) | Term::And(..) | Term::Or(..) | Term::Compare(..) => {
+                self.truth(images)?.map_or(Value::Null, Value::Bool)
             }
+            Term::Negate(of) => negated(of.evaluate(images)?)?,
+            Term::Choice(_) => self.chosen(images)?.evaluate(images)?,
             Term::Calculate(operation, left, right) => {
                 calculate(*operation, &left.evaluate(images)?, &right.evaluate(images)?)?
             }
@@ -253,10 +249,20 @@ impl Term {
 
     /// The value of a condition; `None` for NULL.
     pub(super) fn truth(&self, images: &Images<'_>) -> Result<Option<bool>, Unevaluated> {
-        match self.evaluate(images)? {
-            Value::Null => Ok(None),
-            Value::Bool(truth) => Ok(Some(truth)),
-            other => Err(EvalError::NotBool(other.kind()).into()),
+        match self {
+            Term::Not(of) => Ok(of.truth(images)?.map(|truth| !truth)),
+            Term::And(left, right) => left.joined(right, false, images),
+            Term::Or(left, right) => left.joined(right, true, images),
+            // Most comparisons are with a constant, which nothing has to be made of.
+            Term::Compare(comparison, left, right) => match right.as_ref() {
+                Term::Constant(right) => Ok(compared(*comparison, &left.evaluate(images)?, right)?),
+                right => Ok(compared(*comparison, &left.evaluate(images)?, &right.evaluate(images)?)?),
+            },
+            _ => match self.evaluate(images)? {
+                Value::Null => Ok(None),
+                Value::Bool(truth) => Ok(Some(truth)),
+                other => Err(EvalError::NotBool(other.kind()).into()),
+            },
         }
     }
 
@@ -280,16 +286,16 @@ impl Term {
     }
 
     /// `&&` and `||`: one side that is `decisive` decides, whatever the other is.
-    fn joined<'a>(&'a self, other: &'a Term, decisive: bool, images: &Images<'a>) -> Outcome<'a> {
+    fn joined(&self, other: &Term, decisive: bool, images: &Images<'_>) -> Result<Option<bool>, Unevaluated> {
         let first = self.truth(images);
         if matches!(first, Ok(Some(truth)) if truth == decisive) {
-            return Ok(Value::Bool(decisive));
+            return Ok(Some(decisive));
         }
         let second = other.truth(images);
         if matches!(second, Ok(Some(truth)) if truth == decisive) {
-            return Ok(Value::Bool(decisive));
+            return Ok(Some(decisive));
         }
-        Ok(truth_value(first?.and(second?)))
+        Ok(first?.and(second?))
     }
 }
 

@@ -39,15 +39,16 @@ impl<C: Cache + Send + 'static> Session<C> {
     /// What is to be read next.
     pub(super) fn next_pass(&mut self) -> Option<(Pass, TableJob)> {
         let debt = self.next_debt();
-        // A table that could not be read waits for everything else, or nothing else would ever be read.
-        let failed = debt.as_ref().is_some_and(|(pass, _)| self.reads.failed.contains(&pass.table.relation.oid));
+        // What could not be read waits for everything else, or nothing else would ever be read.
+        let failed =
+            debt.as_ref().is_some_and(|(pass, _)| pass.rules.iter().any(|rule| self.reads.failed.contains_key(rule)));
         match failed {
             true => self.next_asked().or(debt),
             false => debt.or_else(|| self.next_asked()),
         }
     }
 
-    /// The first table with a rule that owes and can pay.
+    /// The first rule that owes and can pay, with those that are read together with it.
     fn next_debt(&self) -> Option<(Pass, TableJob)> {
         let owing = self.debts.next(&self.checkpoint.owing);
         if owing.is_empty() {
@@ -57,13 +58,20 @@ impl<C: Cache + Send + 'static> Session<C> {
         let can_pay =
             |rule: &&BoundRule| debt(rule).is_some() && rule.write.as_ref().is_none_or(|write| write.value.is_some());
         let tables = self.intake.tables();
-        let first = tables
-            .filter_map(|table| Some((table.rules.iter().find(can_pay)?.rule, table)))
+        let (first, table) = tables
+            .flat_map(|table| table.rules.iter().filter(can_pay).map(move |rule| (rule, table)))
             // Those that could not be read wait for the others.
-            .min_by_key(|(rule, table)| (self.reads.failed.contains(&table.relation.oid), *rule));
-        let table = Arc::clone(first?.1);
-        let owes: Vec<(&BoundRule, Debt)> =
-            table.rules.iter().filter(can_pay).filter_map(|rule| Some((rule, debt(rule)?))).collect();
+            .min_by_key(|(rule, _)| (self.reads.failed.get(&rule.rule), rule.rule))?;
+        let table = Arc::clone(table);
+        // Which keys a query has can be asked in vain for ever: that holds up neither rows nor other queries.
+        let failed = |rule: &BoundRule| self.reads.failed.contains_key(&rule.rule);
+        let together = |rule: &&BoundRule| match (is_listed(first), failed(first)) {
+            (false, _) => !is_listed(rule),
+            (true, false) => is_listed(rule) && !failed(rule),
+            (true, true) => rule.rule == first.rule,
+        };
+        let owes = table.rules.iter().filter(can_pay).filter(together);
+        let owes: Vec<(&BoundRule, Debt)> = owes.filter_map(|rule| Some((rule, debt(rule)?))).collect();
         let worst = owes.iter().map(|(_, debt)| *debt).max()?;
         let rules: Vec<u16> = owes.iter().map(|(rule, _)| rule.rule).collect();
         let listings: Vec<KeyListing> = owes.iter().filter_map(|(rule, _)| listing(rule)).collect();
@@ -73,12 +81,11 @@ impl<C: Cache + Send + 'static> Session<C> {
         let former: Vec<(u16, Former)> =
             reconciled.filter_map(|rule| Some((rule.rule, self.reads.former_of(rule.rule)?.clone()))).collect();
         let searched = former.iter().map(|(rule, _)| *rule).collect();
+        // While nothing was read, a change that `changed` skips can have moved a row to where it was read already.
+        let resumes = worst == Debt::Warm && owes.iter().all(|(rule, _)| rule.changed.is_none());
         // What was read for other rules, or of another table, or leaves more to do, is no part of this.
         let same = |progress: &&Progress| {
-            let changes_count = owes.iter().all(|(rule, _)| rule.changed.is_none());
-            progress.from.table == table.relation.oid && progress.rules == self.names(&rules)
-                // While nothing was read, a change that `changed` skips can have moved a row to where it was read already.
-                && worst == Debt::Warm && changes_count
+            resumes && progress.from.table == table.relation.oid && progress.rules == self.names(&rules)
         };
         let from = self.reads.progress.as_ref().filter(same).map(|progress| progress.from);
         let job = TableJob {
@@ -92,7 +99,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             listings,
             barrier: !self.reads.barrier_passed,
         };
-        Some((Pass { former: searched, ..pass(&table, rules, Why::Debt(worst), &job) }, job))
+        Some((Pass { former: searched, resumes, ..pass(&table, rules, Why::Debt(worst), &job) }, job))
     }
 
     pub(super) fn names(&self, rules: &[u16]) -> Vec<String> {
@@ -172,6 +179,7 @@ fn pass(table: &Arc<BoundTable>, rules: Vec<u16>, purpose: Why, job: &TableJob) 
         former: Vec::new(),
         swept: false,
         search: job.search.as_ref().map(|search| Arc::clone(&search.known)),
+        resumes: false,
         began: Instant::now(),
         rows: 0,
         share: 0.0,
@@ -183,9 +191,14 @@ pub(super) fn is_readable(rule: &BoundRule) -> bool {
     rule.write.as_ref().is_some_and(|write| write.value.is_some()) && rule.on.insert && rule.on.update
 }
 
+/// Whether it is known which keys the rule's query has.
+pub(super) fn is_listed(rule: &BoundRule) -> bool {
+    rule.refresh.as_ref().is_some_and(|refresh| refresh.query.listing().is_some())
+}
+
 /// All keys of the rule's query, if it is known which there are.
 fn listing(rule: &BoundRule) -> Option<KeyListing> {
-    let refresh = rule.refresh.as_ref().filter(|refresh| refresh.query.listing().is_some())?;
+    let refresh = rule.refresh.as_ref().filter(|_| is_listed(rule))?;
     let (query, pattern) = (Arc::clone(&refresh.query), refresh.key.pattern.clone());
     Some(KeyListing { rule: rule.rule, query, pattern })
 }

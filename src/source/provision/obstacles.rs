@@ -1,15 +1,17 @@
 //! What stands in the way: all of it at once, each with what ends it.
 
-use super::facts::{Facts, Publication, Server, Table, Unidentified};
-use super::{Wanted, identifier, literal, unpublished};
+use super::facts::{Facts, Publication, Role, Server, Table, Unidentified};
+use super::{Executor, Wanted, identifier, literal, unpublished};
 use crate::error::{Error, ErrorKind};
 use crate::source::slot::SlotState;
 
 /// The first Postgres whose logical slots can be failed over, and that knows the argument for it.
 const FAILOVER_VERSION: i32 = 170_000;
 
-/// What stands in the way of setup, whoever executes it. All of it, not just the first.
-pub(super) fn of_setup(wanted: &Wanted, facts: &Facts) -> Vec<Error> {
+const BY_DBA: &str = "or let the owner do it: `keepstep setup --print` shows the SQL";
+
+/// What stands in the way of setup. All of it, not just the first.
+pub(super) fn of_setup(wanted: &Wanted, facts: &Facts, executor: Executor) -> Vec<Error> {
     let mut found = Vec::new();
     let Server { in_recovery, wal_level, slots, slots_max, .. } = &facts.server;
     if *in_recovery {
@@ -42,7 +44,7 @@ pub(super) fn of_setup(wanted: &Wanted, facts: &Facts) -> Vec<Error> {
     if let Some(publication) = &facts.publication {
         found.extend(publication_obstacles(wanted, facts, publication));
     }
-    found.extend(facts.tables.iter().flat_map(table_obstacles));
+    found.extend(facts.tables.iter().flat_map(|table| of_table(table, &facts.role, executor)));
     found
 }
 
@@ -89,7 +91,8 @@ fn publication_obstacles(wanted: &Wanted, facts: &Facts, publication: &Publicati
     found
 }
 
-fn table_obstacles(table: &Table) -> Vec<Error> {
+/// What stands in the way of publishing a table.
+pub(super) fn of_table(table: &Table, role: &Role, executor: Executor) -> Vec<Error> {
     let Table { name, .. } = table;
     match table.kind {
         None => return vec![config(format!("table {name} does not exist"))],
@@ -102,7 +105,15 @@ fn table_obstacles(table: &Table) -> Vec<Error> {
         Some('r' | 'p') => {}
         Some(_) => return vec![config(format!("{name} is no table: only tables have changes to follow"))],
     }
-    if table.published { Vec::new() } else { table.unidentified.iter().map(identity_obstacle).collect() }
+    if table.published {
+        return Vec::new();
+    }
+    let mut found: Vec<Error> = table.unidentified.iter().map(identity_obstacle).collect();
+    if executor == Executor::Role && !table.owned {
+        let message = format!("role `{}` does not own table {name}, and only its owner may publish it", role.name);
+        found.push(denied(message).hint(BY_DBA));
+    }
+    found
 }
 
 fn identity_obstacle(Unidentified { name, remedy }: &Unidentified) -> Error {
@@ -125,10 +136,9 @@ fn config(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::Config, message)
 }
 
-/// What the role lacks to execute the plan itself. A DBA who is given the SQL has it.
+/// What the role lacks to execute the plan itself, but for the tables. A DBA who is given the SQL has it.
 pub(super) fn missing_privileges(wanted: &Wanted, facts: &Facts) -> Vec<Error> {
     let role = &facts.role.name;
-    let by_dba = "or let the owner do it: `keepstep setup --print` shows the SQL";
     let mut found = Vec::new();
     if facts.slot.is_none() && !facts.role.may_replicate {
         found.push(
@@ -143,18 +153,14 @@ pub(super) fn missing_privileges(wanted: &Wanted, facts: &Facts) -> Vec<Error> {
             found.push(
                 denied(format!("role `{role}` may not make a publication in this database"))
                     .hint(format!("GRANT CREATE ON DATABASE {database} TO {};", identifier(role)))
-                    .hint(by_dba),
+                    .hint(BY_DBA),
             );
         }
         Some(publication) if !publication.owned && (facts.slot.is_none() || !unpublished(facts).is_empty()) => {
             let message = format!("role `{role}` does not own publication `{}`", wanted.publication);
-            found.push(denied(message).hint(by_dba));
+            found.push(denied(message).hint(BY_DBA));
         }
         _ => {}
-    }
-    for table in unpublished(facts).into_iter().filter(|table| !table.owned) {
-        let message = format!("role `{role}` does not own table {}, and only its owner may publish it", table.name);
-        found.push(denied(message).hint(by_dba));
     }
     found
 }

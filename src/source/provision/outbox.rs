@@ -6,7 +6,7 @@
 use tokio_postgres::Client;
 use tokio_postgres::types::Type;
 
-use super::{Executor, Plan, Statement, identifier, literal, with_lock_timeout};
+use super::{Executor, Plan, Statement, identifier, leave_out, literal, with_lock_timeout};
 use crate::config::TableName;
 use crate::error::{Error, ErrorKind, Result};
 use crate::source::{outbox, query_error};
@@ -15,6 +15,8 @@ use crate::source::{outbox, query_error};
 const SCRIPT: &str = include_str!("../../../sql/outbox.sql");
 /// The version of that file: the number that it writes into `state`.
 pub const VERSION: i32 = 1;
+
+const BY_DBA: &str = "or let the owner do it: `keepstep setup --print` shows the SQL";
 
 /// What is to be there.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +36,8 @@ pub struct Followed {
     pub table: TableName,
     /// The columns that are stored besides those of its replica identity; `None` is all.
     pub columns: Option<Vec<String>>,
+    /// Whether it may be left out.
+    pub optional: bool,
 }
 
 /// What is there.
@@ -65,6 +69,8 @@ struct Table {
     partition: bool,
     owned: bool,
     subscribed: bool,
+    /// What is to be stored of it, as in [`Followed`].
+    columns: Option<Vec<String>>,
     /// What is not as it should be.
     findings: Vec<String>,
 }
@@ -74,12 +80,15 @@ struct Table {
 /// # Errors
 /// Everything that does, at least one error.
 pub async fn plan_setup(client: &Client, wanted: &Wanted, executor: Executor) -> Result<Plan, Vec<Error>> {
-    let facts = read(client, wanted).await.map_err(|error| vec![error])?;
-    let mut obstacles = obstacles(wanted, &facts);
+    let mut facts = read(client, wanted).await.map_err(|error| vec![error])?;
+    let Facts { tables, role, .. } = &mut facts;
+    let left_out =
+        leave_out(tables, |place| wanted.tables[place].optional, |table| table_obstacle(table, role, executor));
+    let mut obstacles = obstacles(wanted, &facts, executor);
     if executor == Executor::Role {
         obstacles.extend(missing_privileges(wanted, &facts));
     }
-    if obstacles.is_empty() { Ok(setup_plan(wanted, &facts, executor)) } else { Err(obstacles) }
+    if obstacles.is_empty() { Ok(setup_plan(wanted, &facts, executor).with_remarks(left_out)) } else { Err(obstacles) }
 }
 
 /// The script without what is psql's, for this schema and this role, which may be none.
@@ -110,11 +119,11 @@ fn setup_plan(wanted: &Wanted, facts: &Facts, executor: Executor) -> Plan {
             sql: format!("UPDATE {schema}.state SET size_limit = {limit};"),
         });
     }
-    for (followed, table) in wanted.tables.iter().zip(&facts.tables) {
+    for table in &facts.tables {
         if there.is_some() && table.findings.is_empty() {
             continue;
         }
-        let columns = match &followed.columns {
+        let columns = match &table.columns {
             None => "NULL".to_owned(),
             Some(columns) => {
                 format!("ARRAY[{}]::text[]", columns.iter().map(|name| literal(name)).collect::<Vec<_>>().join(", "))
@@ -130,7 +139,7 @@ fn setup_plan(wanted: &Wanted, facts: &Facts, executor: Executor) -> Plan {
     with_lock_timeout(plan)
 }
 
-fn obstacles(wanted: &Wanted, facts: &Facts) -> Vec<Error> {
+fn obstacles(wanted: &Wanted, facts: &Facts, executor: Executor) -> Vec<Error> {
     let mut found = Vec::new();
     if facts.in_recovery {
         found.push(
@@ -142,11 +151,12 @@ fn obstacles(wanted: &Wanted, facts: &Facts) -> Vec<Error> {
         let message = format!("schema `{}` is there and holds no outbox", wanted.schema);
         found.push(denied(message).hint("choose another `slot` in [postgres]: the outbox's schema is called so"));
     }
-    found.extend(facts.tables.iter().filter_map(table_obstacle));
+    found.extend(facts.tables.iter().filter_map(|table| table_obstacle(table, &facts.role, executor)));
     found
 }
 
-fn table_obstacle(table: &Table) -> Option<Error> {
+/// What stands in the way of following a table.
+fn table_obstacle(table: &Table, role: &str, executor: Executor) -> Option<Error> {
     let Table { name, .. } = table;
     let error = match table.kind {
         None => config(format!("table {name} does not exist")),
@@ -162,6 +172,9 @@ fn table_obstacle(table: &Table) -> Option<Error> {
             config(format!("table {name} is filled by a subscription, whose changes fire no statement triggers"))
                 .hint("run keepstep at the server that publishes it, or follow this one by logical replication")
         }
+        Some('r' | 'p') if executor == Executor::Role && !table.owned && !table.findings.is_empty() => {
+            denied(format!("role `{role}` does not own table {name}, and only its owner may add triggers")).hint(BY_DBA)
+        }
         Some('r' | 'p') => return None,
         Some(_) => config(format!("{name} is no table: only tables have changes to follow")),
     };
@@ -170,22 +183,17 @@ fn table_obstacle(table: &Table) -> Option<Error> {
 
 fn missing_privileges(wanted: &Wanted, facts: &Facts) -> Vec<Error> {
     let role = &facts.role;
-    let by_dba = "or let the owner do it: `keepstep setup --print` shows the SQL";
     let mut found = Vec::new();
     match &facts.schema {
         None if !facts.may_create => found.push(
             denied(format!("role `{role}` may not make a schema in this database"))
                 .hint(format!("GRANT CREATE ON DATABASE … TO {};", identifier(role)))
-                .hint(by_dba),
+                .hint(BY_DBA),
         ),
         Some(schema) if !schema.owned => {
-            found.push(denied(format!("role `{role}` does not own schema `{}`", wanted.schema)).hint(by_dba));
+            found.push(denied(format!("role `{role}` does not own schema `{}`", wanted.schema)).hint(BY_DBA));
         }
         _ => {}
-    }
-    for table in facts.tables.iter().filter(|table| !table.owned && !table.findings.is_empty()) {
-        let message = format!("role `{role}` does not own table {}, and only its owner may add triggers", table.name);
-        found.push(denied(message).hint(by_dba));
     }
     found
 }
@@ -209,6 +217,7 @@ async fn read(client: &Client, wanted: &Wanted) -> Result<Facts> {
     let mut tables = tables(client, wanted).await?;
     let schema = schema(client, &wanted.schema, &tables).await?;
     for (followed, table) in wanted.tables.iter().zip(&mut tables) {
+        table.columns.clone_from(&followed.columns);
         table.findings = match (&schema, table.oid) {
             (Some(Schema { version: Some(VERSION), .. }), Some(oid)) => findings(client, wanted, oid, followed).await?,
             _ => vec!["it is not followed".to_owned()],
@@ -271,6 +280,7 @@ async fn tables(client: &Client, wanted: &Wanted) -> Result<Vec<Table>> {
         partition: row.get(4),
         owned: row.get(5),
         subscribed: row.get(6),
+        columns: None,
         findings: Vec::new(),
     };
     Ok(rows.map_err(failed)?.iter().map(read).collect())
