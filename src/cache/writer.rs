@@ -404,17 +404,23 @@ impl Writer {
         self.guarded(connection, NONE, intent.as_ref()).await?;
         self.stored = intent;
         for (prefix, sweeps) in self.config.prefixes().zip(commands::sweeps(batch, &self.config)) {
-            searched += self.sweep(connection, prefix, &sweeps).await?;
+            searched += self.sweep(connection, prefix, &sweeps, batch).await?;
         }
         Ok(searched)
     }
 
     /// Deletes every key that matches one of these, step by step, each step behind the fence. Says how long it went through
     /// all keys.
-    async fn sweep(&self, connection: &mut Connection, prefix: &str, sweeps: &[Sweep]) -> Result<Duration, Failure> {
+    async fn sweep(
+        &self,
+        connection: &mut Connection,
+        prefix: &str,
+        sweeps: &[Sweep],
+        batch: &Batch,
+    ) -> Result<Duration, Failure> {
         let tag = |sweep: &Sweep| if let Sweep::Tag(tag) = sweep { Some(tag.to_vec()) } else { None };
         let tags: Vec<Vec<u8>> = sweeps.iter().filter_map(tag).collect();
-        self.sweep_tags(connection, prefix, &tags, &Members::All).await?;
+        self.sweep_tags(connection, prefix, &tags, &Members::All, batch).await?;
         let searched: Vec<&Sweep> = sweeps.iter().filter(|sweep| !matches!(sweep, Sweep::Tag(_))).collect();
         let Some(common) = common_prefix(searched.iter().map(|sweep| sweep.literal_prefix())) else {
             return Ok(Duration::ZERO);
@@ -429,7 +435,7 @@ impl Writer {
             for sweep in &searched {
                 let Some(members) = sweep.members() else { continue };
                 let tags: Vec<Vec<u8>> = keys.iter().filter(|key| sweep.matches(key)).cloned().collect();
-                self.sweep_tags(connection, prefix, &tags, members).await?;
+                self.sweep_tags(connection, prefix, &tags, members, batch).await?;
             }
             if !owned.is_empty() {
                 // By the script: inside MULTI a Redis that is out of memory refuses deletes too.

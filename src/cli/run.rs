@@ -40,7 +40,7 @@ async fn run(config: Config, arguments: &Arguments) -> Result<ExitCode> {
     let (mut daemon, orders) = Daemon::new(config);
     let shutdown = Shutdown::listen()?;
     if arguments.dry_run {
-        session::dry_run(&mut daemon, std::io::stdout(), shutdown).await?;
+        Box::pin(session::dry_run(&mut daemon, std::io::stdout(), shutdown)).await?;
         return Ok(ExitCode::SUCCESS);
     }
     let (desk, shared) = (Arc::clone(&daemon.desk), Arc::clone(&daemon.shared));

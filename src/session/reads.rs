@@ -590,7 +590,7 @@ impl<C: Cache + Send + 'static> Session<C> {
             let former = self.reads.former.get(usize::from(rule.rule)).into_iter().flat_map(|former| &former.forms);
             let tags = former.filter(|form| form.is_tag()).map(|form| form.pattern(&self.config.redis.prefix));
             tags.for_each(|tags| self.batch.sweep_tags(tags));
-            if is_listed(&rule) {
+            if is_listed(rule) {
                 continue;
             }
             let unreadable = rule.write.iter().filter(|_| !is_readable(rule)).map(|write| &write.key);

@@ -8,7 +8,7 @@ use redis::Value;
 
 use super::super::connection::{Connection, Failure};
 use super::{SWEEP_STEP_KEYS, Writer, about, types, unexpected};
-use crate::batch::Members;
+use crate::batch::{Batch, Members};
 use crate::error::{Error, ErrorKind};
 use crate::rules::template::RESERVED;
 
@@ -38,14 +38,22 @@ impl Writer {
         prefix: &str,
         tags: &[Vec<u8>],
         going: &Members,
+        batch: &Batch,
     ) -> Result<(), Failure> {
+        let adds = |tag: &[u8]| {
+            let mut added = batch.ops().filter(|(_, op)| op.puts() && op.member().is_some());
+            added.any(|(_, op)| op.key()[self.config.prefix.len()..] == tag[prefix.len()..])
+        };
         for tags in tags.chunks(SWEEP_STEP_KEYS as usize) {
             for (tag, kind) in tags.iter().zip(types(connection, tags).await?) {
                 match kind.as_str() {
                     "set" => self.sweep_tag(connection, prefix, tag, going).await?,
                     "none" => {}
-                    // What is no set has no members; where the tag is to go, it goes.
-                    _ if *going == Members::All => self.guarded(connection, &[tag], self.stored.as_ref()).await?,
+                    // What is no set has no members; where the tag is to go, it goes. Where some are added, EXEC finds what it
+                    // is, and the rule makes up for all others.
+                    _ if *going == Members::All && !adds(tag) => {
+                        self.guarded(connection, &[tag], self.stored.as_ref()).await?
+                    }
                     _ => {}
                 }
             }
