@@ -31,7 +31,7 @@ const CASES: &[Case] = &[
     // No cost may grow faster than its cause.
     Case {
         cause: Cause::Rules,
-        limit: Limit::Ceiling(2_125.0),
+        limit: Limit::Ceiling(2180.0),
         ..case("a rule of 10", Shape { rules: 10, changes: 400, ..NARROW })
     },
     Case {

@@ -117,7 +117,12 @@ impl Decimal {
         if self.digits == 0 {
             return Some(0);
         }
-        self.digits.checked_mul(power_of_ten(scale.checked_sub(self.scale)?)?)
+        let power = power_of_ten(scale.checked_sub(self.scale)?)?;
+        // Two of 64 bits always fit, and asking whether two of 128 do takes as long as reading a number.
+        match (i64::try_from(self.digits), i64::try_from(power)) {
+            (Ok(digits), Ok(power)) => Some(i128::from(digits) * i128::from(power)),
+            _ => self.digits.checked_mul(power),
+        }
     }
 
     pub(super) fn compare(self, other: Self) -> Ordering {
