@@ -153,25 +153,23 @@ struct Images<'r> {
 impl<'r> Images<'r> {
     /// Which of them count.
     fn counting(&self, when: Option<&BoundExpression>) -> Counting<'_, 'r> {
-        Counting { images: self, old: self.old_counts(when), new: self.new_counts(when) }
+        let (old, new) = when.map_or((true, Truth::True), |when| (self.old_counts(when), self.new_counts(when)));
+        Counting { images: self, old, new }
     }
 
     /// Whether the old row counts: also where that is not known, and where the log says of it only that it was there.
-    fn old_counts(&self, when: Option<&BoundExpression>) -> bool {
+    fn old_counts(&self, when: &BoundExpression) -> bool {
         let image = match self.old {
             Some(old) if self.old_is_full => Image::Full(old),
             Some(old) => Image::Key(old),
             None => return true,
         };
-        when.is_none_or(|when| truth(when, image) != Truth::False)
+        truth(when, image) != Truth::False
     }
 
     /// Whether the new row counts.
-    fn new_counts(&self, when: Option<&BoundExpression>) -> Truth {
-        match (when, self.new) {
-            (Some(when), Some(new)) => truth(when, Image::Full(new)),
-            _ => Truth::True,
-        }
+    fn new_counts(&self, when: &BoundExpression) -> Truth {
+        self.new.map_or(Truth::True, |new| truth(when, Image::Full(new)))
     }
 }
 
