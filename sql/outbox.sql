@@ -24,7 +24,7 @@
 --             the table's shape of now. Rows name the shape, so that an old row is read by the shape of its time.
 --   retyped   a view: places in shapes where the table now has another type than it had. What rows have there may be of either.
 --   outbox    the rows. Within one transaction, and for one row of a table, the order of `id` is the order of what happened: it is
---             where the write-ahead log ended just before, which costs a fifth of what a sequence does. Rows of different
+--             where the write-ahead log ended just before, which costs less than a sequence would. Rows of different
 --             transactions can have the same.
 --             op    i  inserted: `new`
 --                   u  updated: `new`; `old` where the identity changed or all old columns are stored
@@ -317,8 +317,8 @@ DECLARE
   before text := CASE WHEN shape.is_full THEN 'o.key::pg_catalog.text'
                       WHEN shape.identity = '{}' THEN 'NULL::pg_catalog.text'
                       ELSE 'CASE WHEN o.key OPERATOR(pg_catalog.*<>) n.key THEN o.key::pg_catalog.text END' END;
-  -- A second row, if there is one: then an old row has to be told from another. Asked in the statement that writes, because asking
-  -- by itself would cost half as much again.
+  -- A second row, if there is one: then an old row has to be told from another. Asked in the statement that writes, because to
+  -- ask by itself is a statement more.
   lone   text := CASE WHEN shape.by_row THEN '' ELSE ' WHERE NOT EXISTS (SELECT FROM new_rows OFFSET 1)' END;
   inserted text := step(shape.shape, 'i', format('n.gone, NULL::pg_catalog.text, n.whole FROM %s AS n', news),
                         CASE WHEN shape.by_row THEN 'NULL::pg_catalog.text, NEW' END);
